@@ -1,0 +1,201 @@
+"""Labels: which channel every element of a tensor belongs to, and how a tensor shrinks when channels die.
+
+A tensor's labels are a conjunction of *factors*. A factor is an integer tensor with the tensor's number of dimensions,
+of size 1 along every dimension in which it does not vary; an element is live if all its factors' labels are. Most
+tensors have one factor that varies along one dimension. A view of ``heads * size`` channels as ``(heads, size)`` has
+one factor that varies along two, and an outer product has two factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labels of one tensor.
+
+    Attributes:
+        shape: the tensor's dense shape.
+        factors: int64 tensors, see the module's docstring.
+        const: derived from parameters and buffers alone.
+        direct: a parameter, or a rearrangement of one: its masked elements are exact zeros.
+    """
+
+    shape: tuple[int, ...]
+    factors: tuple[Tensor, ...] = ()
+    const: bool = False
+    direct: bool = False
+
+    def varying(self) -> frozenset[int]:
+        """Dimensions along which some factor varies."""
+        return frozenset(dim for factor in self.factors for dim in dims_of(factor))
+
+    def expanded(self) -> list[Tensor]:
+        """Every factor at the tensor's full shape (stride 0 where it does not vary)."""
+        return [factor.expand(self.shape) for factor in self.factors]
+
+
+def dims_of(factor: Tensor) -> tuple[int, ...]:
+    """The dimensions along which a factor varies."""
+    return tuple(dim for dim, size in enumerate(factor.shape) if size > 1)
+
+
+def canonical(factor: Tensor) -> Tensor | None:
+    """A factor with size 1 where it does not vary; None where it varies nowhere."""
+    for dim, size in enumerate(factor.shape):
+        if size > 1:
+            first = factor.narrow(dim, 0, 1)
+            if factor.stride(dim) == 0 or bool((factor == first).all()):
+                factor = first
+    return factor if factor.numel() > 1 else None
+
+
+def aligned(factor: Tensor, ndim: int) -> Tensor:
+    """A factor with dimensions of size 1 put in front, as broadcasting does."""
+    return factor.reshape((1,) * (ndim - factor.dim()) + tuple(factor.shape))
+
+
+def view_factor(factor: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
+    """What ``view`` does to a factor: blocks of dimensions that merge or split are handled one by one.
+
+    Only the blocks in which the factor varies are materialised; ``old`` and ``new`` are the dense shapes.
+    """
+    shape: list[int] = []  # of the factor, dimension by dimension of the result
+    source: list[int] = []  # the factor's shape, block by block
+    i = j = 0
+    while i < len(old) or j < len(new):
+        a, b = i, j
+        left = right = 1
+        while True:
+            if left == right and (i > a or j > b) and left != 1:
+                break
+            if left <= right and i < len(old) and (left < right or left == 1):
+                left *= old[i]
+                i += 1
+            elif j < len(new):
+                right *= new[j]
+                j += 1
+            elif i < len(old):
+                left *= old[i]
+                i += 1
+            else:
+                break
+        if any(factor.shape[d] > 1 for d in range(a, i)):
+            source += old[a:i]
+            shape += new[b:j]
+        else:
+            source += [1] * (i - a)
+            shape += [1] * (j - b)
+    return factor.expand(source).reshape(shape)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How one block of dimensions shrinks: ``keep[i]`` are the indices kept of ``dims[i]``; then, where the rows of
+    the block keep different columns, ``gather`` (over all dims of the block) are the columns kept along ``column``.
+    """
+
+    dims: tuple[int, ...]
+    keep: tuple[IntArray, ...]
+    column: int | None = None
+    gather: IntArray | None = None
+
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of ``dims`` after the cut."""
+        if self.gather is not None:
+            return tuple(self.gather.shape)
+        return tuple(len(kept) for kept in self.keep)
+
+
+def plan_cut(mask: BoolArray, dims: tuple[int, ...]) -> Cut | None:
+    """The cut that keeps the True elements of ``mask`` (one array dimension for each of ``dims``).
+
+    The result is a rectangle, or rows that keep equally many columns each. None where the kept elements are neither.
+    """
+    keep = tuple(
+        np.flatnonzero(mask.any(axis=tuple(e for e in range(mask.ndim) if e != d))) for d in range(mask.ndim)
+    )
+    block = mask[np.ix_(*keep)]
+    if block.all():
+        return Cut(dims, keep)
+    for column in reversed(range(mask.ndim)):
+        rows = block.sum(axis=column)
+        count = int(rows.flat[0])
+        if count and (rows == count).all():
+            order = np.argsort(~np.moveaxis(block, column, -1), axis=-1, kind="stable")[..., :count]
+            chosen = keep[column][order]
+            return Cut(dims, keep, column, np.ascontiguousarray(np.moveaxis(chosen, -1, column)))
+    return None
+
+
+def plan_cuts(labels: Labels, live: BoolArray) -> tuple[Cut, ...] | None:
+    """One cut for each block of dimensions that some dead label touches; None if the live elements have no shape."""
+    blocks: list[tuple[set[int], list[Tensor]]] = []
+    for factor in labels.factors:
+        dims = set(dims_of(factor))
+        members = [factor]
+        apart = []
+        for block in blocks:
+            if block[0] & dims:
+                dims |= block[0]
+                members += block[1]
+            else:
+                apart.append(block)
+        blocks = [*apart, (dims, members)]
+    cuts = []
+    for dims, members in blocks:
+        ordered = tuple(sorted(dims))
+        mask: BoolArray = np.ones((), dtype=bool)
+        for factor in members:
+            mask = mask & live[factor.permute(*ordered, *sorted(set(range(factor.dim())) - dims)).flatten(len(ordered)).squeeze(-1).numpy()]
+        if mask.all():
+            continue
+        cut = plan_cut(np.ascontiguousarray(np.broadcast_to(mask, [labels.shape[d] for d in ordered])), ordered)
+        if cut is None:
+            return None
+        cuts.append(cut)
+    return tuple(cuts)
+
+
+def cut_shape(shape: Sequence[int], cuts: Sequence[Cut]) -> tuple[int, ...]:
+    """A dense shape after the cuts."""
+    sizes = list(shape)
+    for cut in cuts:
+        for dim, size in zip(cut.dims, cut.shape(), strict=True):
+            sizes[dim] = size
+    return tuple(sizes)
+
+
+def cut_tensor(tensor: Tensor, cuts: Sequence[Cut]) -> Tensor:
+    """The live elements of a dense tensor, in dense order."""
+    for cut in cuts:
+        for i, dim in enumerate(cut.dims):
+            if i != cut.column and len(cut.keep[i]) != tensor.shape[dim]:
+                tensor = tensor.index_select(dim, torch.from_numpy(cut.keep[i]).to(tensor.device))
+        if cut.gather is not None and cut.column is not None:
+            shape = [1] * tensor.dim()
+            for dim, size in zip(cut.dims, cut.gather.shape, strict=True):
+                shape[dim] = size
+            index = torch.from_numpy(cut.gather).to(tensor.device).reshape(shape)
+            dim = cut.dims[cut.column]
+            sizes = list(tensor.shape)
+            sizes[dim] = shape[dim]
+            tensor = tensor.gather(dim, index.expand(sizes))
+    return tensor
+
+
+def cut_factor(factor: Tensor, labels: Labels, cuts: Sequence[Cut]) -> Tensor:
+    """A factor of a tensor after the cuts: at full size along the cut dimensions, 1 where it does not vary."""
+    touched = {dim for cut in cuts for dim in cut.dims}
+    grown = factor.expand([labels.shape[d] if d in touched else s for d, s in enumerate(factor.shape)])
+    return cut_tensor(grown, cuts)

@@ -1,0 +1,155 @@
+"""The GraphModule that fxcompress hands out: an ordinary one, whose copies and pickles keep all of it."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+
+MASKS = "_masks"
+
+
+class TracedModule(fx.GraphModule):
+    """A model as a graph over the caller's own modules and ``state_dict`` keys.
+
+    ``meta`` holds what is known about it: ``history`` (the passes that ran), ``batched`` (names of the inputs whose
+    dimension 0 is the batch), ``opaque`` and ``unreached`` (names of modules).
+
+    Pickling a plain GraphModule traces its generated code again, which loses in-place writes and ``node.meta``
+    (measured; design 15); this one stores the nodes.
+    """
+
+    @classmethod
+    def build(cls, tree: nn.Module, graph: fx.Graph, meta: dict[str, Any]) -> TracedModule:
+        """A module that runs ``graph`` over the submodules, parameters and buffers of ``tree`` (taken, not copied)."""
+        made = cls(nn.Module(), fx.Graph())
+        for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "training"):
+            made.__dict__[name] = tree.__dict__[name]
+        made.meta = meta
+        made.graph = graph
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TracedModule:
+        tree = nn.Module()
+        for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "training"):
+            tree.__dict__[name] = copy.deepcopy(self.__dict__[name], memo)
+        made = TracedModule.build(tree, copy_graph(self.graph), copy.deepcopy(self.meta, memo))
+        memo[id(self)] = made
+        return made
+
+    def __copy__(self) -> TracedModule:
+        tree = nn.Module()
+        for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "training"):
+            tree.__dict__[name] = copy.copy(self.__dict__[name])
+        return TracedModule.build(tree, copy_graph(self.graph), dict(self.meta))
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        tree = nn.Module()
+        for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "training"):
+            tree.__dict__[name] = self.__dict__[name]
+        return _rebuild, (tree, [_Record.of(node) for node in self.graph.nodes], self.meta)
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A copy of the graph, node names and meta kept."""
+    made = fx.Graph()
+    twins: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        twin = made.create_node(
+            node.op,
+            node.target,
+            fx.map_arg(node.args, twins.__getitem__),
+            fx.map_arg(node.kwargs, twins.__getitem__),
+            node.name,
+        )
+        twin.meta = dict(node.meta)
+        twins[node] = twin
+    return made
+
+
+@dataclass(frozen=True)
+class _Reference:
+    name: str
+
+
+@dataclass(frozen=True)
+class _Record:
+    """One node, without the graph around it."""
+
+    name: str
+    op: str
+    target: Any
+    args: Any
+    kwargs: Any
+    meta: dict[str, Any]
+
+    @classmethod
+    def of(cls, node: fx.Node) -> _Record:
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda source: _Reference(source.name))
+        target = _qualified(node.target) if node.op == "call_function" else node.target
+        return cls(node.name, node.op, target, _thaw(args), _thaw(kwargs), dict(node.meta))
+
+
+def _thaw(value: Any) -> Any:
+    """fx's immutable containers as ordinary ones."""
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(_thaw, value))
+    if isinstance(value, (list, tuple)):
+        return (list if isinstance(value, list) else tuple)(map(_thaw, value))
+    if isinstance(value, dict):
+        return {key: _thaw(item) for key, item in value.items()}
+    return value
+
+
+def _qualified(target: Any) -> tuple[str, str] | Any:
+    """Where to import a function from, where pickle itself does not know it."""
+    name = getattr(target, "__name__", "")
+    for place in (torch, torch.nn.functional, torch._C._nn, torch._C._special, torch._C._fft, torch._C._linalg):
+        if getattr(place, name, None) is target:
+            return (place.__name__, name)
+    if getattr(operator, name, None) is target:
+        return ("operator", name)
+    return target
+
+
+def _find(target: Any) -> Any:
+    if not isinstance(target, tuple):
+        return target
+    place, name = target
+    parts = place.split(".")
+    found: Any = importlib.import_module(parts[0])
+    for part in parts[1:]:
+        found = getattr(found, part)
+    return getattr(found, name)
+
+
+def _rebuild(tree: nn.Module, records: list[_Record], meta: dict[str, Any]) -> TracedModule:
+    graph = fx.Graph()
+    nodes: dict[str, fx.Node] = {}
+
+    def resolve(value: Any) -> Any:
+        if isinstance(value, _Reference):
+            return nodes[value.name]
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*map(resolve, value))
+        if isinstance(value, (list, tuple)):
+            return (list if isinstance(value, list) else tuple)(map(resolve, value))
+        if isinstance(value, dict):
+            return {key: resolve(item) for key, item in value.items()}
+        if isinstance(value, slice):
+            return slice(*map(resolve, (value.start, value.stop, value.step)))
+        return value
+
+    for record in records:
+        target = _find(record.target) if record.op == "call_function" else record.target
+        node = graph.create_node(record.op, target, resolve(record.args), resolve(record.kwargs), record.name)
+        node.meta = dict(record.meta)
+        nodes[record.name] = node
+    return TracedModule.build(tree, graph, meta)

@@ -1,0 +1,359 @@
+"""Recording a running forward, call by call, as an fx graph.
+
+:class:`Recorder` is a torch function mode: while it is active every call that touches a tensor comes past it, runs for
+real, and leaves a node behind. Control flow is not its business, because Python executes it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from fxcompress.errors import TraceError
+from fxcompress.sizes import TRACED, Expression, TracedInt, plain
+
+#: Calls whose *result* is decided by values, so that what Python does next cannot be recorded.
+VALUE_READS = frozenset(
+    "item tolist numpy __bool__ __int__ __float__ __index__ __complex__ __array__ __contains__ equal allclose "
+    "is_nonzero nonzero argwhere unique unique_consecutive masked_select bincount".split()
+)
+_SIZES = frozenset(("size", "shape", "numel", "nelement"))
+_REFLECTED = frozenset(
+    f"__r{name}__"
+    for name in "add sub mul div truediv floordiv mod pow matmul and or xor lshift rshift".split()
+)
+_RANDOM = frozenset("rand randn randint randperm rand_like randn_like randint_like bernoulli multinomial normal".split())
+_SKIPPED_FOLDERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+
+MODE_HOLDER = "_mode"
+CONSTANTS = "_constants"
+
+
+class TrainingFlag(int):
+    """``module.training`` while recording: a flag to Python, a node when a recorded call takes it."""
+
+
+class ValueRead(Exception):
+    """A tensor's value was read: the running submodule cannot be recorded."""
+
+    def __init__(self, scope: str, what: str, line: str) -> None:
+        super().__init__(f"{what} at {line}")
+        self.scope, self.what, self.line = scope, what, line
+
+
+def user_line() -> str:
+    """``file:line`` of the innermost frame that belongs neither to torch nor to fxcompress."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        if not frame.f_code.co_filename.startswith(_SKIPPED_FOLDERS):
+            break
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def mutates(node: fx.Node) -> bool:
+    """Whether the node writes into one of its arguments, so that it must stay although nobody uses its result."""
+    return bool(node.meta.get("mutates")) or node.op in ("placeholder", "output")
+
+
+class Recorder(TorchFunctionMode):
+    """Records what runs under it into :attr:`graph`.
+
+    Args:
+        model: the module that runs; its parameters and buffers become ``get_attr`` nodes.
+        known: ids of tensors that existed before the run and may be recorded as constants.
+    """
+
+    def __init__(self, model: nn.Module, known: frozenset[int]) -> None:
+        super().__init__()
+        self.graph = fx.Graph()
+        self.constants: dict[str, Tensor] = {}
+        self.scopes: list[str] = [""]
+        self.reached: set[str] = {""}
+        self.quiet = 0
+        self.known = known
+        self.training = model.training
+        self.device: torch.device | None = None
+        self._device_node: fx.Node | None = None
+        self._first_input: fx.Node | None = None
+        self._mode_node: fx.Node | None = None
+        self._node_of: dict[int, fx.Node] = {}
+        self._alive: list[Any] = []
+        self._dynamic: set[fx.Node] = set()
+        self._attributes: dict[int, str] = {}
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            self._attributes.setdefault(id(tensor), name)
+
+    # ---- what comes past -----------------------------------------------------------------------------------
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.quiet:
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name in ("__get__", "__set__"):
+            return self._property(func, args, is_set=name == "__set__")
+        if name in _SIZES and args and isinstance(args[0], Tensor):
+            return self._size(name, *args, **kwargs)
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if self._reads_values(name, args, kwargs) and any(map(self._is_dynamic, tensors)):
+            raise ValueRead(self.scopes[-1], f"{name.strip('_')}() reads the values of a tensor", user_line())
+        return self.record(func, name, args, kwargs, tensors)
+
+    def record(
+        self,
+        func: Callable[..., Any],
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        tensors: list[Tensor],
+        module: str | None = None,
+    ) -> Any:
+        """Run one call and leave a node for it (``module``: the call is that of a leaf module)."""
+        versions = [tensor._version for tensor in tensors]
+        nodes = self.argument(args), self.argument(dict(kwargs))
+        plain_args, plain_kwargs = pytree.tree_map(_concrete, (args, dict(kwargs)), is_leaf=_is_number)
+        self.quiet += 1
+        try:
+            result = func(*plain_args, **plain_kwargs)
+        finally:
+            self.quiet -= 1
+        written = any(tensor._version != version for tensor, version in zip(tensors, versions, strict=True))
+        if not written and not _has_tensor(result):
+            return result
+        if module is not None:
+            node = self.graph.create_node("call_module", module, *nodes)
+        else:
+            node = self._call(func, name, *nodes)
+        node.meta["scope"], node.meta["source"] = self.scopes[-1], user_line()
+        if written:
+            node.meta["mutates"] = True
+        if name in _RANDOM or any(source in self._dynamic for source in node.all_input_nodes):
+            self._dynamic.add(node)
+        inputs = {id(tensor) for tensor in tensors}
+        return self._bind(result, node, inputs, fresh=not written)
+
+    def _call(self, func: Callable[..., Any], name: str, args: Any, kwargs: Any) -> fx.Node:
+        if name in _REFLECTED:
+            return self.graph.call_function(getattr(operator, f"__{name[3:]}"), (args[1], args[0]))
+        if getattr(Tensor, name, None) is func or getattr(func, "__objclass__", None) is torch._C.TensorBase:
+            if name.startswith("__") and hasattr(operator, name):
+                return self.graph.call_function(getattr(operator, name), args, kwargs)
+            return self.graph.call_method(name, args, kwargs)
+        return self.graph.call_function(func, args, kwargs)
+
+    def _property(self, func: Any, args: tuple[Any, ...], *, is_set: bool) -> Any:
+        name = func.__self__.__name__
+        if is_set and name != "requires_grad":
+            raise ValueRead(self.scopes[-1], f"assigning to .{name} of a tensor", user_line())
+        if is_set:
+            return func(*args)
+        if name == "shape":
+            return self._size("shape", args[0])
+        return self.record(getattr, "getattr", (args[0], name), {}, [args[0]])
+
+    def _reads_values(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        if name in VALUE_READS:
+            return True
+        if name == "where":
+            return len(args) + len(kwargs) == 1
+        if name == "repeat_interleave":
+            return len(args) > 1 and isinstance(args[1], Tensor)
+        if name == "__getitem__":
+            return any(isinstance(i, Tensor) and i.dtype == torch.bool for i in pytree.tree_leaves(args[1]))
+        return False
+
+    def _size(self, name: str, tensor: Tensor, dim: int | None = None) -> Any:
+        node = self.node(tensor)
+        if node.op == "get_attr":
+            return tensor.numel() if name in ("numel", "nelement") else tensor.shape if dim is None else tensor.size(dim)
+        sizes = [TracedInt(size, Expression("size", node, d)) for d, size in enumerate(tensor.shape)]
+        if name in ("numel", "nelement"):
+            return TracedInt(tensor.numel(), Expression("numel", node))
+        return torch.Size(sizes) if dim is None else sizes[dim]
+
+    # ---- tensors, numbers and containers as fx arguments -----------------------------------------------------
+
+    def placeholder(self, name: str, value: Any, optional: bool) -> fx.Node:
+        """Declare one input of the graph; ``value`` may be any nest of tensors."""
+        default = value if not _has_tensor(value) else (None if optional else inspect.Signature.empty)
+        node = self.graph.placeholder(name, default_value=default)
+        if isinstance(value, Tensor) and self._first_input is None:
+            self._first_input, self.device = node, value.device
+        self._dynamic.add(node)
+        self._bind(value, node, set(), fresh=False)
+        return node
+
+    def node(self, tensor: Tensor) -> fx.Node:
+        """The node that produced ``tensor``; parameters, buffers and constants get one on first use."""
+        node = self._node_of.get(id(tensor))
+        if node is not None:
+            return node
+        name = self._attributes.get(id(tensor))
+        if name is None:
+            if id(tensor) not in self.known:
+                raise ValueRead(self.scopes[-1], "a tensor appears that no recorded call made", user_line())
+            key = f"c{len(self.constants)}"
+            self.constants[key] = tensor
+            name = f"{CONSTANTS}.{key}"
+        node = self.graph.create_node("get_attr", name, name=name.replace(".", "_"))
+        self._remember(tensor, node)
+        return node
+
+    def argument(self, value: Any) -> Any:
+        """``value`` with its tensors and traced numbers replaced by nodes."""
+        if isinstance(value, Tensor):
+            return self.node(value)
+        if isinstance(value, TRACED):
+            return self._number(value)
+        if isinstance(value, TrainingFlag):
+            return self._training_node() if bool(value) == self.training else bool(value)
+        if isinstance(value, torch.device) and value == self.device:
+            return self._device()
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*map(self.argument, value))
+        if isinstance(value, tuple):
+            return tuple(map(self.argument, value))
+        if isinstance(value, list):
+            return list(map(self.argument, value))
+        if isinstance(value, dict):
+            return {key: self.argument(item) for key, item in value.items()}
+        if isinstance(value, slice):
+            return slice(*map(self.argument, (value.start, value.stop, value.step)))
+        if value is None or value is Ellipsis or isinstance(value, fx.node.base_types):
+            return value
+        if isinstance(value, torch.Generator):
+            return None
+        raise ValueRead(self.scopes[-1], f"a {type(value).__name__} is passed to a tensor operation", user_line())
+
+    def _number(self, number: Any) -> fx.Node:
+        made = number.expression
+        if made.node is None and isinstance(made.function, str):
+            made.node = self._size_node(made)
+        elif made.node is None:
+            made.node = self.graph.call_function(made.function, tuple(map(self.argument, made.operands)))
+            self._dynamic.add(made.node)
+        node: fx.Node = made.node
+        return node
+
+    def _size_node(self, made: Expression) -> fx.Node:
+        source, *dims = made.operands
+        for user in source.users:
+            if user.op == "call_method" and user.target == made.function and user.args == (source, *dims):
+                return user  # already asked for
+        with self.graph.inserting_after(source):
+            node = self.graph.call_method(str(made.function), (source, *dims))
+        self._dynamic.add(node)
+        return node
+
+    def _training_node(self) -> fx.Node:
+        if self._mode_node is None:
+            holder = self.graph.create_node("get_attr", MODE_HOLDER)
+            self._mode_node = self.graph.call_function(getattr, (holder, "training"))
+        return self._mode_node
+
+    def _device(self) -> fx.Node:
+        if self._device_node is None:
+            assert self._first_input is not None
+            with self.graph.inserting_after(self._first_input):
+                self._device_node = self.graph.call_function(getattr, (self._first_input, "device"))
+        return self._device_node
+
+    # ---- results ---------------------------------------------------------------------------------------------
+
+    def _bind(self, value: Any, node: fx.Node, inputs: set[int], *, fresh: bool) -> Any:
+        """Remember which node stands for every tensor in ``value``; return what the user's code gets."""
+        if isinstance(value, Tensor):
+            if fresh and id(value) in inputs:
+                # Handed back as it came (an Identity, or a dropout that is off): another object, so that later uses
+                # of the input are not mistaken for uses of the output.
+                value = value.detach()
+            self._remember(value, node)
+            return value
+        if isinstance(value, Mapping):
+            for key, item in value.items():
+                self._bind_item(value, key, item, node, inputs)
+            return value
+        if isinstance(value, (tuple, list)):
+            items = [self._bind_item(value, key, item, node, inputs) for key, item in enumerate(value)]
+            if any(new is not old for new, old in zip(items, value, strict=True)):
+                return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        return value
+
+    def _bind_item(self, container: Any, key: Any, item: Any, node: fx.Node, inputs: set[int]) -> Any:
+        if not _has_tensor(item):
+            return item
+        child = self.graph.call_function(operator.getitem, (node, key))
+        child.meta["scope"], child.meta["source"] = node.meta.get("scope", ""), node.meta.get("source", "")
+        if node in self._dynamic:
+            self._dynamic.add(child)
+        return self._bind(item, child, inputs, fresh=True)
+
+    def _remember(self, tensor: Tensor, node: fx.Node) -> None:
+        self._alive.append(tensor)
+        self._node_of[id(tensor)] = node
+
+    def _is_dynamic(self, tensor: Tensor) -> bool:
+        return self.node(tensor) in self._dynamic
+
+    def output(self, value: Any) -> None:
+        """Finish the graph with the forward's result and remove what nothing needs."""
+        self.graph.output(self._result(value))
+        self.graph.eliminate_dead_code(is_impure_node=mutates)
+
+    def _result(self, value: Any) -> Any:
+        fields = getattr(type(value), "__dataclass_fields__", None)
+        if fields is not None:
+            items = {name: getattr(value, name) for name in fields if getattr(value, name) is not None}
+            return self.graph.call_function(type(value), (), {k: self._result(v) for k, v in items.items()})
+        if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
+            items_ = map(self._result, value)
+            return type(value)(*items_) if hasattr(value, "_fields") else type(value)(items_)
+        if isinstance(value, Mapping):
+            made = {key: self._result(item) for key, item in value.items()}
+            return made if type(value) is dict else self.graph.call_function(type(value), (made,))
+        try:
+            return self.argument(value)
+        except ValueRead:
+            raise TraceError(
+                f"the model returns a {type(value).__name__}, which a graph cannot hold; expected tensors, numbers, "
+                "tuples, lists, dicts or dataclasses of them. Return the tensors and wrap them outside the model."
+            ) from None
+
+
+def _has_tensor(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return True
+    if isinstance(value, Mapping):
+        return any(map(_has_tensor, value.values()))
+    return isinstance(value, (tuple, list)) and any(map(_has_tensor, value))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (torch.Size, slice))
+
+
+def _concrete(value: Any) -> Any:
+    if isinstance(value, TrainingFlag):
+        return bool(value)
+    if isinstance(value, torch.Size):
+        return torch.Size(map(plain, value))
+    if isinstance(value, slice):
+        return slice(plain(value.start), plain(value.stop), plain(value.step))
+    return plain(value)
+
+
+def tensors_in(value: Any) -> Iterable[Tensor]:
+    """Every tensor in a nest of tuples, lists and dicts."""
+    return (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))

@@ -1,0 +1,375 @@
+"""Capture: run the caller's forward once and keep what it did as a graph (design 5)."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gc
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxcompress.attention import multihead_attention
+from fxcompress.errors import FxCompressError, InputError, TraceError
+from fxcompress.inputs import Inputs, check_devices, other_batch
+from fxcompress.module import TracedModule
+from fxcompress.recorder import CONSTANTS, MODE_HOLDER, Recorder, TrainingFlag, ValueRead, tensors_in
+
+#: Modules of torch.nn that are written out or traced through, because channels live inside them.
+_OPENED = (
+    nn.MultiheadAttention,
+    nn.Transformer,
+    nn.TransformerEncoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoder,
+    nn.TransformerDecoderLayer,
+)
+#: Functions whose integers are sizes, where a literal may stand for the batch.
+_SHAPED = frozenset(
+    "view reshape expand repeat tile unflatten split narrow arange zeros ones full empty rand randn "
+    "new_zeros new_ones new_full new_empty broadcast_to".split()
+)
+
+
+def trace(model: nn.Module, example_inputs: Any = None) -> TracedModule:
+    """Record ``model``'s forward on ``example_inputs`` as a graph over its own layers.
+
+    ``torch.nn`` layers become ``call_module`` nodes, everything else the functions and methods that ran. Sizes stay
+    symbolic, so the result runs at other batch sizes, and at other resolutions where the model does. The model is
+    copied; the caller's is left as it was. Its mode (train or eval) decides which code path is recorded.
+
+    Args:
+        model: any module, or what fxcompress made before (which is copied, not traced again).
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
+
+    Raises:
+        InputError: no inputs, inputs on another device, or the forward fails on them.
+        TraceError: the forward itself reads values out of tensors (the line is named).
+    """
+    if isinstance(model, TracedModule):
+        return copy.deepcopy(model)
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model is a {type(model).__name__}; expected a torch.nn.Module.")
+    if example_inputs is None:
+        raise InputError("example_inputs is missing: a model can only be recorded by running it. Pass a batch.")
+    inputs = Inputs.parse(example_inputs)
+    check_devices(model, inputs)
+    work = copy.deepcopy(model)
+    opaque: set[str] = set()
+    recorder = _record_all(model, work, inputs, opaque)
+    batched = _settle_batch(model, work, inputs, recorder, opaque)
+    return _assemble(work, recorder, opaque, batched)
+
+
+def _record_all(model: nn.Module, work: nn.Module, inputs: Inputs, opaque: set[str]) -> Recorder:
+    """Record, making the submodules that read values opaque one after the other (at most all of them)."""
+    known = frozenset(map(id, _plain_tensors(work)))
+    scanned = False
+    while True:
+        try:
+            return _record(model, work, inputs, opaque, known)
+        except ValueRead as read:
+            if not scanned and read.what.startswith("a tensor appears"):
+                known |= {id(item) for item in gc.get_objects() if isinstance(item, Tensor)}
+                scanned = True
+                continue
+            if not read.scope or read.scope in opaque:
+                raise TraceError(
+                    f"the model's forward cannot be recorded: {read.what}, at {read.line}. What happens next depends "
+                    "on values, which a graph cannot express. Move that line into a submodule (which then stays as "
+                    "it is, unpruned), or compute it outside the model."
+                ) from None
+            opaque.add(read.scope)
+            warnings.warn(
+                f"{read.scope} stays as it is: {read.what}, at {read.line}. Its channels will not be pruned.",
+                stacklevel=4,
+            )
+
+
+def _record(
+    model: nn.Module, work: nn.Module, inputs: Inputs, opaque: set[str], known: frozenset[int]
+) -> Recorder:
+    recorder = Recorder(work, known)
+    inputs = inputs.map(Tensor.clone)
+    bound = _bind(work, inputs)
+    with _instrumented(work, recorder, opaque), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for name, (value, optional) in bound.items():
+            recorder.placeholder(name, value, optional)
+        try:
+            with recorder:
+                result = work(*inputs.args, **inputs.kwargs)
+        except (ValueRead, FxCompressError):
+            raise
+        except Exception as error:
+            raise InputError(
+                f"the model failed on the example inputs (shapes {inputs.shapes()}): {error}. "
+                "Expected inputs on which model(*inputs) runs."
+            ) from error
+        finally:
+            _restore_buffers(work, model)
+        recorder.output(result)
+    return recorder
+
+
+def _bind(model: nn.Module, inputs: Inputs) -> dict[str, tuple[Any, bool]]:
+    """Parameter name of ``forward`` to (value, whether it has a default), in the signature's order."""
+    signature = inspect.signature(model.forward)
+    try:
+        bound = signature.bind(*inputs.args, **inputs.kwargs)
+    except TypeError as error:
+        raise InputError(f"example_inputs do not fit the model's forward{signature}: {error}.") from None
+    flat: dict[str, tuple[Any, bool]] = {}
+    for name, value in bound.arguments.items():
+        parameter = signature.parameters[name]
+        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            flat.update({f"{name}_{i}": (item, False) for i, item in enumerate(value)})
+        elif parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            flat.update({key: (item, False) for key, item in value.items()})
+        else:
+            flat[name] = (value, parameter.default is not inspect.Parameter.empty)
+    first_default = False
+    for name, (value, optional) in flat.items():  # Python wants defaults after all that have none
+        first_default = first_default or not any(True for _ in tensors_in(value))
+        flat[name] = (value, optional and first_default)
+    return flat
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module is recorded as one call: a plain ``torch.nn`` layer without hooks."""
+    plain = type(module).__module__.startswith("torch.nn.modules") and not isinstance(module, _OPENED)
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return plain and not hooked and not any(True for _ in module.children()) and type(module) is not nn.Module
+
+
+@contextmanager
+def _instrumented(model: nn.Module, recorder: Recorder, opaque: set[str]) -> Iterator[None]:
+    """Let every submodule report its calls to the recorder, and nothing of that outlive the context."""
+    modules = list(model.named_modules())
+    saved = [(module, dict(module.__dict__)) for _, module in modules]
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        for path, module in modules:
+            if path in opaque or is_leaf(module):
+                module.__dict__["forward"] = _leaf_forward(recorder, path, module.forward)
+                continue
+            forward = module.forward
+            if isinstance(module, nn.MultiheadAttention):
+                forward = functools.partial(multihead_attention, module)
+            module.__dict__["forward"] = _scoped_forward(recorder, path, forward)
+            if not any(path.startswith(f"{name}.") for name in opaque):
+                module.__dict__["training"] = TrainingFlag(module.training)
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        for module, before in saved:
+            for key in ("forward", "training"):
+                module.__dict__.pop(key, None)
+                if key in before:
+                    module.__dict__[key] = before[key]
+
+
+def _leaf_forward(recorder: Recorder, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if recorder.quiet:
+            return forward(*args, **kwargs)
+        recorder.reached.add(path)
+        return recorder.record(forward, "", args, kwargs, list(tensors_in((args, kwargs))), module=path)
+
+    return run
+
+
+def _scoped_forward(recorder: Recorder, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        recorder.reached.add(path)
+        recorder.scopes.append(path)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            recorder.scopes.pop()
+
+    return run
+
+
+def _plain_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Tensors kept as ordinary attributes of modules: constants that no ``register_buffer`` knows."""
+    for module in model.modules():
+        for value in vars(module).values():
+            if not isinstance(value, dict) or not all(isinstance(item, nn.Module) for item in value.values()):
+                yield from tensors_in(value)
+
+
+def _restore_buffers(work: nn.Module, model: nn.Module) -> None:
+    for (_, buffer), (_, original) in zip(work.named_buffers(), model.named_buffers(), strict=True):
+        buffer.copy_(original)
+
+
+# ---- the batch dimension -------------------------------------------------------------------------------------
+
+
+def _settle_batch(
+    model: nn.Module, work: nn.Module, inputs: Inputs, recorder: Recorder, opaque: set[str]
+) -> tuple[str, ...]:
+    """Names of the inputs whose dimension 0 is the batch; literals that stand for it become sizes.
+
+    ``int(x)`` drops a size's memory, which is right for a size that must not change and wrong for a batch. Where a
+    literal looks like one, the forward is recorded once more at another batch size, and the literals that scaled
+    with it are the batch. If the two recordings differ otherwise, there is no batch dimension.
+    """
+    batch = inputs.batch
+    placeholders = [node for node in recorder.graph.nodes if node.op == "placeholder"]
+    bound = _bind(work, inputs)
+    named = {node.name: bound[str(node.target)][0] for node in placeholders}
+    batched = tuple(
+        name for name, value in named.items() if isinstance(value, Tensor) and value.dim() and len(value) == batch
+    )
+    if not any(_looks_like_batch(node, batch) for node in recorder.graph.nodes):
+        return batched
+    other = other_batch(batch)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            again = _record(model, work, inputs.rebatched(other), opaque, recorder.known)
+    except (FxCompressError, ValueRead):
+        return ()
+    source = next(node for node in placeholders if node.name in batched)
+    return batched if _replace_scaled(recorder.graph, again.graph, batch, other, source) else ()
+
+
+def _looks_like_batch(node: fx.Node, batch: int) -> bool:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if node.op not in ("call_function", "call_method") or name not in _SHAPED:
+        return False
+    return any(type(leaf) is int and leaf > 0 and leaf % batch == 0 for leaf in _leaves((node.args, node.kwargs)))
+
+
+def _leaves(value: Any) -> list[Any]:
+    found: list[Any] = []
+    if isinstance(value, dict):
+        for item in value.values():
+            found += _leaves(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            found += _leaves(item)
+    elif isinstance(value, slice):
+        found += _leaves((value.start, value.stop, value.step))
+    else:
+        found.append(value)
+    return found
+
+
+def _replace_scaled(first: fx.Graph, second: fx.Graph, batch: int, other: int, source: fx.Node) -> bool:
+    """Turn the literals that scale with the batch into sizes of ``source``; False if the graphs do not correspond."""
+    pairs = list(zip(first.nodes, second.nodes, strict=False))
+    if len(first.nodes) != len(second.nodes):
+        return False
+    scaled: list[tuple[fx.Node, set[int]]] = []
+    for node, twin in pairs:
+        if (node.op, node.target) != (twin.op, twin.target):
+            return False
+        here, there = _leaves((node.args, node.kwargs)), _leaves((twin.args, twin.kwargs))
+        if len(here) != len(there):
+            return False
+        found = set()
+        for index, (a, b) in enumerate(zip(here, there, strict=True)):
+            if isinstance(a, fx.Node) or isinstance(a, Tensor) or a == b:
+                continue
+            if type(a) is not int or type(b) is not int or a * other != b * batch:
+                return False
+            found.add(index)
+        if found:
+            scaled.append((node, found))
+    if scaled:
+        _write_sizes(first, scaled, batch, source)
+    return True
+
+
+def _write_sizes(
+    graph: fx.Graph, scaled: list[tuple[fx.Node, set[int]]], batch: int, source: fx.Node
+) -> None:
+    with graph.inserting_after(source):
+        size = graph.call_method("size", (source, 0))
+    for node, indices in scaled:
+        position = -1
+
+        def rewrite(value: Any, node: fx.Node = node, indices: set[int] = indices) -> Any:
+            nonlocal position
+            if isinstance(value, dict):
+                return {key: rewrite(item) for key, item in value.items()}
+            if isinstance(value, (tuple, list)):
+                return type(value)(map(rewrite, value))
+            if isinstance(value, slice):
+                return slice(*map(rewrite, (value.start, value.stop, value.step)))
+            position += 1
+            if position not in indices:
+                return value
+            if value == batch:
+                return size
+            with graph.inserting_before(node):
+                return graph.call_function(_mul_div, (size, value, batch))
+
+        node.args, node.kwargs = rewrite(tuple(node.args)), rewrite(dict(node.kwargs))
+
+
+def _mul_div(size: int, numerator: int, denominator: int) -> int:
+    return size * numerator // denominator
+
+
+# ---- the module that runs the graph --------------------------------------------------------------------------
+
+
+class Holder(nn.Module):
+    """Stands where one of the caller's modules stood and keeps its parameters, buffers and children."""
+
+    kind: type[nn.Module] = nn.Module
+
+    def extra_repr(self) -> str:
+        return f"of {self.kind.__name__}"
+
+
+def _assemble(
+    work: nn.Module, recorder: Recorder, opaque: set[str], batched: tuple[str, ...]
+) -> TracedModule:
+    nodes = list(recorder.graph.nodes)
+    used = {str(node.target) for node in nodes if node.op == "get_attr"}
+    kept = recorder.reached | {name.rpartition(".")[0] for name in used}
+    canonical = {id(module): path for path, module in work.named_modules()}
+    ancestors = {".".join(path.split(".")[:depth]) for path in kept for depth in range(path.count(".") + 1)}
+    kept |= ancestors
+    dropped: list[str] = []
+    made: dict[int, nn.Module] = {}
+
+    def hold(module: nn.Module) -> nn.Module:
+        if id(module) in made:
+            return made[id(module)]
+        path = canonical[id(module)]
+        if path in opaque or is_leaf(module):
+            made[id(module)] = module
+            return module
+        holder = made[id(module)] = Holder()
+        holder.kind = type(module)
+        for name in ("_parameters", "_buffers", "_non_persistent_buffers_set", "training"):
+            holder.__dict__[name] = module.__dict__[name]
+        for name, child in module._modules.items():
+            if child is None:
+                continue
+            if canonical[id(child)] in kept:
+                holder._modules[name] = hold(child)
+            else:
+                dropped.append(canonical[id(child)])
+        return holder
+
+    tree = hold(work)
+    if any(node.target == MODE_HOLDER for node in nodes):
+        tree._modules[MODE_HOLDER] = nn.Identity().train(tree.training)
+    if recorder.constants:
+        tree._modules[CONSTANTS] = constants = nn.Module()
+        for name, tensor in recorder.constants.items():
+            constants.register_buffer(name, tensor.detach().clone(), persistent=False)
+    meta = {"history": (), "batched": batched, "opaque": tuple(sorted(opaque)), "unreached": tuple(dropped)}
+    return TracedModule.build(tree, recorder.graph, meta)
