@@ -1,35 +1,43 @@
 """What a model costs: MACs, parameters, bytes, and measured time.
 
-:func:`count` runs the model once, for real, under a dispatch mode that sees every ATen operator with its operands:
-a module, a function, a method and an einsum all end in the same few contractions. (Fake tensors give the same
-counts, but a real run takes 0.13 s on resnet50 where fake ones take 0.65 s, and it goes through ``.item()``.)
+:func:`count` runs the model once, for real, under a dispatch mode that sees every ATen operator with its
+operands: a module, a function, a method and an einsum all end in the same few contractions. (Fake tensors give
+the same counts, but on resnet50 they take 0.65 s, a real run 0.1 s, and they stop at ``.item()``.)
 """
 
 from __future__ import annotations
 
 import io
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich import box
 from rich.console import Console, RenderableType
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.benchmark import Timer
 
 from fxcompress.errors import InputError
+from fxcompress.inputs import Inputs, check_devices
+
+if TYPE_CHECKING:
+
+    class TorchDispatchMode(TorchFunctionMode):
+        """torch's own declares no types."""
+else:
+    from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @dataclass(frozen=True)
@@ -60,8 +68,8 @@ class Cost:
     """What :func:`count` found; prints as a table.
 
     Attributes:
-        table: a row for each layer that has a cost, in the order in which the model holds them (in the order of
-            execution for a ``GraphModule``). The totals are the sums of its columns.
+        table: a row for each layer that has a cost, in the order in which the model holds them; for a
+            ``GraphModule``, in the order of execution. The totals are the sums of its columns.
     """
 
     table: tuple[Row, ...]
@@ -96,7 +104,7 @@ class Cost:
         for row in self.table:
             figures = (row.macs, row.params, row.bytes, row.elementwise)
             table.add_row(
-                row.name or "(model)", row.kind, shown_shape(row.output), *(f"{n:,}" for n in figures)
+                escape(row.name) or "(model)", row.kind, shown_shape(row.output), *(f"{n:,}" for n in figures)
             )
         return table
 
@@ -129,45 +137,40 @@ class Latency:
         )
 
 
-Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
-"""Example inputs: one tensor, the positional arguments, or the keyword arguments."""
-
-
-def count(model: nn.Module, example_inputs: Inputs) -> Cost:
+def count(model: nn.Module, example_inputs: Any) -> Cost:
     """Count what one forward pass of `model` in eval mode costs.
 
-    MACs are those of convolutions (transposed and grouped ones too), linear layers, matrix products (einsum ends
-    in them), recurrent layers, and scaled_dot_product_attention as its two matrix products, masked or not.
-    They belong to the innermost module that was running, or, directly under a ``GraphModule``, to the fx node.
-    Pointwise operators, as ATen tags them, are listed apart; copies are not among them, and what a fused kernel
-    does inside (attention's softmax, the gates of an LSTM) is not seen.
+    MACs are those of convolutions (transposed and grouped ones too), linear layers, matrix products (einsum
+    ends in them), recurrent layers, and scaled_dot_product_attention as its two matrix products, masked or
+    not. They belong to the innermost module that was running; directly in a ``GraphModule``, to the fx node.
+    Pointwise operators, as ATen tags them, are listed apart. Copies are not among them, and what a fused
+    kernel does inside (attention's softmax, the gates of an LSTM) is not seen.
 
     Figures per sample are those of the batch as given, divided by its size and rounded up: work that does not
-    depend on the batch is shared by its samples. The batch size is size 0 of the first tensor in the inputs; where
-    the first argument is a list of [C, H, W] images, as torchvision's detectors take it, it is their number.
+    depend on the batch is shared by its samples. The batch size is size 0 of the first tensor in the inputs
+    that has a dimension.
 
     The model and the inputs are left as they were: mode, buffers, attributes, hooks, and the random state.
     Parameters that forward itself overwrites are not restored.
 
     Args:
         model: any module; a ``GraphModule`` is interpreted node by node.
-        example_inputs: a tensor, a tuple of positional arguments, or a mapping of keyword arguments.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
 
     Raises:
-        InputError: there is no tensor in the inputs, the batch is empty, the model still has lazy parameters, or
-            it does not run on the inputs.
+        InputError: the inputs are of another kind or on another device, hold no tensor or an empty batch, or
+            the model fails on them; or its parameters are still lazy.
     """
-    args, kwargs = _arguments(example_inputs)
-    batch = _batch_size(args, kwargs)
+    inputs = _checked(model, example_inputs)
     tally = _Tally()
     runnable = _NodeByNode(model, tally) if isinstance(model, fx.GraphModule) else model
     with _undisturbed(model), _without_fast_path(), tally.watching(model), _AttentionCalls(tally), tally:
-        tally.call("", type(model).__name__, _run, runnable, args, kwargs)
-    return Cost(_table(model, tally, batch))
+        tally.call("", type(model).__name__, _run, runnable, inputs)
+    return Cost(_table(model, tally, inputs.batch))
 
 
 def latency(
-    model: nn.Module, example_inputs: Inputs, *, threads: int | None = None, min_run_time: float = 1.0
+    model: nn.Module, example_inputs: Any, *, threads: int | None = None, min_run_time: float = 1.0
 ) -> Latency:
     """Measure the time of a forward pass of `model` in eval mode, without gradients.
 
@@ -175,8 +178,7 @@ def latency(
 
     Args:
         model: any module, compiled ones included; left as it was, as by :func:`count`.
-        example_inputs: a tensor, a tuple of positional arguments, or a mapping of keyword arguments; the batch is
-            timed as given.
+        example_inputs: the same as for :func:`count`; the batch is timed as given.
         threads: threads for the operators; as many as torch uses now if None.
         min_run_time: seconds to measure for; slow models are given the time of ten runs.
 
@@ -185,19 +187,19 @@ def latency(
     """
     if threads is not None and threads < 1:
         raise InputError(f"threads is {threads}; expected at least 1, or None for as many as torch uses now")
-    args, kwargs = _arguments(example_inputs)
-    batch = _batch_size(args, kwargs)
+    inputs = _checked(model, example_inputs)
+    copies = inputs.map(torch.clone)
     timer = Timer(
         "model(*args, **kwargs)",
-        globals={"model": model, "args": args, "kwargs": kwargs},
+        globals={"model": model, "args": copies.args, "kwargs": copies.kwargs},
         num_threads=threads or torch.get_num_threads(),
     )
     with _undisturbed(model):
-        _run(model, args, kwargs)
+        _run(model, inputs)
         once = timer.timeit(1).mean
         measured = timer.blocked_autorange(min_run_time=max(min_run_time, 10 * once))
     runs = measured.number_per_run * len(measured.times)
-    return Latency(measured.median, measured.iqr, measured.num_threads, batch, runs)
+    return Latency(measured.median, measured.iqr, measured.num_threads, inputs.batch, runs)
 
 
 def param_count(model: nn.Module) -> int:
@@ -207,10 +209,10 @@ def param_count(model: nn.Module) -> int:
 
 def byte_count(model: nn.Module) -> int:
     """Bytes of the parameters and buffers of `model` in their own dtypes, shared storage once."""
-    return _Storages().add((*model.parameters(), *model.buffers()))
+    return _new_bytes((*model.parameters(), *model.buffers()), Counter())
 
 
-def as_text(renderable: RenderableType, width: int = 120) -> str:
+def as_text(renderable: RenderableType, width: int = 200) -> str:
     """What rich shows for `renderable`, as plain text at most `width` characters wide."""
     console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
     with console.capture() as capture:
@@ -223,69 +225,60 @@ def shown_shape(shape: Iterable[int]) -> str:
     return "x".join(map(str, shape))
 
 
-# What a contraction multiplies, by operator. Operands are (args, output) of the ATen call.
+# The MACs of one call, from its operands.
 
 
-def _matrices(first: int) -> Callable[[tuple[Any, ...], Any], int]:
-    """MACs of a product of the matrices (or batches of them, or vectors) at positions `first` and `first + 1`."""
-
-    def macs(args: tuple[Any, ...], _: Any) -> int:
-        left, right = args[first : first + 2]
-        return int(left.numel() * (right.shape[-1] if right.dim() > 1 else 1))
-
-    return macs
+def _matrices(left: Tensor, right: Tensor) -> int:
+    """[.., L, K] times [.., K, R]; a vector is a matrix without L or without R."""
+    return left.numel() * (right.shape[-1] if right.dim() > 1 else 1)
 
 
-def _convolution(args: tuple[Any, ...], output: Any) -> int:
-    """Each position of the output [N, O, *space] (transposed: of the input) meets the kernel once."""
-    positions, weight = (args[0] if args[6] else output), args[1]
-    return int(positions.shape[0] * prod(positions.shape[2:]) * weight.numel())
+def _convolution(positions: Tensor, weight: Tensor) -> int:
+    """Each position of the output [N, O, *space] (of the input, if transposed) meets the kernel once."""
+    return positions.shape[0] * prod(positions.shape[2:]) * weight.numel()
 
 
-def _onednn_convolution(args: tuple[Any, ...], output: Any) -> int:
-    return int(output.shape[0] * prod(output.shape[2:]) * args[1].numel())
+def _attention(query: Tensor, key: Tensor, output: Tensor) -> int:
+    """Query [.., L, E] times key [.., S, E], and weights [.., L, S] times value [.., S, V]; by query head."""
+    return key.shape[-2] * (query.numel() + output.numel())
 
 
-def _onednn_linear(args: tuple[Any, ...], _: Any) -> int:
-    return int(args[0].numel() * args[1].shape[0])
+def _recurrent(inputs: Tensor, weights: Iterable[Tensor]) -> int:
+    """Each weight matrix [gates * H, I or H] and projection at each step of the input [T, N, I]."""
+    return prod(inputs.shape[:-1]) * sum(weight.numel() for weight in weights if weight.dim() == 2)
 
 
-def _attention(args: tuple[Any, ...], output: Any) -> int:
-    """Query [.., L, E] times key [.., S, E], then weights [.., L, S] times value [.., S, V], for each query head."""
-    query, key = args[:2]
-    return int(key.shape[-2] * (query.numel() + output[0].numel()))
-
-
-def _onednn_recurrent(args: tuple[Any, ...], _: Any) -> int:
-    """One layer in one direction: weights [G H, I] and [G H, H] at each step of the input [T, N, I]."""
-    inputs, input_weight, hidden_weight = args[:3]
-    return int(prod(inputs.shape[:-1]) * (input_weight.numel() + hidden_weight.numel()))
-
-
-def _cudnn_recurrent(args: tuple[Any, ...], _: Any) -> int:
-    """All layers and directions: every weight matrix at each step of the input [T, N, I]."""
-    inputs, weights = args[:2]
-    return int(prod(inputs.shape[:-1]) * sum(weight.numel() for weight in weights if weight.dim() == 2))
-
-
-_CONTRACTIONS: dict[str, Callable[[tuple[Any, ...], Any], int]] = {
-    **dict.fromkeys(("aten::mm", "aten::bmm", "aten::mv", "aten::dot", "aten::vdot"), _matrices(0)),
-    **dict.fromkeys(("aten::_int_mm", "aten::_scaled_mm"), _matrices(0)),
-    **dict.fromkeys(("aten::addmm", "aten::baddbmm", "aten::addbmm", "aten::addmv"), _matrices(1)),
-    "aten::_addmm_activation": _matrices(1),
-    **dict.fromkeys(("aten::convolution", "aten::_convolution"), _convolution),
-    "aten::convolution_overrideable": _convolution,
-    "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
-    "aten::_scaled_dot_product_flash_attention": _attention,
-    "aten::_scaled_dot_product_efficient_attention": _attention,
-    "aten::_scaled_dot_product_cudnn_attention": _attention,
-    "aten::_scaled_dot_product_fused_attention_overrideable": _attention,
-    "aten::mkldnn_rnn_layer": _onednn_recurrent,
-    "aten::_cudnn_rnn": _cudnn_recurrent,
-    "mkldnn::_convolution_pointwise": _onednn_convolution,
-    "mkldnn::_linear_pointwise": _onednn_linear,
+_CONTRACTIONS: dict[str, Callable[[tuple[Any, ...], Any], int]] = {  # of (args, output) of the operator
+    **dict.fromkeys(
+        [f"aten::{name}" for name in ("mm", "bmm", "mv", "dot", "vdot", "_int_mm", "_scaled_mm")],
+        lambda args, output: _matrices(args[0], args[1]),
+    ),
+    **dict.fromkeys(
+        [f"aten::{name}" for name in ("addmm", "baddbmm", "addbmm", "addmv", "_addmm_activation")],
+        lambda args, output: _matrices(args[1], args[2]),
+    ),
+    **dict.fromkeys(
+        [f"aten::{name}" for name in ("convolution", "_convolution", "convolution_overrideable")],
+        lambda args, output: _convolution(args[0] if args[6] else output, args[1]),
+    ),
+    **dict.fromkeys(
+        [
+            f"aten::_scaled_dot_product_{kernel}"
+            for kernel in (
+                "flash_attention",
+                "flash_attention_for_cpu",
+                "efficient_attention",
+                "cudnn_attention",
+                "fused_attention_overrideable",
+            )
+        ],
+        lambda args, output: _attention(args[0], args[1], output[0]),
+    ),
+    "aten::mkldnn_rnn_layer": lambda args, output: _recurrent(args[0], args[1:3]),
+    "aten::_cudnn_rnn": lambda args, output: _recurrent(args[0], args[1]),
+    "mkldnn::_convolution_pointwise": lambda args, output: _convolution(output, args[1]),
+    "mkldnn::_linear_pointwise": lambda args, output: _matrices(args[0], args[1].t()),
 }
-
 _POINTWISE_WITHOUT_TAG = frozenset(
     f"aten::{name}"
     for name in ("hardswish", "_prelu_kernel", "masked_fill", "rsub", "threshold", "log_sigmoid_forward")
@@ -303,7 +296,7 @@ class _Work:
 
 
 class _Tally(TorchDispatchMode):
-    """Counts the work of every operator at the place that runs it: the name and kind of a module or fx node."""
+    """Counts the work of each operator at the place that runs it: name and kind of a module or fx node."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -352,9 +345,7 @@ class _Tally(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         output = func(*args, **(kwargs or {}))
-        name = (
-            func.name().partition(".")[0].removesuffix("_")
-        )  # an in-place form counts as its functional one
+        name = func.name().partition(".")[0].removesuffix("_")  # an in-place form is its functional one
         work = self.places[self._running[-1]]
         if name in _CONTRACTIONS:
             work.macs += _CONTRACTIONS[name](args, output)
@@ -397,36 +388,30 @@ class _NodeByNode(fx.Interpreter):
         return self._tally.call(n.name, kind, super().run_node, n)
 
 
-class _Storages:
-    """Bytes of memory, each counted once."""
-
-    def __init__(self) -> None:
-        self._counted: Counter[int] = Counter()
-
-    def add(self, tensors: Iterable[Tensor]) -> int:
-        """How many bytes `tensors` take beyond those counted before."""
-        return sum(map(self._new, tensors))
-
-    def _new(self, tensor: Tensor) -> int:
-        size = tensor.numel() * tensor.element_size()
-        key, limit = id(tensor), size
+def _new_bytes(tensors: Iterable[Tensor], counted: Counter[int]) -> int:
+    """How many bytes `tensors` take beyond those `counted` before, by storage; counts them."""
+    total = 0
+    for tensor in tensors:
+        size = limit = tensor.numel() * tensor.element_size()
+        key = id(tensor)
         if tensor.layout is torch.strided:
             storage = tensor.untyped_storage()
             key = storage.data_ptr() or key  # 0 on the meta device
-            limit = storage.nbytes()  # an expanded tensor is larger than its memory
-        new = min(size, limit - self._counted[key])
-        self._counted[key] += new
-        return new
+            limit = storage.nbytes()  # less than the size of an expanded tensor
+        new = min(size, limit - counted[key])
+        counted[key] += new
+        total += new
+    return total
 
 
 def _table(model: nn.Module, tally: _Tally, batch: int) -> tuple[Row, ...]:
-    memory = _Storages()
+    counted: Counter[int] = Counter()
     seen: set[Tensor] = set()
     held: dict[tuple[str, str], tuple[int, int]] = {}  # params and bytes
     order: dict[str, int] = {}
     for name, module in model.named_modules():
         own = dict.fromkeys(module.parameters(recurse=False))
-        size = memory.add((*own, *module.buffers(recurse=False)))
+        size = _new_bytes((*own, *module.buffers(recurse=False)), counted)
         held[name, type(module).__name__] = sum(each.numel() for each in own if each not in seen), size
         seen.update(own)
         order[name] = len(order)
@@ -442,44 +427,30 @@ def _table(model: nn.Module, tally: _Tally, batch: int) -> tuple[Row, ...]:
     return tuple(rows)
 
 
-def _arguments(example_inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments; the tensors are copies, so that forward may write into them."""
-    if isinstance(example_inputs, Tensor):
-        example_inputs = (example_inputs,)
-    if isinstance(example_inputs, tuple):
-        args, kwargs = example_inputs, {}
-    elif isinstance(example_inputs, Mapping):
-        args, kwargs = (), dict(example_inputs)
-    else:
-        raise InputError(
-            f"example_inputs is a {type(example_inputs).__name__}; expected a tensor, a tuple of positional "
-            "arguments, or a mapping of keyword arguments"
-        )
-    return pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
-
-
 def _tensors(tree: Any) -> Iterator[Tensor]:
     return (leaf for leaf in pytree.tree_iter(tree) if isinstance(leaf, Tensor))
 
 
-def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    for argument in (*args, *kwargs.values()):
-        tensors = list(_tensors(argument))
-        if tensors:
-            images = isinstance(argument, list) and all(each.dim() == 3 for each in tensors)
-            batch = len(tensors) if images else tensors[0].shape[0] if tensors[0].dim() else 1
-            if batch == 0:
-                raise InputError("example_inputs holds an empty batch; give at least one sample")
-            return batch
-    raise InputError("example_inputs holds no tensor, so there is no batch to count for")
+def _checked(model: nn.Module, example_inputs: Any) -> Inputs:
+    inputs = Inputs.parse(example_inputs)
+    if inputs.batch == 0:
+        raise InputError(
+            f"example_inputs hold an empty batch (shapes {inputs.shapes()}); give at least one sample."
+        )
+    if any(map(is_lazy, model.parameters())):
+        raise InputError("the model has lazy parameters, whose shapes are not known; run it once first.")
+    check_devices(model, inputs)
+    return inputs
 
 
-def _run(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _run(model: Callable[..., Any], inputs: Inputs) -> Any:
     try:
-        return model(*args, **kwargs)
+        return inputs.run(model)
     except Exception as error:
-        given = ", ".join(f"[{shown_shape(each.shape)}] {each.dtype}" for each in _tensors((args, kwargs)))
-        raise InputError(f"the model does not run on example_inputs ({given}): {error}") from error
+        raise InputError(
+            f"the model failed on the example inputs (shapes {inputs.shapes()}): {error}. "
+            "Expected inputs on which it runs in eval mode."
+        ) from error
 
 
 @contextmanager
@@ -496,24 +467,18 @@ def _without_fast_path() -> Iterator[None]:
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; afterwards attributes, buffers and the random state are what they were."""
-    if any(map(is_lazy, model.parameters())):
-        raise InputError("the model has lazy parameters, whose shapes are not known; run it once first")
     modules = list(model.modules())
     attributes = [dict(vars(module)) for module in modules]
-    contents = [
-        (held, held.copy())
-        for own in attributes
-        for held in own.values()
-        if type(held) in (dict, OrderedDict, list)
-    ]
-    copies = {buffer: buffer.clone() for buffer in model.buffers()}
-    devices = sorted({each.device.index for each in copies.values() if each.device.type == "cuda"})
+    values = [value for own in attributes for value in own.values()]
+    contents = [(held, held.copy()) for held in values if type(held) in (dict, OrderedDict, list)]
+    devices = {each.device for each in (*model.parameters(), *model.buffers()) if each.device.type == "cuda"}
     try:
-        for module in modules:
-            module.training = False  # by .eval(), a model may do more than that
-            for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
-                setattr(module, name, copies[buffer])
         with torch.random.fork_rng(devices), torch.inference_mode(False), torch.no_grad():
+            copies = {buffer: buffer.clone() for buffer in model.buffers()}
+            for module in modules:
+                module.training = False  # by .eval(), a model may do more than that
+                for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+                    setattr(module, name, copies[buffer])
             yield
     finally:
         for held, content in contents:

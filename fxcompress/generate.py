@@ -37,6 +37,8 @@ Join: TypeAlias = "Callable[[Network, Tensor, Tensor], Tensor]"
 MAX_OPS = 8
 MAX_CHANNELS = 48
 WIDTHS = (3, 4, 5, 6, 7, 8, 12)
+INPUTS = (3, 1, 4, 5)
+SIDES = (6, 7, 8, 9)
 VARIANTS = 12  # a multiple of 2, 3, 4 and 6, so that a motif with so many forms draws each as often
 _INPUT_SEED = 1 << 32  # keeps the stream of the inputs apart from that of the weights
 
@@ -191,7 +193,7 @@ class Builder:
         for child in module.modules():
             self._randomise(child)
         name = self.name(stem)
-        self.net.add_module(name, module)
+        self.net.add_module(name, module.eval())
         return name
 
     def conv(
@@ -270,7 +272,7 @@ class Builder:
     def _append(self, run: Callable[..., Tensor], reads: tuple[int, ...]) -> None:
         self._lines.append(Line(run, reads, emits=False))
         self._ends_in_head = False
-        self.values.append(run(self.net.eval(), *(self.values[i] for i in reads)))
+        self.values.append(run(self.net, *(self.values[i] for i in reads)))
 
     # -- random values: everything away from its default, activations of order one
 
@@ -354,25 +356,31 @@ def networks(kinds: Sequence[str] = tuple(MOTIFS), max_ops: int = MAX_OPS) -> Se
             "pip install hypothesis"
         ) from error
 
-    def ops_of(allowed: Sequence[str]) -> SearchStrategy[Op]:
-        taps: SearchStrategy[Tap] = st.sampled_from(("none", "none", "none", "none", "full", "mean"))
-        variants = st.integers(0, VARIANTS - 1)
-        return st.builds(Op, st.sampled_from(allowed), st.sampled_from(WIDTHS), variants, taps)
-
-    def end(kind: str) -> SearchStrategy[list[Op]]:
-        return st.lists(ops_of([kind]), max_size=1) if kind in kinds else st.just([])
-
-    def assemble(first: list[Op], middle: list[Op], last: list[Op], *rest: Any) -> Spec:
-        room = max_ops - len(middle)
-        first, last = first[: max(0, room)], last[: max(0, room - len(first))]
-        return Spec(tuple(first + middle + last), *rest)
-
-    return st.builds(
-        assemble,
-        end("conv_bn_relu"),
-        st.lists(ops_of(list(kinds)), min_size=1, max_size=max_ops),
-        end("head"),
-        st.integers(0, 999),
-        st.sampled_from((3, 1, 4, 5)),
-        st.tuples(st.integers(6, 9), st.integers(6, 9)),
+    op = st.builds(
+        Op,
+        kind=st.sampled_from(list(kinds)),
+        width=st.sampled_from(WIDTHS),
+        variant=st.integers(0, VARIANTS - 1),
+        tap=st.sampled_from(("none", "none", "none", "none", "full", "mean")),
     )
+    sizes = [(height, width) for height in SIDES for width in SIDES]
+
+    def end(kind: str) -> SearchStrategy[Op | None]:
+        ops = [Op(kind, width, variant) for width in WIDTHS for variant in range(4)] if kind in kinds else []
+        return st.sampled_from([None] * max(1, len(ops)) + ops)
+
+    # `unique`, and no strategy drawn from twice: else Hypothesis follows each new example by five in which it
+    # copied one part over another of its like, and a kind of operation comes in bursts or not at all.
+    @st.composite
+    def spec(draw: st.DrawFn) -> Spec:
+        ops = draw(st.lists(op, min_size=1, max_size=max_ops, unique=True))
+        first, last = draw(end("conv_bn_relu")), draw(end("head"))
+        if first and len(ops) < max_ops:
+            ops = [first, *ops]
+        if last and len(ops) < max_ops:
+            ops = [*ops, last]
+        return Spec(
+            tuple(ops), draw(st.integers(0, 999)), draw(st.sampled_from(INPUTS)), draw(st.sampled_from(sizes))
+        )
+
+    return spec()

@@ -249,13 +249,16 @@ def stack(b: Builder, op: Op) -> None:
 
 
 def skip(b: Builder, op: Op) -> None:
-    """An earlier tensor of the same height and width, added or concatenated."""
-    past = [i for i, value in enumerate(b.values[:-1]) if value.shape[2:] == b.x.shape[2:]]
-    if not past:
-        return
-    i = past[op.variant % len(past)]
+    """An earlier tensor, added or concatenated; brought to the current height and width."""
+    if len(b.values) < 2:
+        first = b.conv(op.width)
+        b.then(lambda m, x: m[first](x))
+    i = op.variant % (len(b.values) - 1)
     width = b.values[i].shape[1]
-    if width == b.channels:
+    if b.values[i].shape[2:] != b.x.shape[2:]:
+        conv = b.conv(width, 1)
+        b.join(i, lambda m, x, old: m[conv](x) + F.adaptive_avg_pool2d(old, (x.shape[2], x.shape[3])))
+    elif width == b.channels:
         b.join(i, lambda m, x, old: x + old)
     elif op.width % 2 and b.fits(b.channels + width):
         b.join(i, lambda m, x, old: torch.cat([x, old], dim=1))

@@ -1,0 +1,1 @@
+"""The channel analysis: which slices of which tensors belong together."""

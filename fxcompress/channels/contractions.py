@@ -1,0 +1,200 @@
+"""Rules for operators that sum products: matrix products and convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from fxcompress.channels.labels import Labels, aligned, dims_of
+from fxcompress.channels.ledger import Ledger
+from fxcompress.channels.rules import Call, join
+
+
+def contract(
+    call: Call,
+    left: tuple[tuple[int, ...], Sequence[Tensor]],
+    right: tuple[tuple[int, ...], Sequence[Tensor]],
+    summed: frozenset[int],
+    consts: tuple[Labels, Labels],
+) -> list[Tensor]:
+    """``sum over summed of left * right`` in one index space; returns the factors that remain.
+
+    Labels along the summed dimensions are matched between the operands and end. Where neither operand is a weight
+    whose columns can be masked, the sum runs over the live channels only.
+    """
+    ledger = call.ledger
+    ended = False
+    for (_, factors), labels in zip((left, right), consts, strict=True):
+        inner = [f for f in factors if summed & set(dims_of(f))]
+        ended = ended or bool(inner)
+        if labels.const and not all(other.const for other in consts):
+            ledger.consume(inner)
+            ledger.produce(f for f in factors if not summed & set(dims_of(f)))
+    kept = join(ledger, (left, right), "it is summed with a tensor without channels of its own")
+    for factor in {id(f): f for f in [*left[1], *right[1]] if summed & set(dims_of(f))}.values():
+        ledger.pin(factor, set(dims_of(factor)) - summed or set(), "its rows are not channels after the sum")
+    if ended and not any(labels.direct for labels in consts):
+        ledger.live_only.add(ledger.node)
+    return [f for f in kept if not summed & set(dims_of(f))]
+
+
+def _spread(labels: Labels, places: Sequence[int], ndim: int) -> tuple[tuple[int, ...], list[Tensor]]:
+    """A tensor's shape and factors with its dimension ``i`` put at ``places[i]`` of a space of ``ndim`` dimensions."""
+
+    def put(shape: Sequence[int]) -> list[int]:
+        sizes = [1] * ndim
+        for place, size in zip(places, shape, strict=True):
+            sizes[place] = size
+        return sizes
+
+    order = sorted(range(len(places)), key=lambda i: places[i])
+    return tuple(put(labels.shape)), [f.permute(order).reshape(put(f.shape)) for f in labels.factors]
+
+
+def _product(call: Call, first: str, second: str, left: Sequence[int], right: Sequence[int], summed: int) -> list[Tensor]:
+    a, b = call.labels(first), call.labels(second)
+    ndim = max(*left, *right) + 1
+    kept = contract(call, _spread(a, left, ndim), _spread(b, right, ndim), frozenset({summed}), (a, b))
+    return [f.squeeze(summed) for f in kept]
+
+
+def matmul(call: Call) -> Labels:
+    """``mm``, ``bmm``, ``mv``, ``dot`` and their forms with an added bias."""
+    names = [name for name in ("self", "mat1", "batch1", "mat2", "batch2", "vec", "tensor") if name in call.arguments]
+    added = call.name.startswith(("add", "badd"))
+    first, second = names[1:3] if added else names[:2]
+    batched = call.arguments[first].dim() == 3
+    shapes = call.arguments[first].dim(), call.arguments[second].dim()
+    if batched:
+        factors = _product(call, first, second, (0, 1, 2), (0, 2, 3), 2)
+    elif shapes == (2, 2):
+        factors = _product(call, first, second, (0, 1), (1, 2), 1)
+    else:
+        factors = _product(call, first, second, (0, 1) if shapes[0] == 2 else (0,), (shapes[0] - 1,), shapes[0] - 1)
+    made = call.made(factors)
+    if not added:
+        return made
+    bias = call.labels("self")
+    ndim = call.result.dim()
+    shape = (1,) * (ndim - len(bias.shape)) + bias.shape
+    operands = ((made.shape, made.factors), (shape, [aligned(f, ndim) for f in bias.factors]))
+    return call.made(join(call.ledger, operands, "its bias has no channels of its own"))
+
+
+def convolution(call: Call) -> Labels:
+    """Convolutions of every kind; a depthwise one is pointwise in its channels, a grouped one keeps rows apart."""
+    ledger, groups = call.ledger, call.arguments["groups"]
+    x, w = call.labels("input"), call.labels("weight")
+    channel = 1
+    spatial = [f for f in x.factors if set(dims_of(f)) - {0, channel}]
+    for factor in spatial:
+        _tie_positions(ledger, factor, channel)
+    inputs = [_at(f, channel) for f in spatial] + [f for f in x.factors if dims_of(f) == (channel,)]
+    inputs = [f.reshape(-1) for f in inputs if f.shape[channel] > 1]
+    ledger.freeze([f for f in x.factors if 0 in dims_of(f)], "it lies in the batch dimension")
+    ledger.freeze([f for f in w.factors if set(dims_of(f)) - {0, 1}], "it is a kernel position")
+    rows = [f.reshape(-1) for f in w.factors if dims_of(f) == (0,)]
+    columns = [f.reshape(w.shape[:2] if len(dims_of(f)) > 1 else -1) for f in w.factors if dims_of(f) in ((1,), (0, 1))]
+    if call.arguments["transposed"]:
+        out = _transposed(call, x, w, inputs, rows, columns, groups)
+    elif groups == 1:
+        out = _plain(call, x, w, inputs, rows, columns)
+    else:
+        out = _grouped(call, x, w, inputs, rows, columns, groups)
+    bias = call.arguments.get("bias")
+    if bias is not None and call.of(bias).factors:
+        for factor in out:
+            ledger.unite(factor, call.of(bias).factors[0])
+    shape = [1, -1] + [1] * (call.result.dim() - 2)
+    return call.made([f.reshape(shape) for f in out])
+
+
+def _at(factor: Tensor, dim: int) -> Tensor:
+    for other in range(factor.dim()):
+        if other != dim:
+            factor = factor.narrow(other, 0, 1)
+    return factor
+
+
+def _tie_positions(ledger: Ledger, factor: Tensor, channel: int) -> None:
+    """A kernel slides over positions: channels that differ from position to position are tied."""
+    if factor.shape[channel] == 1:
+        ledger.freeze([factor], "it lies in a spatial dimension")
+    else:
+        ledger.unite(factor, _at(factor, channel))
+
+
+def _one(call: Call, factors: list[Tensor]) -> Tensor | None:
+    """The factor of a dimension, others on the same dimension tied to it."""
+    for other in factors[1:]:
+        for factor in factors[:1]:
+            call.ledger.unite(factor.reshape(-1, 1) if factor.dim() == 1 and other.dim() == 2 else factor, other)
+    return factors[0] if factors else None
+
+
+def _plain(call: Call, x: Labels, w: Labels, inputs: list[Tensor], rows: list[Tensor], columns: list[Tensor]) -> list[Tensor]:
+    a, b = ((1, x.shape[1]), [f.reshape(1, -1) for f in inputs]), (w.shape[:2], [f.reshape(1, -1) for f in columns] + [f.reshape(-1, 1) for f in rows])
+    kept = contract(call, a, b, frozenset({1}), (x, w))
+    return [f.reshape(-1) for f in kept]
+
+
+def _transposed(
+    call: Call, x: Labels, w: Labels, inputs: list[Tensor], rows: list[Tensor], columns: list[Tensor], groups: int
+) -> list[Tensor]:
+    """The weight is (inputs, outputs / groups, ...): its rows consume and its columns produce."""
+    if groups == 1:
+        a = ((x.shape[1], 1), [f.reshape(-1, 1) for f in inputs])
+        b = (w.shape[:2], [f.reshape(-1, 1) for f in rows] + [f.reshape(1, -1) for f in columns])
+        return [f.reshape(-1) for f in contract(call, a, b, frozenset({0}), (x, w))]
+    ledger = call.ledger
+    ledger.freeze([*inputs, *rows, *columns], "a grouped transposed convolution")
+    return []
+
+
+def _grouped(
+    call: Call, x: Labels, w: Labels, inputs: list[Tensor], rows: list[Tensor], columns: list[Tensor], groups: int
+) -> list[Tensor]:
+    ledger = call.ledger
+    entering, out = _one(call, inputs), _one(call, rows)
+    if out is None:
+        ledger.freeze([*inputs, *columns], "a grouped convolution with one output")
+        return []
+    if w.const:
+        ledger.produce([out])
+    per_group = out.reshape(groups, -1)
+    if w.shape[1] == 1:  # depthwise
+        if entering is None:
+            ledger.freeze([out], "its input has no channels of its own")
+        else:
+            ledger.unite(entering.reshape(groups, 1), per_group)
+            ledger.consume([entering] if per_group.shape[1] > 1 else [])
+            if per_group.shape[1] > 1:
+                ledger.constrain(per_group)
+        return [out]
+    if per_group.shape[1] == 1:
+        ledger.freeze([out], "the only output of its convolution group")
+    else:
+        ledger.constrain(per_group, pinned=(0,))
+    if entering is None:
+        ledger.freeze(columns, "its input has no channels of its own")
+        return [out]
+    ledger.consume([entering])
+    sources = entering.reshape(groups, -1)
+    ledger.constrain(sources, pinned=(0,))
+    taken = sources.repeat_interleave(per_group.shape[1], 0)  # (outputs, inputs / groups)
+    for column in columns:
+        if column.dim() == 2 or not _regroup(call, taken):
+            ledger.unite(column if column.dim() == 2 else column.reshape(1, -1), taken)
+    return [out]
+
+
+def _regroup(call: Call, taken: Tensor) -> bool:
+    """Let a grouped weight's columns carry the labels of the inputs that each row sees."""
+    weight = call.arguments["weight"]
+    labels = call.of(weight)
+    if not labels.direct or not labels.const:
+        return False
+    mine = taken.reshape(tuple(taken.shape) + (1,) * (weight.dim() - 2))
+    kept = tuple(f for f in labels.factors if dims_of(f) != (1,))
+    return bool(call.relabel(weight, Labels(labels.shape, (*kept, mine), labels.const, labels.direct)))

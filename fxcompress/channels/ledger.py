@@ -1,0 +1,120 @@
+"""What a propagation writes down: fresh labels, equalities, what is frozen and why, and which rows must stay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fxcompress.channels.labels import IntArray, Labels, dims_of
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A range of labels: ``size`` of them from ``start``, along dimension ``dim`` of the tensor called ``name``."""
+
+    name: str
+    dim: int
+    start: int
+    size: int
+    parameter: bool
+
+    def __str__(self) -> str:
+        return f"{self.name}[{self.dim}]"
+
+
+@dataclass(frozen=True)
+class Equality:
+    """Labels that are one and the same channel, pair by pair, because of ``node``."""
+
+    left: IntArray
+    right: IntArray
+    node: str
+
+
+@dataclass(frozen=True)
+class Freeze:
+    """Labels that cannot be removed because of what ``node`` does with them."""
+
+    labels: IntArray
+    reason: str
+    node: str
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """The live elements of ``labels`` must form a rectangle or equal rows; ``pinned`` dimensions are never cut."""
+
+    labels: Labels
+    pinned: frozenset[int]
+    node: str
+
+
+@dataclass
+class Ledger:
+    """Everything that a propagation found out, in the order in which it did."""
+
+    axes: list[Axis] = field(default_factory=list)
+    equalities: list[Equality] = field(default_factory=list)
+    freezes: list[Freeze] = field(default_factory=list)
+    constraints: list[Constraint] = field(default_factory=list)
+    produced: list[IntArray] = field(default_factory=list)
+    consumed: list[tuple[IntArray, str]] = field(default_factory=list)
+    live_only: set[str] = field(default_factory=set)
+    node: str = ""
+    next_label: int = 1
+
+    def fresh(self, name: str, shape: Iterable[int], *, parameter: bool) -> tuple[Tensor, ...]:
+        """New labels for a tensor: one factor for each dimension longer than 1."""
+        shape = tuple(shape)
+        factors = []
+        for dim, size in enumerate(shape):
+            if size > 1:
+                labels = self.fresh_axis(name, dim, size, parameter=parameter)
+                factors.append(labels.reshape([size if d == dim else 1 for d in range(len(shape))]))
+        return tuple(factors)
+
+    def fresh_axis(self, name: str, dim: int, size: int, *, parameter: bool = False) -> Tensor:
+        """``size`` new labels, 1-D."""
+        axis = Axis(name, dim, self.next_label, size, parameter)
+        self.axes.append(axis)
+        self.next_label += size
+        return torch.arange(axis.start, axis.start + size)
+
+    def unite(self, left: Tensor, right: Tensor) -> None:
+        """The labels of two factors (broadcast against each other) are one and the same."""
+        if left is right:
+            return
+        left, right = torch.broadcast_tensors(left, right)
+        a, b = left.reshape(-1).numpy(), right.reshape(-1).numpy()
+        different = a != b
+        if different.any():
+            self.equalities.append(Equality(a[different], b[different], self.node))
+
+    def freeze(self, factors: Iterable[Tensor], reason: str) -> None:
+        """No channel in these factors can be removed."""
+        for factor in factors:
+            self.freezes.append(Freeze(np.unique(factor.numpy()), reason, self.node))
+
+    def pin(self, factor: Tensor, dims: Iterable[int], reason: str) -> None:
+        """A factor's channels may go as long as none of ``dims`` gets shorter."""
+        dims = frozenset(dims) & frozenset(dims_of(factor))
+        if dims == frozenset(dims_of(factor)):
+            self.freeze([factor], reason)
+        elif dims:
+            self.constraints.append(Constraint(Labels(tuple(factor.shape), (factor,)), dims, self.node))
+
+    def constrain(self, factor: Tensor, pinned: Iterable[int] = ()) -> None:
+        """The live part of a factor must have a shape: a rectangle, or rows of equal length."""
+        self.constraints.append(Constraint(Labels(tuple(factor.shape), (factor,)), frozenset(pinned), self.node))
+
+    def produce(self, factors: Iterable[Tensor]) -> None:
+        """These labels are rows of a weight that produces channels: they are what gets scored."""
+        self.produced.extend(np.unique(factor.numpy()) for factor in factors)
+
+    def consume(self, factors: Iterable[Tensor]) -> None:
+        """These labels are columns of a weight that consumes channels."""
+        self.consumed.extend((np.unique(factor.numpy()), self.node) for factor in factors)

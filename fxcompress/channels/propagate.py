@@ -1,0 +1,207 @@
+"""Sending labels through a model: an interpreter over the graph that watches ATen operators go by."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from fxcompress.channels.labels import Labels, dims_of
+from fxcompress.channels.ledger import Ledger
+from fxcompress.channels.operators import operator_name, read_arguments, rule_for
+from fxcompress.channels.rules import Call
+from fxcompress.inputs import Inputs
+from fxcompress.module import TracedModule
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What one propagation found.
+
+    Attributes:
+        ledger: labels, equalities, freezes and constraints.
+        values: for every node by name, its value with tensors replaced by their :class:`Labels` and numbers kept.
+        state: labels of every parameter and buffer, by name.
+        moves: names of the nodes that only rearrange elements.
+    """
+
+    ledger: Ledger
+    values: dict[str, Any]
+    state: dict[str, Labels]
+    moves: frozenset[str]
+
+
+_MOVES = frozenset(
+    """view _unsafe_view reshape _reshape_alias expand permute transpose t numpy_T select slice split split_with_sizes
+    unbind squeeze unsqueeze unfold roll flip repeat pixel_shuffle pixel_unshuffle channel_shuffle alias detach clone
+    native_channel_shuffle narrow movedim contiguous index index_select constant_pad_nd chunk""".split()
+)
+
+
+class _Watch(TorchDispatchMode):
+    """Gives every tensor that an operator makes its labels."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__()
+        self.ledger = ledger
+        self.table = WeakTensorKeyDictionary()
+        self.parameters: dict[int, str] = {}
+        self.values_only = True
+        self.moves_only = True
+        self.asleep = False
+
+    def of(self, tensor: Tensor) -> Labels:
+        found = self.table.get(tensor)
+        return Labels(tuple(tensor.shape)) if found is None else found
+
+    def relabel(self, tensor: Tensor, labels: Labels) -> bool:
+        if id(tensor) not in self.parameters:
+            return False
+        self.table[tensor] = labels
+        return True
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if self.asleep or func.namespace == "prim":
+            return result
+        name, inplace = operator_name(func)
+        self.moves_only = self.moves_only and name in _MOVES and not inplace
+        self.asleep = True
+        try:
+            self._apply(func, name, inplace, read_arguments(func, args, kwargs), result)
+        finally:
+            self.asleep = False
+        return result
+
+    def _apply(self, func: Any, name: str, inplace: bool, arguments: dict[str, Any], result: Any) -> None:
+        call = Call(name, func, arguments, result, self.ledger, self.of, self.relabel, self.values_only)
+        tensors = call.tensors()
+        rule = rule_for(func, name, arguments)
+        before = self.of(tensors[0]) if inplace else None
+        if rule is None:
+            for tensor in tensors:
+                self.ledger.freeze(self.of(tensor).factors, f"nothing is known about {func._schema.name}")
+            made: Any = [call.made(()) if isinstance(result, Tensor) else None]
+        elif not tensors or any(self.of(tensor).factors for tensor in tensors) or name.startswith("new_"):
+            made = rule(call) if tensors or name in ("zeros", "ones", "full", "empty") else None
+        else:
+            made = None
+        self._assign(call, result, made)
+        if before is not None:
+            self._written(before, tensors[0])
+
+    def _assign(self, call: Call, result: Any, made: Any) -> None:
+        results = [result] if isinstance(result, Tensor) else list(result or ()) if isinstance(result, (tuple, list)) else []
+        const = call.const() and call.name not in ("rand", "randn", "randint", "randperm", "bernoulli", "arange")
+        labels = made if isinstance(made, list) else [made]
+        labels += [None] * (len(results) - len(labels))
+        for tensor, item in zip(results, labels, strict=True):
+            if isinstance(tensor, Tensor):
+                self.table[tensor] = item if item is not None else Labels(tuple(tensor.shape), (), const)
+
+    def _written(self, before: Labels, target: Tensor) -> None:
+        """A write into a tensor that others may see: what it did not know before is frozen."""
+        known = [set(dims_of(factor)) for factor in before.factors]
+        for factor in self.of(target).factors:
+            if not any(set(dims_of(factor)) <= dims for dims in known):
+                self.ledger.freeze([factor], "it is written into a tensor without channels of its own")
+
+
+class _Interpreter(fx.Interpreter):
+    def __init__(self, module: TracedModule, watch: _Watch, opaque: Iterable[str]) -> None:
+        super().__init__(module)
+        self.watch, self.opaque = watch, frozenset(opaque)
+        self.values: dict[str, Any] = {}
+        self.moves: set[str] = set()
+
+    def run_node(self, n: fx.Node) -> Any:
+        watch = self.watch
+        watch.ledger.node = n.name
+        watch.values_only = all(user.target is operator.getitem and user.args[1] == 0 for user in n.users)
+        watch.moves_only = True
+        if n.op == "call_module" and str(n.target) in self.opaque:
+            watch.asleep = True
+        try:
+            result = super().run_node(n)
+        finally:
+            watch.asleep = False
+        if n.op == "call_module" and str(n.target) in self.opaque:
+            self._freeze(n, f"{n.target} is opaque")
+        if n.op == "output":
+            for labels in _labels_in(pytree.tree_map(self._describe, result)):
+                watch.ledger.freeze(labels.factors, "it is an output of the model")
+        if n.op in ("call_function", "call_method", "call_module") and watch.moves_only:
+            self.moves.add(n.name)
+        self.values[n.name] = pytree.tree_map(self._describe, result)
+        return result
+
+    def _freeze(self, node: fx.Node, reason: str) -> None:
+        for labels in _labels_in([self.values[source.name] for source in node.all_input_nodes]):
+            self.watch.ledger.freeze(labels.factors, reason)
+        for tensor in self.fetch_attr(str(node.target)).parameters():
+            self.watch.ledger.freeze(self.watch.of(tensor).factors, reason)
+
+    def _describe(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self.watch.of(value)
+        return value if isinstance(value, (int, float, bool, str, type(None))) else None
+
+
+def _labels_in(value: Any) -> list[Labels]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Labels)]
+
+
+def propagate(module: TracedModule, inputs: Inputs) -> Facts:
+    """Run a traced model on ``inputs`` in eval mode and follow every channel through it.
+
+    The module's mode and buffers are as before afterwards.
+    """
+    ledger = Ledger()
+    watch = _Watch(ledger)
+    state = [*module.named_parameters(), *module.named_buffers()]
+    for name, tensor in state:
+        ledger.node = name
+        factors = ledger.fresh(name, tensor.shape, parameter=True) if tensor.is_floating_point() else ()
+        watch.table[tensor] = Labels(tuple(tensor.shape), factors, const=True, direct=True)
+        watch.parameters[id(tensor)] = name
+    interpreter = _Interpreter(module, watch, module.meta["opaque"])
+    modes = [(item, item.training) for item in module.modules()]
+    fresh = inputs.map(Tensor.clone)
+    try:
+        module.eval()
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), watch:
+            interpreter.run(*_positional(module, fresh))
+    finally:
+        for item, mode in modes:
+            item.training = mode
+    labels = {name: watch.of(tensor) for name, tensor in state}
+    values = interpreter.values
+    for node in module.graph.nodes:
+        if node.op == "get_attr" and node.target in labels:
+            values[node.name] = labels[node.target]
+    return Facts(ledger, values, labels, frozenset(interpreter.moves))
+
+
+def _positional(module: TracedModule, inputs: Inputs) -> list[Any]:
+    """The inputs in the order of the graph's placeholders."""
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    values = list(inputs.args)
+    for node in placeholders[len(values) :]:
+        values.append(inputs.kwargs[node.target] if node.target in inputs.kwargs else node.args[0])
+    return values
+
+
+def leaf_modules(module: nn.Module) -> dict[str, nn.Module]:
+    """Modules that hold parameters of their own, by name: the layers that passes choose from."""
+    return {name: item for name, item in module.named_modules() if any(True for _ in item.parameters(False))}

@@ -1,0 +1,248 @@
+"""What each class of ATen operator does to labels (design 7).
+
+A rule takes a :class:`Call` and returns the labels of the results. There are few rules because ATen has few classes of
+operators; an operator without a rule freezes what enters it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxcompress.channels.labels import Labels, aligned, canonical, dims_of, view_factor
+from fxcompress.channels.ledger import Ledger
+
+
+@dataclass
+class Call:
+    """One ATen call: the operator, its arguments by name, its result, and the labels of its tensors."""
+
+    name: str
+    func: Any
+    arguments: dict[str, Any]
+    result: Any
+    ledger: Ledger
+    of: Callable[[Tensor], Labels]
+    relabel: Callable[[Tensor, Labels], bool]
+    values_only: bool  # the result's second part (indices) is not used
+
+    def labels(self, name: str) -> Labels:
+        """The labels of the tensor argument called ``name``."""
+        return self.of(self.arguments[name])
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor argument, in order."""
+        found: list[Tensor] = []
+        for value in self.arguments.values():
+            if isinstance(value, Tensor):
+                found.append(value)
+            elif isinstance(value, (list, tuple)):
+                found.extend(item for item in value if isinstance(item, Tensor))
+        return found
+
+    def const(self) -> bool:
+        """Whether the result depends on parameters and buffers alone."""
+        return all(self.of(tensor).const for tensor in self.tensors())
+
+    def made(self, factors: Iterable[Tensor], index: int | None = None, direct: bool = False) -> Labels:
+        """Labels for (part ``index`` of) the result."""
+        tensor = self.result if index is None else self.result[index]
+        return Labels(tuple(tensor.shape), tuple(factors), self.const(), direct)
+
+
+Rule = Callable[[Call], Any]
+
+
+# ---- joining operands: the heart of pointwise operators and contractions --------------------------------------------
+
+
+def join(
+    ledger: Ledger, operands: Sequence[tuple[tuple[int, ...], Sequence[Tensor]]], reason: str
+) -> list[Tensor]:
+    """Tie the factors of operands that meet in one index space (equal number of dimensions, size 1 = broadcast).
+
+    Elements that meet are one channel. Where an operand extends along a labelled dimension without labels of its own,
+    nothing may be cut there. Returns the distinct factors that remain.
+    """
+    for i, (_, factors) in enumerate(operands):
+        for factor in factors:
+            dense = {
+                dim
+                for j, (shape, others) in enumerate(operands)
+                if j != i
+                for dim in dims_of(factor)
+                if shape[dim] > 1 and not any(other.shape[dim] > 1 for other in others)
+            }
+            if dense:
+                ledger.pin(factor, dense, reason)
+    kept: list[Tensor] = []
+    for _, factors in operands:
+        for dims in dict.fromkeys(map(dims_of, factors)):
+            mine = [factor for factor in factors if dims_of(factor) == dims]
+            same = [factor for factor in kept if dims_of(factor) == dims]
+            if len(mine) == len(same):
+                for left, right in zip(same, mine, strict=True):
+                    ledger.unite(left, right)
+                continue
+            for other in [factor for factor in kept if set(dims_of(factor)) & set(dims)]:
+                for factor in mine:
+                    ledger.unite(other, factor)
+            if not same:
+                kept += mine
+    return [f for f in kept if not any(f is not g and set(dims_of(f)) < set(dims_of(g)) for g in kept)]
+
+
+def pointwise(call: Call) -> Any:
+    """Aligned elements are one and the same channel."""
+    results = call.result if isinstance(call.result, (tuple, list)) else [call.result]
+    ndim = max((tensor.dim() for tensor in [*call.tensors(), *results]), default=0)
+    operands = []
+    for tensor in call.tensors():
+        labels = call.of(tensor)
+        shape = (1,) * (ndim - tensor.dim()) + tuple(tensor.shape)
+        operands.append((shape, [aligned(factor, ndim) for factor in labels.factors]))
+    factors = join(call.ledger, operands, "it meets a tensor without channels of its own")
+    if isinstance(call.result, (tuple, list)):
+        return [call.made(factors, i) for i in range(len(call.result))]
+    return call.made(factors)
+
+
+# ---- movement: run the operator on the labels ---------------------------------------------------------------------
+
+
+def movement(call: Call) -> Any:
+    """The operator itself, run on every factor of its first argument."""
+    (name, source), *rest = call.arguments.items()
+    labels = call.of(source)
+    parts: list[list[Tensor]] = []
+    for factor in labels.expanded():
+        moved = call.func(factor, **dict(rest))
+        parts.append(list(moved) if isinstance(moved, (tuple, list)) else [moved])
+    many = isinstance(call.result, (tuple, list))
+    made = []
+    for i in range(len(call.result) if many else 1):
+        factors = [factor for part in parts if (factor := canonical(part[i])) is not None]
+        made.append(call.made(factors, i if many else None, labels.direct))
+    return made if many else made[0]
+
+
+def view(call: Call) -> Labels:
+    """A reshape: only the blocks of dimensions in which labels vary are touched."""
+    labels = call.labels("self")
+    shape = tuple(call.result.shape)
+    factors = [view_factor(factor, labels.shape, shape) for factor in labels.factors]
+    return call.made([f for factor in factors if (f := canonical(factor)) is not None], direct=labels.direct)
+
+
+def expand(call: Call) -> Labels:
+    """Broadcasting adds dimensions in which nothing varies."""
+    labels = call.labels("self")
+    return call.made([aligned(f, call.result.dim()) for f in labels.factors], direct=labels.direct)
+
+
+def same(call: Call) -> Labels:
+    """Identity: clone, alias, contiguous."""
+    labels = call.labels("self")
+    return call.made(labels.factors, direct=labels.direct)
+
+
+def cat(call: Call) -> Labels:
+    """Labels are laid end to end along the dimension, and tied along the others."""
+    pieces = [tensor for tensor in call.arguments["tensors"] if tensor.dim() > 1 or tensor.numel()]
+    dim = call.arguments.get("dim", 0) % call.result.dim()
+    labels = [call.of(piece) for piece in pieces]
+    beside = [(tuple(piece.shape), [f for f in item.factors if f.shape[dim] == 1]) for piece, item in zip(pieces, labels, strict=True)]
+    shapes = [(tuple(1 if d == dim else size for d, size in enumerate(shape)), factors) for shape, factors in beside]
+    kept = join(call.ledger, shapes, "it is concatenated with a tensor without channels of its own")
+    if any(factor.shape[dim] > 1 for item in labels for factor in item.factors):
+        kept.append(_lay_out(call, pieces, labels, dim))
+    return call.made(kept, direct=all(item.direct for item in labels))
+
+
+def _lay_out(call: Call, pieces: Sequence[Tensor], labels: Sequence[Labels], dim: int) -> Tensor:
+    parts = []
+    for piece, item in zip(pieces, labels, strict=True):
+        along = [factor for factor in item.factors if factor.shape[dim] > 1]
+        if len(along) == 1:
+            parts.append(along[0])
+            continue
+        call.ledger.freeze(along, "two kinds of channels share a concatenated dimension")
+        size = piece.shape[dim]
+        fresh = call.ledger.fresh_axis(call.ledger.node, dim, size)
+        call.ledger.freeze([fresh], "a concatenated tensor has no channels of its own here")
+        parts.append(fresh.reshape([size if d == dim else 1 for d in range(piece.dim())]))
+    wide = [max(part.shape[d] for part in parts) for d in range(parts[0].dim())]
+    return torch.cat([part.expand([*wide[:dim], part.shape[dim], *wide[dim + 1 :]]) for part in parts], dim)
+
+
+def stack(call: Call) -> Labels:
+    """A new dimension over tensors whose channels are tied."""
+    dim = call.arguments.get("dim", 0) % call.result.dim()
+    operands = [
+        (tuple(t.unsqueeze(dim).shape), [f.unsqueeze(dim) for f in call.of(t).factors])
+        for t in call.arguments["tensors"]
+    ]
+    return call.made(join(call.ledger, operands, "it is stacked on a tensor without channels of its own"))
+
+
+def pad(call: Call) -> Labels:
+    """Positions that padding adds get labels of their own: free where the pad is zero, frozen where it is not."""
+    amounts = list(call.arguments["pad"])
+    ndim = call.result.dim()
+    labels = call.labels("self")
+    padded = {ndim - 1 - i // 2 for i, amount in enumerate(amounts) if amount}
+    factors = []
+    for factor in labels.factors:
+        dims = padded & set(dims_of(factor))
+        if not dims:
+            factors.append(factor)
+            continue
+        sizes = [labels.shape[d] if d in dims else factor.shape[d] for d in range(ndim)]
+        local = [amount if ndim - 1 - i // 2 in dims else 0 for i, amount in enumerate(amounts)]
+        grown = torch.constant_pad_nd(factor.expand(sizes), local, 0)
+        for dim in sorted(dims):
+            fresh = call.ledger.fresh_axis(call.ledger.node, dim, grown.shape[dim])
+            if call.arguments.get("value", 0) != 0:
+                call.ledger.freeze([fresh], "padding with another value than zero")
+            grown = torch.where(grown == 0, fresh.reshape([-1 if d == dim else 1 for d in range(ndim)]), grown)
+        factors.append(grown)
+    return call.made(factors)
+
+
+def index(call: Call) -> Labels:
+    """Advanced indexing: movement where the indices are constants."""
+    source = call.arguments["self"]
+    labels = call.of(source)
+    given = call.arguments["indices"] if call.name == "index" else [None] * (call.arguments["dim"] % source.dim()) + [call.arguments["index"]]
+    indices = list(given) + [None] * (source.dim() - len(given))
+    for item in indices:
+        if item is not None:
+            call.ledger.freeze(call.of(item).factors, "it is an index")
+    moved = {dim for dim, item in enumerate(indices) if item is not None}
+    chosen_by_data = any(item is not None and not call.of(item).const for item in indices)
+    factors = []
+    for factor in labels.factors:
+        if chosen_by_data and moved & set(dims_of(factor)):
+            call.ledger.freeze([factor], "the input decides which index is read")
+            continue
+        taken = canonical(torch.ops.aten.index.Tensor(factor.expand(labels.shape), given))
+        if taken is not None:
+            factors.append(taken)
+    return call.made(factors)
+
+
+def im2col(call: Call) -> Labels:
+    """``unfold``: every channel becomes a run of kernel positions."""
+    window = call.arguments["kernel_size"]
+    repeats = window[0] * window[1]
+    kept = []
+    for factor in call.labels("self").factors:
+        if dims_of(factor) == (1,):
+            kept.append(factor.reshape(1, -1, 1).repeat_interleave(repeats, 1))
+        else:
+            call.ledger.freeze([factor], "it lies in a spatial dimension")
+    return call.made(kept)

@@ -1,0 +1,233 @@
+"""Solving a ledger: which labels are one channel, which channels are frozen, and what may be removed together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from fxcompress.channels.labels import BoolArray, IntArray, Labels, dims_of, plan_cuts
+from fxcompress.channels.ledger import Constraint
+from fxcompress.channels.propagate import Facts
+
+
+def connected(size: int, pairs: Iterable[tuple[IntArray, IntArray]]) -> IntArray:
+    """The smallest member of each label's connected component, by pointer jumping over whole arrays.
+
+    Args:
+        size: labels are ``0 .. size - 1``.
+        pairs: arrays of equal labels.
+    """
+    chunks = list(pairs)
+    root = np.arange(size, dtype=np.int64)
+    if not chunks:
+        return root
+    left = np.concatenate([pair[0] for pair in chunks])
+    right = np.concatenate([pair[1] for pair in chunks])
+    while len(left):
+        low, high = np.minimum(root[left], root[right]), np.maximum(root[left], root[right])
+        apart = low != high
+        left, right, low, high = left[apart], right[apart], low[apart], high[apart]
+        np.minimum.at(root, high, low)
+        while (root[root] != root).any():
+            root = root[root]
+    return root
+
+
+@dataclass(frozen=True)
+class Channels:
+    """A solved ledger.
+
+    Attributes:
+        component: for every label the component it belongs to (its smallest label).
+        frozen: for every component number whether something freezes it.
+        constraints: on the live set, in terms of components.
+        soft: names of nodes whose value need not have a shape of its own when it shrinks, because everything that
+            reads it is a rearrangement back to one dimension (a channel shuffle).
+    """
+
+    facts: Facts
+    component: IntArray
+    frozen: BoolArray
+    constraints: tuple[Constraint, ...]
+    soft: frozenset[str]
+
+    def live(self, dead: IntArray) -> BoolArray:
+        """For every label whether it lives, given the dead components."""
+        alive: BoolArray = np.ones(len(self.component), dtype=bool)
+        alive[dead] = False
+        lives: BoolArray = alive[self.component]
+        return lives
+
+    def repair(self, live: BoolArray, rank: Mapping[int, float] | None = None) -> BoolArray:
+        """The labels that live once every constraint holds: components are only brought back, best ranked first.
+
+        Args:
+            live: bool, one for every label, uniform over components.
+            rank: importance of components; without it earlier channels come back first.
+        """
+        live = live.copy()
+        changed = True
+        while changed:  # every round brings at least one component back, so this ends
+            changed = False
+            for constraint in self.constraints:
+                if _holds(constraint, live):
+                    continue
+                back = _bring_back(constraint, live, self.component, rank or {})
+                alive = np.zeros(len(self.component), dtype=bool)
+                alive[back] = True
+                live |= alive[self.component]
+                changed = True
+        return live
+
+
+def _holds(constraint: Constraint, live: BoolArray) -> bool:
+    cuts = plan_cuts(constraint.labels, live)
+    if cuts is None:
+        return False
+    for cut in cuts:
+        for i, dim in enumerate(cut.dims):
+            if dim in constraint.pinned and (
+                i == cut.column or len(cut.keep[i]) != constraint.labels.shape[dim]
+            ):
+                return False
+    return True
+
+
+def _bring_back(
+    constraint: Constraint, live: BoolArray, component: IntArray, rank: Mapping[int, float]
+) -> IntArray:
+    """Components to bring back so that the rows of a constraint become equal (all of them, if no rows are found)."""
+    everything = np.concatenate([component[factor.numpy().reshape(-1)] for factor in constraint.labels.factors])
+    everything = np.unique(everything)
+    dead = everything[~live[everything]]
+    if len(constraint.labels.factors) != 1:
+        return dead
+    factor = constraint.labels.factors[0]
+    labels = factor.numpy().reshape([size for size in factor.shape if size > 1])
+    dims = dims_of(factor)
+    free = [i for i, dim in enumerate(dims) if dim not in constraint.pinned]
+    column = min(free, key=lambda i: abs(int(labels.take(1, i).flat[0]) - int(labels.flat[0])))
+    rows = np.moveaxis(labels, column, -1).reshape(-1, labels.shape[column])
+    alive = live[rows].sum(axis=1)
+    must_live = bool(constraint.pinned) or labels.ndim > 2
+    target = max(int(alive.max()), 1)
+    back: list[int] = []
+    for row, count in zip(rows, alive, strict=True):
+        if count == target or (count == 0 and not must_live):
+            continue
+        gone = list(dict.fromkeys(component[row[~live[row]]].tolist()))
+        gone.sort(key=lambda c: (-rank.get(c, 0.0), c))
+        back += gone[: target - int(count)]
+    return np.array(sorted(set(back)), dtype=np.int64) if back else dead
+
+
+def solve(facts: Facts, graph: fx.Graph) -> Channels:
+    """Components, freezes and constraints of a propagation."""
+    ledger = facts.ledger
+    component = connected(ledger.next_label, ((e.left, e.right) for e in ledger.equalities))
+    soft = _soft_nodes(facts, graph)
+    constraints = _constraints(facts, graph, component, soft)
+    frozen = np.zeros(ledger.next_label, dtype=bool)
+    for freeze in ledger.freezes:
+        frozen[component[freeze.labels]] = True
+    for constraint in constraints:
+        frozen[_stuck(constraint, component)] = True
+    return Channels(facts, component, frozen, constraints, soft)
+
+
+def _stuck(constraint: Constraint, component: IntArray) -> IntArray:
+    """Components that fill a whole pinned row: they can never go."""
+    if not constraint.pinned or len(constraint.labels.factors) != 1:
+        return np.empty(0, dtype=np.int64)
+    factor = constraint.labels.factors[0].numpy()
+    other = tuple(d for d in range(factor.ndim) if d not in constraint.pinned)
+    rows = component[factor]
+    whole = rows.min(axis=other) == rows.max(axis=other)
+    return np.unique(rows.min(axis=other)[whole])
+
+
+def _tensor_labels(value: Any) -> list[Labels]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Labels)]
+
+
+def _multi(labels: Labels) -> bool:
+    return any(len(dims_of(factor)) > 1 for factor in labels.factors)
+
+
+def _soft_nodes(facts: Facts, graph: fx.Graph) -> frozenset[str]:
+    """Nodes on a chain of rearrangements that starts and ends with channels along one dimension of the same shape."""
+    soft: set[str] = set()
+    ends: dict[str, Sequence[Labels]] = {}
+    for node in reversed(graph.nodes):
+        value = facts.values.get(node.name)
+        if node.name not in facts.moves or not isinstance(value, Labels) or not _multi(value):
+            continue
+        if not node.users or len(value.factors) != 1:
+            continue
+        final: list[Labels] = []
+        for user in node.users:
+            after = facts.values.get(user.name)
+            if user.name not in facts.moves or not isinstance(after, Labels) or _tensors_into(user, facts) != 1:
+                break
+            if _multi(after) and user.name not in soft:
+                break
+            final += ends[user.name] if user.name in soft else [after]
+        else:
+            soft.add(node.name)
+            ends[node.name] = final
+    return frozenset(name for name in soft if _returns(name, graph, facts, soft, ends))
+
+
+def _returns(
+    name: str, graph: fx.Graph, facts: Facts, soft: set[str], ends: Mapping[str, Sequence[Labels]]
+) -> bool:
+    """Whether the chain through a soft node comes back to the shape it started from."""
+    nodes = {node.name: node for node in graph.nodes}
+    node = nodes[name]
+    while node.name in soft:
+        node = source_of(node, facts)
+    start = facts.values[node.name]
+    if not isinstance(start, Labels) or [dims_of(f) for f in start.factors] != [dims_of(start.factors[0])]:
+        return False
+    (dim, *more) = dims_of(start.factors[0])
+    return not more and all(
+        end.shape == start.shape and [dims_of(f) for f in end.factors] == [(dim,)] for end in ends[name]
+    )
+
+
+def _tensors_into(node: fx.Node, facts: Facts) -> int:
+    return sum(isinstance(facts.values.get(source.name), Labels) for source in node.all_input_nodes)
+
+
+def source_of(node: fx.Node, facts: Facts) -> fx.Node:
+    """The one tensor that a rearrangement reads."""
+    return next(s for s in node.all_input_nodes if isinstance(facts.values.get(s.name), Labels))
+
+
+def _constraints(
+    facts: Facts, graph: fx.Graph, component: IntArray, soft: frozenset[str]
+) -> tuple[Constraint, ...]:
+    """What rules asked for, and that every value which is not soft keeps a shape; duplicates and trivia left out."""
+    found = list(facts.ledger.constraints)
+    for name, labels in facts.state.items():
+        if _multi(labels):
+            found.append(Constraint(labels, frozenset(), name))
+    for node in graph.nodes:
+        if node.name in soft or node.op in ("get_attr", "output"):
+            continue
+        for labels in _tensor_labels(facts.values.get(node.name)):
+            if _multi(labels):
+                found.append(Constraint(labels, frozenset(), node.name))
+    distinct: dict[Any, Constraint] = {}
+    for constraint in found:
+        key = (
+            constraint.pinned,
+            tuple((tuple(f.shape), component[f.numpy()].tobytes()) for f in constraint.labels.factors),
+        )
+        distinct.setdefault(key, constraint)
+    return tuple(distinct.values())
