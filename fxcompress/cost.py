@@ -1,8 +1,8 @@
 """What a model costs: MACs, parameters, bytes, and measured time.
 
 :func:`count` runs the model once, for real, under a dispatch mode that sees every ATen operator with its
-operands: a module, a function, a method and an einsum all end in the same few contractions. (Fake tensors give
-the same counts, but on resnet50 they take 0.65 s, a real run 0.1 s, and they stop at ``.item()``.)
+operands: a module, a function, a method and an einsum all end in the same few contractions. (Fake tensors
+give the same counts, but on resnet50 they take 0.65 s, a real run 0.1 s, and they stop at ``.item()``.)
 """
 
 from __future__ import annotations
@@ -202,19 +202,14 @@ def latency(
     return Latency(measured.median, measured.iqr, measured.num_threads, inputs.batch, runs)
 
 
-def param_count(model: nn.Module) -> int:
-    """Elements of the parameters of `model`, tied ones once, buffers not included."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def byte_count(model: nn.Module) -> int:
     """Bytes of the parameters and buffers of `model` in their own dtypes, shared storage once."""
     return _new_bytes((*model.parameters(), *model.buffers()), Counter())
 
 
-def as_text(renderable: RenderableType, width: int = 200) -> str:
-    """What rich shows for `renderable`, as plain text at most `width` characters wide."""
-    console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
+def as_text(renderable: RenderableType) -> str:
+    """What rich shows for `renderable`, as plain text: the same whatever the terminal is."""
+    console = Console(file=io.StringIO(), width=200, color_system=None, legacy_windows=False)
     with console.capture() as capture:
         console.print(renderable)
     return "\n".join(line.rstrip() for line in capture.get().splitlines()).strip("\n")
@@ -248,6 +243,10 @@ def _recurrent(inputs: Tensor, weights: Iterable[Tensor]) -> int:
     return prod(inputs.shape[:-1]) * sum(weight.numel() for weight in weights if weight.dim() == 2)
 
 
+_ATTENTION_KERNELS = (
+    *("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention"),
+    "fused_attention_overrideable",
+)
 _CONTRACTIONS: dict[str, Callable[[tuple[Any, ...], Any], int]] = {  # of (args, output) of the operator
     **dict.fromkeys(
         [f"aten::{name}" for name in ("mm", "bmm", "mv", "dot", "vdot", "_int_mm", "_scaled_mm")],
@@ -262,22 +261,13 @@ _CONTRACTIONS: dict[str, Callable[[tuple[Any, ...], Any], int]] = {  # of (args,
         lambda args, output: _convolution(args[0] if args[6] else output, args[1]),
     ),
     **dict.fromkeys(
-        [
-            f"aten::_scaled_dot_product_{kernel}"
-            for kernel in (
-                "flash_attention",
-                "flash_attention_for_cpu",
-                "efficient_attention",
-                "cudnn_attention",
-                "fused_attention_overrideable",
-            )
-        ],
+        [f"aten::_scaled_dot_product_{name}" for name in _ATTENTION_KERNELS],
         lambda args, output: _attention(args[0], args[1], output[0]),
     ),
     "aten::mkldnn_rnn_layer": lambda args, output: _recurrent(args[0], args[1:3]),
     "aten::_cudnn_rnn": lambda args, output: _recurrent(args[0], args[1]),
     "mkldnn::_convolution_pointwise": lambda args, output: _convolution(output, args[1]),
-    "mkldnn::_linear_pointwise": lambda args, output: _matrices(args[0], args[1].t()),
+    "mkldnn::_linear_pointwise": lambda args, output: args[0].numel() * args[1].shape[0],
 }
 _POINTWISE_WITHOUT_TAG = frozenset(
     f"aten::{name}"
@@ -329,7 +319,8 @@ class _Tally(TorchDispatchMode):
         """Count what each module inside `model` runs at that module, by hooks."""
         with ExitStack() as hooks:
             for name, module in model.named_modules():
-                if module is not model:
+                takes_hooks = not isinstance(module, torch.jit.ScriptModule)
+                if module is not model and takes_hooks:
                     enter = partial(self._before, name)
                     hooks.enter_context(module.register_forward_pre_hook(enter, prepend=True))
                     hooks.enter_context(module.register_forward_hook(self._after, always_call=True))
@@ -364,7 +355,7 @@ class _AttentionCalls(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is F.scaled_dot_product_attention:
+        if func in (F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default):
             return self._tally.attention(func, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
@@ -384,8 +375,10 @@ class _NodeByNode(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         if n.op not in ("call_function", "call_method"):  # modules are watched by hooks
             return super().run_node(n)
-        kind = n.target if isinstance(n.target, str) else getattr(n.target, "__name__", "function")
-        return self._tally.call(n.name, kind, super().run_node, n)
+        target = n.target if isinstance(n.target, str) else getattr(n.target, "__name__", "function")
+        return self._tally.call(
+            n.name, target.split(".")[0], super().run_node, n
+        )  # "linear.default" is linear
 
 
 def _new_bytes(tensors: Iterable[Tensor], counted: Counter[int]) -> int:
@@ -432,6 +425,8 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 
 def _checked(model: nn.Module, example_inputs: Any) -> Inputs:
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model is a {type(model).__name__}; expected a torch.nn.Module.")
     inputs = Inputs.parse(example_inputs)
     if inputs.batch == 0:
         raise InputError(
@@ -471,16 +466,26 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     attributes = [dict(vars(module)) for module in modules]
     values = [value for own in attributes for value in own.values()]
     contents = [(held, held.copy()) for held in values if type(held) in (dict, OrderedDict, list)]
+    modes = [module.training for module in modules]
+    buffers = [
+        (module, name, buffer)
+        for module in modules
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
+    ]
     devices = {each.device for each in (*model.parameters(), *model.buffers()) if each.device.type == "cuda"}
     try:
         with torch.random.fork_rng(devices), torch.inference_mode(False), torch.no_grad():
-            copies = {buffer: buffer.clone() for buffer in model.buffers()}
+            copies = {buffer: buffer.clone() for _, _, buffer in buffers}
             for module in modules:
                 module.training = False  # by .eval(), a model may do more than that
-                for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
-                    setattr(module, name, copies[buffer])
+            for module, name, buffer in buffers:
+                setattr(module, name, copies[buffer])
             yield
     finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
+        for module, name, buffer in buffers:
+            setattr(module, name, buffer)
         for held, content in contents:
             held.clear()
             held.extend(content) if isinstance(held, list) else held.update(content)

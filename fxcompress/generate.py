@@ -40,7 +40,7 @@ WIDTHS = (3, 4, 5, 6, 7, 8, 12)
 INPUTS = (3, 1, 4, 5)
 SIDES = (6, 7, 8, 9)
 VARIANTS = 12  # a multiple of 2, 3, 4 and 6, so that a motif with so many forms draws each as often
-_INPUT_SEED = 1 << 32  # keeps the stream of the inputs apart from that of the weights
+_INPUT_SEED = 0x5EED_0000  # keeps the inputs apart from the weights; torch reads the low 32 bits of a seed
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ class Builder:
 
     def weight(self, *shape: int) -> str:
         """A parameter (out, in, ...) scaled by its fan-in."""
-        return self._parameter("weight", self._normal(shape, 1.3 / max(1, _numel(shape[1:])) ** 0.5))
+        return self._parameter("weight", self._spread(shape, max(1, _numel(shape[1:]))))
 
     def scale(self, *shape: int) -> str:
         """A parameter away from one, of either sign."""
@@ -287,6 +287,10 @@ class Builder:
     def _uniform(self, shape: Sequence[int], low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(tuple(shape), generator=self.generator)
 
+    def _spread(self, shape: Sequence[int], fan_in: float) -> Tensor:
+        bound = (3.0 / fan_in) ** 0.5  # of unit variance; bounded, so that no small layer amplifies by much
+        return self._uniform(shape, -bound, bound)
+
     def _signed(self, shape: Sequence[int]) -> Tensor:
         return self._uniform(shape, 0.5, 1.5) * self._normal(shape, 1.0).sign()
 
@@ -297,7 +301,7 @@ class Builder:
             elif parameter.ndim == 1:
                 parameter.copy_(self._signed(parameter.shape))
             else:
-                parameter.copy_(self._normal(parameter.shape, 1.3 / _fan_in(module, parameter) ** 0.5))
+                parameter.copy_(self._spread(parameter.shape, _fan_in(module, parameter)))
         for name, value in module.named_buffers(recurse=False):
             if name == "running_mean":
                 value.copy_(self._normal(value.shape, 0.3))
@@ -345,8 +349,8 @@ def motifs(spec: Spec) -> frozenset[str]:
 def networks(kinds: Sequence[str] = tuple(MOTIFS), max_ops: int = MAX_OPS) -> SearchStrategy[Spec]:
     """A strategy of networks of 1 to `max_ops` operations of these kinds, each kind one step.
 
-    Where the kinds allow it, half of the networks start with a convolution and half end in a head, without
-    which the first channels belong to the input and the last ones to the output, and neither can be removed.
+    Where the kinds and the length allow it, half of the networks get a convolution in front and half a head
+    behind, without which the first channels are the input's and the last ones the output's: not removable.
     """
     try:
         from hypothesis import strategies as st
@@ -363,24 +367,25 @@ def networks(kinds: Sequence[str] = tuple(MOTIFS), max_ops: int = MAX_OPS) -> Se
         variant=st.integers(0, VARIANTS - 1),
         tap=st.sampled_from(("none", "none", "none", "none", "full", "mean")),
     )
-    sizes = [(height, width) for height in SIDES for width in SIDES]
+    # `unique`, and no strategy drawn from twice: else Hypothesis follows each new example by five in which it
+    # copied one part over another of its like, and a kind of operation comes in bursts or not at all.
+    body = st.lists(op, min_size=1, max_size=max_ops, unique=True)
+    seeds, channels = st.integers(0, 999), st.sampled_from(INPUTS)
+    sizes = st.sampled_from([(height, width) for height in SIDES for width in SIDES])
 
     def end(kind: str) -> SearchStrategy[Op | None]:
         ops = [Op(kind, width, variant) for width in WIDTHS for variant in range(4)] if kind in kinds else []
         return st.sampled_from([None] * max(1, len(ops)) + ops)
 
-    # `unique`, and no strategy drawn from twice: else Hypothesis follows each new example by five in which it
-    # copied one part over another of its like, and a kind of operation comes in bursts or not at all.
+    stems, heads = end("conv_bn_relu"), end("head")
+
     @st.composite
     def spec(draw: st.DrawFn) -> Spec:
-        ops = draw(st.lists(op, min_size=1, max_size=max_ops, unique=True))
-        first, last = draw(end("conv_bn_relu")), draw(end("head"))
+        ops, first, last = draw(body), draw(stems), draw(heads)
         if first and len(ops) < max_ops:
             ops = [first, *ops]
         if last and len(ops) < max_ops:
             ops = [*ops, last]
-        return Spec(
-            tuple(ops), draw(st.integers(0, 999)), draw(st.sampled_from(INPUTS)), draw(st.sampled_from(sizes))
-        )
+        return Spec(tuple(ops), draw(seeds), draw(channels), draw(sizes))
 
     return spec()

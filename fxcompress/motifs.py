@@ -143,7 +143,8 @@ def tied_weights(b: Builder, op: Op) -> None:
     form, width = op.variant % 3, op.width
     one = b.conv(b.channels if form == 0 else width)
     if form == 2:
-        b.then(lambda m, x: F.conv_transpose2d(F.relu(m[one](x)), m.tensor(one, "weight"), padding=1))
+        gain = min(1.0, b.channels / width) ** 0.5
+        b.then(lambda m, x: F.conv_transpose2d(gain * m[one](x).relu(), m.tensor(one, "weight"), padding=1))
         return
     two = b.conv(b.channels if form == 0 else width)
     b.net.get_submodule(two).weight = b.net.get_submodule(one).weight

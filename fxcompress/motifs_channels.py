@@ -11,6 +11,10 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from fxcompress.generate import Builder, Network, Op
 
+# Of the norms that take statistics in eval mode. So large that a rewrite which loses it shows, and that the norm
+# of what is nearly constant does not turn rounding into a difference.
+EPS = 0.01
+
 
 # -- movement of channels
 
@@ -126,7 +130,7 @@ def activation(b: Builder, op: Op) -> None:
         lambda m, x: F.elu(x) + 1,
         lambda m, x: x.clamp(-1, 2),
         lambda m, x: F.softplus(x),
-        lambda m, x: torch.exp(-x * x),
+        lambda m, x: torch.exp(-x.abs()),
         lambda m, x: x.abs() - 0.5,
     )
 
@@ -134,33 +138,33 @@ def activation(b: Builder, op: Op) -> None:
 def group_norm(b: Builder, op: Op) -> None:
     groups, form = op.pick(2, 3), op.variant % 4
     if form == 2:
-        norm = b.layer("norm", nn.InstanceNorm2d(b.channels, affine=True))
+        norm = b.layer("norm", nn.InstanceNorm2d(b.channels, EPS, affine=True))
     else:
         b.multiple(groups)
-        norm = b.layer("norm", nn.GroupNorm(groups, b.channels, affine=form != 3))
-    b.then(lambda m, x: m[norm](x))
+        norm = b.layer("norm", nn.GroupNorm(groups, b.channels, EPS, affine=form != 3))
+    b.then(lambda m, x: F.silu(m[norm](x)))
 
 
 def layer_norm(b: Builder, op: Op) -> None:
     if b.channels < 2:
         return
     if op.variant % 4 == 0:
-        norm = b.layer("norm", nn.LayerNorm(b.channels))
+        norm = b.layer("norm", nn.LayerNorm(b.channels, EPS))
         b.then(lambda m, x: m[norm](x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
         return
     scale, bias = b.scale(b.channels), b.bias(b.channels)
 
     def functional(m: Network, x: Tensor) -> Tensor:
         y = x.movedim(1, -1)
-        return F.layer_norm(y, y.shape[-1:], m.tensor(scale), m.tensor(bias), 1e-5).movedim(-1, 1)
+        return F.layer_norm(y, y.shape[-1:], m.tensor(scale), m.tensor(bias), EPS).movedim(-1, 1)
 
     def by_hand(m: Network, x: Tensor) -> Tensor:
         centred = x - x.mean(1, keepdim=True)
-        y = centred / torch.sqrt(centred.pow(2).mean(1, keepdim=True) + 1e-6)
+        y = centred / torch.sqrt(centred.pow(2).mean(1, keepdim=True) + EPS)
         return m.tensor(scale)[:, None, None] * y + m.tensor(bias)[:, None, None]
 
     def rms(m: Network, x: Tensor) -> Tensor:
-        y = x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + 1e-5)
+        y = x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + EPS)
         return y * m.tensor(scale).view(1, -1, 1, 1) + m.tensor(bias).view(-1, 1, 1)
 
     b.choose(op, functional, functional, by_hand, rms)
@@ -213,7 +217,7 @@ def squeeze_excite(b: Builder, op: Op) -> None:
 def softmax_gate(b: Builder, op: Op) -> None:
     if op.variant % 3 == 1:
         conv = b.conv(b.channels, 1)
-        b.then(lambda m, x: F.softmax(m[conv](x), dim=1) * x * x.size(1))
+        b.then(lambda m, x: F.softmax(m[conv](x), dim=1) * x * x.size(1) ** 0.5)
         return
 
     def channel_attention(m: Network, x: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxcompress.motifs_channels import EPS
+
 if TYPE_CHECKING:
     from fxcompress.generate import Builder, Network, Op
 
@@ -102,7 +104,7 @@ def multihead(b: Builder, op: Op) -> None:
     heads = op.pick(2, 1, 3)
     b.multiple(heads)
     layer = b.layer("attention", nn.MultiheadAttention(b.channels, heads, batch_first=True))
-    norm = b.layer("norm", nn.LayerNorm(b.channels)) if op.variant % 3 == 2 else ""
+    norm = b.layer("norm", nn.LayerNorm(b.channels, EPS)) if op.variant % 3 == 2 else ""
 
     def attend(m: Network, query: Tensor, t: Tensor, weights: bool) -> Tensor:
         result: Tensor = m.get_submodule(layer)(query, t, t, need_weights=weights)[0]
@@ -150,7 +152,11 @@ def class_token(b: Builder, op: Op) -> None:
     """A learned token and position embedding before a feed-forward layer; the token joins every pixel."""
     c, pixels = b.channels, b.size[0] * b.size[1]
     token, position = b.bias(1, 1, c), b.bias(1, pixels + 1, c)
-    norm, up, down = b.layer("norm", nn.LayerNorm(c)), b.linear(c, 2 * op.width), b.linear(2 * op.width, c)
+    norm, up, down = (
+        b.layer("norm", nn.LayerNorm(c, EPS)),
+        b.linear(c, 2 * op.width),
+        b.linear(2 * op.width, c),
+    )
 
     def encode(m: Network, x: Tensor) -> Tensor:
         t = torch.cat((m.tensor(token).expand(x.shape[0], -1, -1), tokens(x)), dim=1) + m.tensor(position)
@@ -166,7 +172,7 @@ def class_token(b: Builder, op: Op) -> None:
 def mlp(b: Builder, op: Op) -> None:
     """The feed-forward part of a transformer, plain and gated, and MLP-Mixer's across pixels."""
     c, width, pixels = b.channels, op.width, b.size[0] * b.size[1]
-    norm = b.layer("norm", nn.LayerNorm(c))
+    norm = b.layer("norm", nn.LayerNorm(c, EPS))
     inner, outer = (pixels, pixels) if op.variant % 3 == 2 else (c, c)
     up, down = b.linear(inner, 2 * width), b.linear(width if op.variant % 3 == 1 else 2 * width, outer)
 

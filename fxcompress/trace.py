@@ -20,7 +20,7 @@ from fxcompress.inputs import Inputs, check_devices, other_batch
 from fxcompress.module import TracedModule
 from fxcompress.recorder import CONSTANTS, MODE_HOLDER, Recorder, TrainingFlag, ValueRead, tensors_in
 
-#: Modules of torch.nn that are written out or traced through, because channels live inside them.
+#: Modules of torch.nn that are written out or traced through: channels, or sizes that change with them, live inside.
 _OPENED = (
     nn.MultiheadAttention,
     nn.Transformer,
@@ -28,6 +28,7 @@ _OPENED = (
     nn.TransformerEncoderLayer,
     nn.TransformerDecoder,
     nn.TransformerDecoderLayer,
+    nn.Unflatten,
 )
 #: Functions whose integers are sizes, where a literal may stand for the batch.
 _SHAPED = frozenset(
@@ -143,6 +144,8 @@ def is_leaf(module: nn.Module) -> bool:
     """Whether a module is recorded as one call: a plain ``torch.nn`` layer without hooks."""
     plain = type(module).__module__.startswith("torch.nn.modules") and not isinstance(module, _OPENED)
     hooked = module._forward_hooks or module._forward_pre_hooks
+    if isinstance(module, nn.modules.conv._ConvNd) and module.padding_mode != "zeros":
+        return False  # a pad and a convolution
     return plain and not hooked and not any(True for _ in module.children()) and type(module) is not nn.Module
 
 
@@ -360,7 +363,7 @@ def _assemble(
                 continue
             if canonical[id(child)] in kept:
                 holder._modules[name] = hold(child)
-            else:
+            elif any(True for _ in [*child.parameters(), *child.buffers()]):
                 dropped.append(canonical[id(child)])
         return holder
 

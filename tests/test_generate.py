@@ -33,7 +33,9 @@ def check_runs(spec: Spec, batches: tuple[int, ...]) -> None:
                 assert y.dtype == torch.float32
                 assert y.isfinite().all()
         assert torch.equal(x, before), "the network writes into its input"
-    torch.stack([y.square().mean() for y in run(model.train(), *inputs(spec))]).sum().backward()
+    loss = torch.stack([y.square().mean() for y in run(model.train(), *inputs(spec))]).sum()
+    if loss.requires_grad:
+        torch.autograd.backward(loss)
     unreached = [
         name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()
     ]
@@ -92,7 +94,7 @@ def test_copies_are_equal_and_own_their_weights(spec: Spec) -> None:
 
 
 def test_every_motif_is_drawn() -> None:
-    """In at least a twentieth of the draws, whatever the profile; not counting those that decode to nothing."""
+    """In a twentieth of the draws or more, not counting those where it decodes to nothing."""
     seen: Counter[str] = Counter()
     draws: list[Spec] = []
 
@@ -121,6 +123,13 @@ def test_every_motif_is_drawn() -> None:
 def test_kinds_and_length_can_be_chosen(spec: Spec) -> None:
     assert 1 <= len(spec.ops) <= 3
     assert motifs(spec) <= {"residual", "concat"}
+
+
+def test_inputs_are_drawn_apart_from_the_weights() -> None:
+    spec = Spec((), 5, 4, (6, 6))
+    same_seed = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(5))
+    assert not torch.equal(inputs(spec)[0], same_seed)
+    assert torch.equal(inputs(spec)[0], inputs(spec)[0])
 
 
 def test_what_does_not_apply_is_not_counted() -> None:

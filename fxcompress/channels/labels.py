@@ -157,7 +157,7 @@ def plan_cuts(labels: Labels, live: BoolArray) -> tuple[Cut, ...] | None:
         ordered = tuple(sorted(dims))
         mask: BoolArray = np.ones((), dtype=bool)
         for factor in members:
-            mask = mask & live[factor.permute(*ordered, *sorted(set(range(factor.dim())) - dims)).flatten(len(ordered)).squeeze(-1).numpy()]
+            mask = mask & live[factor.reshape([factor.shape[d] for d in ordered]).numpy()]
         if mask.all():
             continue
         cut = plan_cut(np.ascontiguousarray(np.broadcast_to(mask, [labels.shape[d] for d in ordered])), ordered)

@@ -52,6 +52,32 @@ class Constraint:
     pinned: frozenset[int]
     node: str
 
+    def rows(self) -> IntArray | None:
+        """The labels as an array of rows that must stay equally long; None where two factors are conjoined.
+
+        Labels follow each other most closely along a row: that is how the channels were numbered.
+        """
+        if len(self.labels.factors) != 1:
+            return None
+        (factor,) = self.labels.factors
+        labels = factor.numpy().reshape([size for size in factor.shape if size > 1])
+        free = [i for i, dim in enumerate(dims_of(factor)) if dim not in self.pinned]
+        if not free:
+            return labels.reshape(-1, 1)
+        column = min(free, key=lambda i: abs(int(labels.take(1, i).flat[0]) - int(labels.flat[0])))
+        return np.moveaxis(labels, column, -1).reshape(-1, labels.shape[column])
+
+    def distinct(self, component: IntArray) -> Constraint:
+        """The same constraint without slices that repeat others."""
+        if len(self.labels.factors) != 1:
+            return self
+        factor = self.labels.factors[0].numpy()
+        for dim in dims_of(self.labels.factors[0]):
+            _, first = np.unique(component[factor], axis=dim, return_index=True)
+            factor = factor.take(np.sort(first), axis=dim)
+        made = torch.from_numpy(np.ascontiguousarray(factor))
+        return Constraint(Labels(tuple(made.shape), (made,)), self.pinned, self.node)
+
 
 @dataclass
 class Ledger:

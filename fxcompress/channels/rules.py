@@ -125,7 +125,13 @@ def movement(call: Call) -> Any:
     many = isinstance(call.result, (tuple, list))
     made = []
     for i in range(len(call.result) if many else 1):
-        factors = [factor for part in parts if (factor := canonical(part[i])) is not None]
+        factors = []
+        for part in parts:
+            factor = canonical(part[i])
+            if factor is not None:
+                factors.append(factor)
+            elif part[i].numel():
+                call.ledger.freeze([part[i].reshape(-1)[:1]], "it is picked out on its own")
         made.append(call.made(factors, i if many else None, labels.direct))
     return made if many else made[0]
 

@@ -90,6 +90,8 @@ def _holds(constraint: Constraint, live: BoolArray) -> bool:
     if cuts is None:
         return False
     for cut in cuts:
+        if 0 in cut.shape():
+            return False
         for i, dim in enumerate(cut.dims):
             if dim in constraint.pinned and (
                 i == cut.column or len(cut.keep[i]) != constraint.labels.shape[dim]
@@ -107,14 +109,11 @@ def _bring_back(
     dead = everything[~live[everything]]
     if len(constraint.labels.factors) != 1:
         return dead
-    factor = constraint.labels.factors[0]
-    labels = factor.numpy().reshape([size for size in factor.shape if size > 1])
-    dims = dims_of(factor)
-    free = [i for i, dim in enumerate(dims) if dim not in constraint.pinned]
-    column = min(free, key=lambda i: abs(int(labels.take(1, i).flat[0]) - int(labels.flat[0])))
-    rows = np.moveaxis(labels, column, -1).reshape(-1, labels.shape[column])
+    rows = constraint.rows()
+    if rows is None:
+        return dead
     alive = live[rows].sum(axis=1)
-    must_live = bool(constraint.pinned) or labels.ndim > 2
+    must_live = bool(constraint.pinned) or len(dims_of(constraint.labels.factors[0])) != 2
     target = max(int(alive.max()), 1)
     back: list[int] = []
     for row, count in zip(rows, alive, strict=True):
@@ -212,7 +211,7 @@ def source_of(node: fx.Node, facts: Facts) -> fx.Node:
 def _constraints(
     facts: Facts, graph: fx.Graph, component: IntArray, soft: frozenset[str]
 ) -> tuple[Constraint, ...]:
-    """What rules asked for, and that every value which is not soft keeps a shape; duplicates and trivia left out."""
+    """What rules asked for, and that every value which is not soft keeps a shape and is not empty; without duplicates."""
     found = list(facts.ledger.constraints)
     for name, labels in facts.state.items():
         if _multi(labels):
@@ -221,10 +220,10 @@ def _constraints(
         if node.name in soft or node.op in ("get_attr", "output"):
             continue
         for labels in _tensor_labels(facts.values.get(node.name)):
-            if _multi(labels):
+            if len(labels.factors) == 1 or _multi(labels):
                 found.append(Constraint(labels, frozenset(), node.name))
     distinct: dict[Any, Constraint] = {}
-    for constraint in found:
+    for constraint in (item.distinct(component) for item in found):
         key = (
             constraint.pinned,
             tuple((tuple(f.shape), component[f.numpy()].tobytes()) for f in constraint.labels.factors),

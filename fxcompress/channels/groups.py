@@ -1,0 +1,343 @@
+"""Channel groups: what a user sees of the channel analysis."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import networkx as nx
+import numpy as np
+from rich.table import Table
+from torch import nn
+
+from fxcompress.channels.labels import BoolArray, IntArray
+from fxcompress.channels.ledger import Axis
+from fxcompress.channels.propagate import propagate
+from fxcompress.channels.solve import Channels, solve
+from fxcompress.errors import InputError
+from fxcompress.inputs import Inputs
+from fxcompress.module import TracedModule
+from fxcompress.cost import as_text
+
+
+@dataclass(frozen=True)
+class Slices:
+    """Rows of one weight that produce channels of a group.
+
+    Attributes:
+        parameter: the weight's name.
+        dim: the dimension that the rows lie along.
+        rows: their indices.
+        channels: for each row the channel of the group (0 .. width - 1) that it belongs to.
+    """
+
+    parameter: str
+    dim: int
+    rows: IntArray
+    channels: IntArray
+
+    @property
+    def layer(self) -> str:
+        """Name of the module that holds the weight."""
+        return self.parameter.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Channels produced by the same set of parameter axes: each stands or falls with all its slices.
+
+    Attributes:
+        name: the first layer that produces the channels, with a number behind it where several groups share it.
+        width: number of channels.
+        members: every ``(parameter or buffer, dimension)`` that loses a slice when a channel goes.
+        removable: whether channels may go.
+        reason: why not, where they may not.
+        rows: number of rows that must keep equally many channels; 1 where there is no such constraint.
+        layers: names of the layers whose weights produce the channels.
+        components: the channels' numbers in the analysis, in order.
+        slices: the producing rows, for scoring.
+        row_of: for each channel the row that it lies in.
+    """
+
+    name: str
+    width: int
+    members: tuple[tuple[str, int], ...]
+    removable: bool
+    reason: str
+    rows: int
+    layers: tuple[str, ...]
+    components: IntArray
+    slices: tuple[Slices, ...]
+    row_of: IntArray
+
+    def __str__(self) -> str:
+        kind = "removable" if self.removable else f"frozen: {self.reason}"
+        return f"{self.name}: {self.width} channels of {', '.join(self.layers)} ({kind})"
+
+
+class ChannelGroups:
+    """The channel groups of a model, in the order of its graph. Iterable; ``groups["name"]`` finds one."""
+
+    def __init__(self, groups: tuple[Group, ...], channels: Channels) -> None:
+        self._groups = groups
+        self.channels = channels
+
+    def __iter__(self) -> Iterator[Group]:
+        return iter(self._groups)
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def __getitem__(self, name: str) -> Group:
+        for group in self._groups:
+            if group.name == name:
+                return group
+        return self._groups_of(name)[0]
+
+    @property
+    def removable(self) -> int:
+        """Number of channels that may go, over all groups."""
+        return sum(group.width for group in self._groups if group.removable)
+
+    @property
+    def graph(self) -> nx.DiGraph[str]:
+        """Groups as nodes (``width``, ``removable``, ``reason``, ``layers``); an edge where a layer reads one group
+        and produces another (``layer``)."""
+        graph: nx.DiGraph[str] = nx.DiGraph()
+        by_layer: dict[str, list[str]] = {}
+        for group in self._groups:
+            graph.add_node(
+                group.name, width=group.width, removable=group.removable, reason=group.reason, layers=group.layers
+            )
+            for layer in group.layers:
+                by_layer.setdefault(layer, []).append(group.name)
+        owner = self._owners()
+        for labels, _ in self.channels.facts.ledger.consumed:
+            sources = np.unique(owner[self.channels.component[labels]])
+            for axis in self._axes_of(labels):
+                layer = axis.name.rpartition(".")[0]
+                for target in by_layer.get(layer, ()):
+                    for source in sources[sources >= 0]:
+                        graph.add_edge(self._groups[source].name, target, layer=layer)
+        return graph
+
+    def explain(self, name: str, other: str | None = None) -> str:
+        """Why a layer's channels are coupled with other layers', or frozen: the path of nodes that says so.
+
+        Args:
+            name: a layer, a parameter or a group.
+            other: only the path to this layer or parameter.
+
+        Raises:
+            InputError: nothing of that name has channels.
+        """
+        lines = []
+        for group in self._groups_of(name):
+            paths = self._couplings(group)
+            lines.append(str(group))
+            starts = [s for s in group.slices if name in (s.layer, s.parameter)] or list(group.slices[:1])
+            start = f"{starts[0].parameter}[{starts[0].dim}]"
+            for target in group.slices:
+                if target is starts[0] or (other is not None and other not in (target.layer, target.parameter)):
+                    continue
+                lines.append(f"  with {target.layer}: " + _path(paths, start, f"{target.parameter}[{target.dim}]"))
+            lines += self._freezes(group, paths, start)
+        if other is not None and not any(line.startswith("  with") for line in lines):
+            lines.append(f"  {name} and {other} share no channel")
+        return "\n".join(lines)
+
+    def __rich__(self) -> Table:
+        table = Table(title=f"{len(self)} channel groups, {self.removable} removable channels")
+        for column in ("group", "width", "rows", "layers", "removable"):
+            table.add_column(column, justify="right" if column in ("width", "rows") else "left")
+        for group in self._groups:
+            kind = "yes" if group.removable else f"no: {group.reason}"
+            table.add_row(group.name, str(group.width), str(group.rows), ", ".join(group.layers), kind)
+        return table
+
+    def __str__(self) -> str:
+        return as_text(self.__rich__())
+
+    def _groups_of(self, name: str) -> list[Group]:
+        found = [
+            group
+            for group in self._groups
+            if name == group.name or name in group.layers or any(name == s.parameter for s in group.slices)
+        ]
+        if not found:  # not a producer: a norm, say
+            found = [
+                group
+                for group in self._groups
+                if any(name in (member, member.rpartition(".")[0]) for member, _ in group.members)
+            ]
+        if not found:
+            names = sorted({layer for group in self._groups for layer in group.layers})
+            near = ", ".join(difflib.get_close_matches(name, names, 3, 0.3)) or "none"
+            raise InputError(f"no channel group contains {name!r}; near names: {near}.")
+        return found
+
+    def _owners(self) -> IntArray:
+        """For every component the index of its group, or -1."""
+        owner = np.full(len(self.channels.component), -1, dtype=np.int64)
+        for index, group in enumerate(self._groups):
+            owner[group.components] = index
+        return owner
+
+    def _axes_of(self, labels: IntArray) -> list[Axis]:
+        axes = self.channels.facts.ledger.axes
+        starts = np.array([axis.start for axis in axes])
+        return [axes[i] for i in np.unique(np.searchsorted(starts, labels, side="right") - 1)]
+
+    def _couplings(self, group: Group) -> nx.Graph[str]:
+        """Axes as nodes, an edge where a node of the model makes two of them one channel of this group."""
+        ledger = self.channels.facts.ledger
+        axes, starts = ledger.axes, np.array([axis.start for axis in ledger.axes])
+        mine = np.zeros(len(self.channels.component), dtype=bool)
+        mine[group.components] = True
+        graph: nx.Graph[str] = nx.Graph()
+        for equality in ledger.equalities:
+            inside = mine[self.channels.component[equality.left]]
+            if inside.any():
+                ends = np.stack([equality.left[inside], equality.right[inside]])
+                pairs = np.unique(np.searchsorted(starts, ends, side="right") - 1, axis=1)
+                for a, b in pairs.T:
+                    graph.add_edge(str(axes[a]), str(axes[b]), node=equality.node)
+        return graph
+
+    def _freezes(self, group: Group, paths: nx.Graph[str], start: str) -> list[str]:
+        if group.removable:
+            return []
+        mine = np.zeros(len(self.channels.component), dtype=bool)
+        mine[group.components] = True
+        for freeze in self.channels.facts.ledger.freezes:
+            labels = freeze.labels[mine[self.channels.component[freeze.labels]]]
+            if len(labels):
+                axis = self._axes_of(labels)[0]
+                way = "" if str(axis) == start else " by " + _path(paths, start, str(axis))
+                return [f"  frozen at {freeze.node}: {freeze.reason}{way}"]
+        return [f"  frozen: {group.reason}"]
+
+
+def _path(graph: nx.Graph[str], start: str, end: str) -> str:
+    if start == end:
+        return start
+    try:
+        nodes = nx.shortest_path(graph, start, end)
+    except (nx.NetworkXNoPath, nx.NodeNotFound):
+        return f"{start} and {end} by way of a constraint"
+    steps = [f" =({graph.edges[a, b]['node']})= {b}" for a, b in zip(nodes, nodes[1:], strict=False)]
+    return nodes[0] + "".join(steps)
+
+
+def channel_groups(model: nn.Module, example_inputs: Any = None) -> ChannelGroups:
+    """Which channels of a model stand or fall together, and which cannot be removed and why.
+
+    Args:
+        model: any module; it is traced unless fxcompress made it, and not changed.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
+    """
+    from fxcompress.masking import clean  # masks hide nothing: the analysis is of the dense graph
+    from fxcompress.trace import trace
+
+    if example_inputs is None:
+        raise InputError("example_inputs is missing: channels are followed through a run of the model. Pass a batch.")
+    traced = clean(trace(model, example_inputs))
+    return analyse(traced, Inputs.parse(example_inputs))
+
+
+def analyse(module: TracedModule, inputs: Inputs) -> ChannelGroups:
+    """The groups of a traced model without mask nodes."""
+    facts = propagate(module, inputs)
+    channels = solve(facts, module.graph)
+    return ChannelGroups(tuple(_groups(channels)), channels)
+
+
+def _groups(channels: Channels) -> Iterator[Group]:
+    ledger, component = channels.facts.ledger, channels.component
+    if not ledger.produced:
+        return
+    labels = np.unique(np.concatenate(ledger.produced))
+    starts = np.array([axis.start for axis in ledger.axes])
+    axis_of = np.searchsorted(starts, labels, side="right") - 1
+    parameters = np.array([axis.parameter for axis in ledger.axes])
+    labels, axis_of = labels[parameters[axis_of]], axis_of[parameters[axis_of]]
+    parts = component[labels]
+    keys = _keys(parts, axis_of, channels.frozen, len(component), len(starts))
+    reasons = _reasons(channels)
+    taken: dict[str, int] = {}
+    order, first = np.unique(keys[parts], return_index=True)
+    for key in order[np.argsort(first)]:
+        mine = keys[parts] == key
+        chosen, at = np.unique(parts[mine], return_index=True)
+        chosen = chosen[np.argsort(at, kind="stable")]
+        yield _group(channels, chosen, labels[mine], axis_of[mine], reasons, taken)
+
+
+def _keys(parts: IntArray, axis_of: IntArray, frozen: BoolArray, size: int, axes: int) -> IntArray:
+    """For every component a number that is equal for components produced by the same axes (and equally frozen)."""
+    pairs = np.unique(np.stack([parts, axis_of]), axis=1)
+    weights = np.random.default_rng(0).integers(1, 2**62, axes)
+    keys = np.zeros(size, dtype=np.int64)
+    with np.errstate(over="ignore"):
+        np.add.at(keys, pairs[0], weights[pairs[1]])
+    return keys * 2 + frozen
+
+
+def _reasons(channels: Channels) -> dict[int, str]:
+    """Why frozen components are frozen: the first reason that was found."""
+    reasons: dict[int, str] = {}
+    for freeze in reversed(channels.facts.ledger.freezes):
+        text = f"{freeze.reason} ({freeze.node})"
+        reasons.update(dict.fromkeys(np.unique(channels.component[freeze.labels]).tolist(), text))
+    return reasons
+
+
+def _group(
+    channels: Channels, chosen: IntArray, labels: IntArray, axis_of: IntArray, reasons: dict[int, str], taken: dict[str, int]
+) -> Group:
+    ledger, component = channels.facts.ledger, channels.component
+    position = np.full(len(component), -1, dtype=np.int64)
+    position[chosen] = np.arange(len(chosen))
+    slices = []
+    for index in np.unique(axis_of):
+        axis = ledger.axes[index]
+        mine = labels[axis_of == index]
+        slices.append(Slices(axis.name, axis.dim, mine - axis.start, position[component[mine]]))
+    layers = tuple(dict.fromkeys(item.layer for item in slices))
+    name = layers[0]
+    taken[name] = taken.get(name, 0) + 1
+    if taken[name] > 1:
+        name = f"{name}[{taken[name] - 1}]"
+    members = tuple(
+        (axis.name, axis.dim)
+        for axis in ledger.axes
+        if axis.parameter and (position[component[axis.start : axis.start + axis.size]] >= 0).any()
+    )
+    removable = not channels.frozen[chosen[0]]
+    reason = "" if removable else reasons.get(int(chosen[0]), "its row cannot be cut")
+    row_of = _rows(channels, chosen, position)
+    rows = int(row_of.max()) + 1
+    return Group(name, len(chosen), members, removable, reason, rows, layers, chosen, tuple(slices), row_of)
+
+
+def _rows(channels: Channels, chosen: IntArray, position: IntArray) -> IntArray:
+    """For each channel the number of the row it lies in: rows of every constraint at once."""
+    keys = np.zeros((len(chosen), 1), dtype=np.int64)
+    for constraint in channels.constraints:
+        rows = constraint.rows()
+        if rows is None or len(rows) < 2:
+            continue
+        places = position[channels.component[rows]]
+        if not (places >= 0).any() or (places.min(axis=1) == places.max(axis=1)).all():
+            continue  # rows of one channel each go whole
+        row = np.full(len(chosen), -1, dtype=np.int64)
+        for number, line in enumerate(places):
+            fresh = line[line >= 0]
+            row[fresh[row[fresh] < 0]] = number
+        keys = np.column_stack([keys, row])
+    _, first, inverse = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+    rank = np.empty(len(first), dtype=np.int64)
+    rank[np.argsort(first)] = np.arange(len(first))
+    return rank[inverse.reshape(-1)]

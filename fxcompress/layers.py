@@ -1,0 +1,134 @@
+"""``torch.nn`` layers opened into functional calls and closed again, and their attributes kept in agreement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from fxcompress.errors import GraphError
+from fxcompress.rewrite import Rewriter
+
+_CONVOLUTIONS: dict[type[nn.Module], Callable[..., Any]] = {
+    nn.Conv1d: F.conv1d,
+    nn.Conv2d: F.conv2d,
+    nn.Conv3d: F.conv3d,
+}
+_TRANSPOSED: dict[type[nn.Module], Callable[..., Any]] = {
+    nn.ConvTranspose1d: F.conv_transpose1d,
+    nn.ConvTranspose2d: F.conv_transpose2d,
+    nn.ConvTranspose3d: F.conv_transpose3d,
+}
+_Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+
+
+def functional(layer: nn.Module, x: Any, weight: Any, bias: Any) -> _Call | None:
+    """The functional call that a layer stands for, or None for a layer that has no such form."""
+    kind: type[nn.Module]
+    for kind, function in _CONVOLUTIONS.items():
+        if type(layer) is kind and isinstance(layer, nn.modules.conv._ConvNd):
+            if layer.padding_mode != "zeros":
+                return None
+            options = (layer.stride, layer.padding, layer.dilation, layer.groups)
+            return function, (x, weight, bias, *options), {}
+    for kind, function in _TRANSPOSED.items():
+        if type(layer) is kind and isinstance(layer, nn.modules.conv._ConvTransposeNd):
+            options = (layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)
+            return function, (x, weight, bias, *options), {}
+    if isinstance(layer, nn.Linear):
+        return F.linear, (x, weight, bias), {}
+    if isinstance(layer, nn.LayerNorm):
+        return F.layer_norm, (x, layer.normalized_shape, weight, bias, layer.eps), {}
+    if isinstance(layer, nn.RMSNorm):
+        return F.rms_norm, (x, tuple(layer.normalized_shape), weight, layer.eps), {}
+    if isinstance(layer, nn.GroupNorm):
+        return F.group_norm, (x, layer.num_groups, weight, bias, layer.eps), {}
+    if isinstance(layer, nn.PReLU):
+        return F.prelu, (x, weight), {}
+    if isinstance(layer, nn.Embedding) and layer.max_norm is None:
+        options = (layer.padding_idx, None, 2.0, layer.scale_grad_by_freq, layer.sparse)
+        return F.embedding, (x, weight, *options), {}
+    return None
+
+
+def is_open(node: fx.Node) -> bool:
+    """Whether a node is an opened layer."""
+    return "layer" in node.meta
+
+
+def open_layer(rewriter: Rewriter, node: fx.Node) -> bool:
+    """Write a ``call_module`` node as ``get_attr`` weight and bias and a functional call under the same name.
+
+    The module stays in the tree as the holder of its parameters. Returns False for a layer that cannot be opened.
+    """
+    layer = rewriter.module.get_submodule(str(node.target))
+    x = node.args[0] if node.args else node.kwargs["input"]
+    names = dict(layer.named_parameters(recurse=False))
+    if functional(layer, x, None, None) is None:
+        return False
+    made: dict[str, fx.Node | None] = {"weight": None, "bias": None}
+    for name in names:
+        made[name] = parameter_node(rewriter, f"{node.target}.{name}", before=node)
+    target = str(node.target)
+    call = functional(layer, x, made["weight"], made["bias"])
+    assert call is not None
+    rewriter.become(node, "call_function", *call)
+    node.meta["layer"] = target
+    return True
+
+
+def close_layer(rewriter: Rewriter, node: fx.Node) -> None:
+    """The inverse of :func:`open_layer`; the parameter nodes must read the layer's own parameters."""
+    target = node.meta.pop("layer")
+    rewriter.become(node, "call_module", target, (node.args[0],))
+
+
+def parameter_node(rewriter: Rewriter, name: str, *, before: fx.Node) -> fx.Node:
+    """The ``get_attr`` node of a parameter, early enough for ``before``; one for the whole graph."""
+    for node in rewriter.graph.nodes:
+        if node.op == "get_attr" and node.target == name:
+            if not node < before:
+                first = next(iter(rewriter.graph.nodes))
+                first.prepend(node)
+            return node
+    first = next(iter(rewriter.graph.nodes))
+    made = rewriter.insert_before(first, "get_attr", name, ())
+    return made
+
+
+def agree(layer: nn.Module, *, inputs: tuple[int, ...] | None = None, groups: int | None = None) -> None:
+    """Let a layer's attributes say what its tensors' shapes are.
+
+    Args:
+        layer: the module, its parameters and buffers already cut.
+        inputs: shape of what enters it now, where that matters (norms without affine, grouped convolutions).
+        groups: number of groups of a GroupNorm now.
+    """
+    weight = getattr(layer, "weight", None)
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        assert isinstance(weight, torch.Tensor)
+        channels = (inputs or (0,))[1 if inputs and len(inputs) == layer.weight.dim() else 0]
+        if layer.transposed:
+            layer.in_channels, layer.out_channels = weight.shape[0], weight.shape[1] * layer.groups
+        else:
+            layer.groups = channels // weight.shape[1] if layer.groups > 1 else 1
+            layer.in_channels, layer.out_channels = weight.shape[1] * layer.groups, weight.shape[0]
+    elif isinstance(layer, nn.Linear):
+        layer.out_features, layer.in_features = layer.weight.shape
+    elif isinstance(layer, nn.Embedding):
+        layer.num_embeddings, layer.embedding_dim = layer.weight.shape
+    elif isinstance(layer, (nn.modules.batchnorm._NormBase)):
+        found = [t for t in [*layer.parameters(False), *layer.buffers(False)] if t.dim() == 1]
+        layer.num_features = found[0].shape[0] if found else (inputs or (0, layer.num_features))[1]
+    elif isinstance(layer, (nn.LayerNorm, nn.RMSNorm)):
+        if inputs is not None:
+            layer.normalized_shape = tuple(inputs[len(inputs) - len(layer.normalized_shape) :])
+    elif isinstance(layer, nn.GroupNorm):
+        if inputs is not None:
+            layer.num_channels = inputs[1]
+        layer.num_groups = groups if groups is not None else layer.num_groups
+    elif isinstance(layer, nn.PReLU):
+        layer.num_parameters = layer.weight.shape[0]

@@ -1,0 +1,214 @@
+"""Integers written into a graph that count channels, and what they become when channels go.
+
+One row for each family of functions. A row sees the plan (what lives) and the node, and returns its new arguments.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+
+from fxcompress.channels.labels import Labels
+
+if TYPE_CHECKING:
+    from fxcompress.plan import Plan
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A size to be computed in the graph: ``node * wanted // have``, because it also counts the batch."""
+
+    node: fx.Node
+    wanted: int
+    have: int
+
+
+@dataclass(frozen=True)
+class Literals:
+    """How the arguments of one family of functions are rewritten.
+
+    Attributes:
+        rewrite: ``(plan, node) -> (args, kwargs)``.
+        takes_sizes: numbers among the arguments are sizes, not values.
+    """
+
+    rewrite: Callable[[Plan, fx.Node], tuple[Any, Any]]
+    takes_sizes: bool = True
+
+
+Arguments = tuple[Any, Any]
+
+
+def _shape(plan: Plan, node: fx.Node) -> Arguments:
+    """``x.view(sizes)`` and everything else that is told the shape of its result."""
+    wanted = plan.shape(plan.value(node))
+    kwargs = dict(node.kwargs)
+    for key in ("shape", "size"):
+        if key in kwargs:
+            return node.args, {**kwargs, key: _sizes(plan, kwargs[key], wanted)}
+    first = 1 if node.args and isinstance(node.args[0], fx.Node) and isinstance(plan.value(node.args[0]), Labels) else 0
+    rest = node.args[first:]
+    if rest and isinstance(rest[0], (tuple, list)):
+        return (*node.args[:first], _sizes(plan, rest[0], wanted), *rest[1:]), kwargs
+    return (*node.args[:first], *_sizes(plan, rest, wanted)), kwargs
+
+
+def _sizes(plan: Plan, given: Sequence[Any], wanted: Sequence[int]) -> tuple[Any, ...]:
+    return tuple(plan.size(item, size) for item, size in zip(given, wanted, strict=True))
+
+
+def _unflatten(plan: Plan, node: fx.Node) -> Arguments:
+    names = ("input", "dim", "sizes")
+    source, dim, sizes = (_argument(node, i, name) for i, name in enumerate(names))
+    shape = plan.shape(plan.value(node))
+    start = dim % len(plan.value(source).shape)
+    return (source, dim, _sizes(plan, sizes, shape[start : start + len(sizes)])), {}
+
+
+def _split(plan: Plan, node: fx.Node) -> Arguments:
+    """Pieces of what lives: sizes become a list where they are no longer equal."""
+    source = node.args[0]
+    dim = _argument(node, 2, "dim", 0)
+    pieces = plan.value(node)
+    dim %= len(pieces[0].shape)
+    live = [plan.shape(piece)[dim] for piece in pieces]
+    if live == [piece.shape[dim] for piece in pieces]:
+        return node.args, node.kwargs
+    return (source, live, dim), {}
+
+
+def _narrow(plan: Plan, node: fx.Node) -> Arguments:
+    source, dim, start, length = (_argument(node, i, n) for i, n in enumerate(("input", "dim", "start", "length")))
+    kept = _kept(plan, plan.value(source), dim % len(plan.value(source).shape))
+    if kept is None or not isinstance(start, int) or not isinstance(length, int):
+        return node.args, node.kwargs
+    inside = [i for i, old in enumerate(kept) if start <= old < start + length]
+    return (source, dim, inside[0] if inside else 0, len(inside)), {}
+
+
+def _getitem(plan: Plan, node: fx.Node) -> Arguments:
+    """Slices and integers along a dimension that shrinks point at where their channels are now."""
+    source, index = node.args
+    labels = plan.value(source) if isinstance(source, fx.Node) else None
+    if not isinstance(labels, Labels):
+        return node.args, node.kwargs
+    items = list(index) if isinstance(index, (tuple, list)) else [index]
+    consumed = sum(item is not None and item is not Ellipsis for item in items)
+    dim, made = 0, []
+    for item in items:
+        if item is Ellipsis:
+            dim += len(labels.shape) - consumed
+        kept = None if item is None or item is Ellipsis else _kept(plan, labels, dim)
+        made.append(item if kept is None else _point(item, kept, labels.shape[dim]))
+        dim += item is not None and item is not Ellipsis
+    return (source, tuple(made) if isinstance(index, (tuple, list)) else made[0]), {}
+
+
+def _point(item: Any, kept: list[int], size: int) -> Any:
+    if isinstance(item, int):
+        return kept.index(item % size) if item % size in kept else item
+    if not isinstance(item, slice) or item == slice(None):
+        return item
+    if any(isinstance(bound, fx.Node) for bound in (item.start, item.stop, item.step)):
+        return item
+    chosen = set(range(size)[item])
+    inside = [i for i, old in enumerate(kept) if old in chosen]
+    if not inside:
+        return item
+    return slice(inside[0], inside[-1] + 1, None)
+
+
+def _kept(plan: Plan, labels: Labels, dim: int) -> list[int] | None:
+    """The indices kept of a dimension, or None where it does not shrink on its own."""
+    for cut in plan.cuts(labels) or ():
+        if cut.dims == (dim,):
+            return [int(i) for i in cut.keep[0]]
+    return None
+
+
+def _pad(plan: Plan, node: fx.Node) -> Arguments:
+    """Padding of a channel dimension shrinks with what was padded."""
+    source, amounts, *rest = node.args
+    before, after = plan.value(source), plan.value(node)
+    ndim = len(after.shape)
+    made = list(amounts)
+    for i in range(0, len(amounts), 2):
+        dim = ndim - 1 - i // 2
+        kept = _kept(plan, after, dim)
+        if kept is not None and (amounts[i] or amounts[i + 1]):
+            front, width = amounts[i], before.shape[dim]
+            made[i] = sum(old < front for old in kept)
+            made[i + 1] = sum(old >= front + width for old in kept)
+    return (source, type(amounts)(made), *rest), node.kwargs
+
+
+def _convolution(groups: int) -> Callable[[Plan, fx.Node], Arguments]:
+    def rewrite(plan: Plan, node: fx.Node) -> Arguments:
+        """``groups`` of a depthwise convolution counts channels."""
+        if _argument(node, groups, "groups", 1) == 1:
+            return node.args, node.kwargs
+        source, weight = _argument(node, 0, "input"), _argument(node, 1, "weight")
+        wanted = plan.shape(plan.value(source))[1] // plan.shape(plan.value(weight))[1]
+        return _with(node, groups, "groups", wanted)
+
+    return rewrite
+
+
+def _layer_norm(plan: Plan, node: fx.Node) -> Arguments:
+    old = _argument(node, 1, "normalized_shape")
+    shape = plan.shape(plan.value(_argument(node, 0, "input")))
+    wanted = shape[len(shape) - len(old) :]
+    return _with(node, 1, "normalized_shape", wanted)
+
+
+def _group_norm(plan: Plan, node: fx.Node) -> Arguments:
+    source = plan.value(_argument(node, 0, "input"))
+    return _with(node, 1, "num_groups", live_groups(plan, source, _argument(node, 1, "num_groups")))
+
+
+def live_groups(plan: Plan, labels: Labels, groups: int) -> int:
+    """How many groups of a GroupNorm still have channels."""
+    kept = _kept(plan, labels, 1)
+    return groups if kept is None else len({old // (labels.shape[1] // groups) for old in kept})
+
+
+def _attention(plan: Plan, node: fx.Node) -> Arguments:
+    """The scale that the head size implied becomes explicit."""
+    query = plan.value(_argument(node, 0, "query"))
+    if plan.shape(query)[-1] == query.shape[-1] or node.kwargs.get("scale") is not None:
+        return node.args, node.kwargs
+    return node.args, {**node.kwargs, "scale": 1 / math.sqrt(query.shape[-1])}
+
+
+def _argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    return node.args[position] if position < len(node.args) else node.kwargs.get(name, default)
+
+
+def _with(node: fx.Node, position: int, name: str, value: Any) -> Arguments:
+    if position < len(node.args):
+        return (*node.args[:position], value, *node.args[position + 1 :]), node.kwargs
+    return node.args, {**node.kwargs, name: value}
+
+
+_ROWS = {
+    Literals(_shape): """view reshape expand broadcast_to zeros ones full empty new_zeros new_ones new_full new_empty""",
+    Literals(_unflatten): "unflatten",
+    Literals(_split): "split chunk tensor_split split_with_sizes",
+    Literals(_narrow): "narrow",
+    Literals(_getitem): "getitem",
+    Literals(_pad): "pad constant_pad_nd",
+    Literals(_convolution(6), takes_sizes=False): """conv1d conv2d conv3d conv_transpose1d conv_transpose2d
+        conv_transpose3d""",
+    Literals(_layer_norm): "layer_norm rms_norm",
+    Literals(_group_norm): "group_norm",
+    Literals(_attention): "scaled_dot_product_attention",
+}
+#: Rows by the name of the function or method.
+LITERALS: dict[str, Literals] = dict(
+    itertools.chain.from_iterable(((name, row) for name in names.split()) for row, names in _ROWS.items())
+)

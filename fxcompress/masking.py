@@ -1,0 +1,358 @@
+"""Masks: what a pruner decided, laid over a graph as nodes and lifted off again (design 6).
+
+A masked module keeps its parameters' stored values; ``_masks.<parameter>`` holds one bool buffer for each masked
+parameter, shared by all its uses. Dead channels are remembered by parameter axis, so that they mean the same after
+other passes have changed the graph. Operators whose result depends on how many channels there are (norms, softmax,
+products of activations) read the live channels only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from fxcompress.channels.groups import ChannelGroups
+from fxcompress.channels.labels import BoolArray, Cut, Labels, dims_of
+from fxcompress.channels.solve import Channels
+from fxcompress.errors import GraphError
+from fxcompress.layers import close_layer, is_open, open_layer, parameter_node
+from fxcompress.module import MASKS, TracedModule
+from fxcompress.nodes import apply_mask, restore_live, select_live
+from fxcompress.plan import Plan
+from fxcompress.rewrite import Rewriter, rewriting
+
+LIVE = "_live"
+
+
+@dataclass(frozen=True)
+class Masking:
+    """What is masked.
+
+    Attributes:
+        elements: bool tensors by parameter, True = keep, in the parameter's shape.
+        dead: for a parameter axis ``(name, dim)`` which of its indices are dead channels.
+    """
+
+    elements: dict[str, Tensor] = field(default_factory=dict)
+    dead: dict[tuple[str, int], BoolArray] = field(default_factory=dict)
+
+    def live(self, channels: Channels) -> BoolArray:
+        """For every label of an analysis whether it lives."""
+        gone: list[np.ndarray[Any, Any]] = [np.empty(0, dtype=np.int64)]
+        for axis in channels.facts.ledger.axes:
+            flags = self.dead.get((axis.name, axis.dim))
+            if axis.parameter and flags is not None and len(flags) == axis.size:
+                gone.append(channels.component[axis.start + np.flatnonzero(flags)])
+        return channels.live(np.unique(np.concatenate(gone)))
+
+    def joined(self, elements: Mapping[str, Tensor]) -> Masking:
+        """With further element masks; what is masked stays masked."""
+        made = dict(self.elements)
+        for name, mask in elements.items():
+            made[name] = made[name] & mask if name in made else mask
+        return Masking(made, self.dead)
+
+    def with_live(self, channels: Channels, live: BoolArray) -> Masking:
+        """With the channels dead that do not live."""
+        dead = {
+            (axis.name, axis.dim): flags
+            for axis in channels.facts.ledger.axes
+            if axis.parameter and (flags := ~live[axis.start : axis.start + axis.size]).any()
+        }
+        return Masking(self.elements, dead)
+
+
+def masks(module: nn.Module) -> dict[str, Tensor]:
+    """The masks of a module that a pruner returned: parameter name to bool tensor, True = keep (copies)."""
+    holder = getattr(module, MASKS, None)
+    if not isinstance(holder, nn.Module):
+        return {}
+    return {name: buffer.clone() for name, buffer in holder.named_buffers()}
+
+
+def effective(module: nn.Module, name: str) -> Tensor:
+    """A parameter times its mask, detached."""
+    path, _, leaf = name.rpartition(".")
+    parameter: Tensor = getattr(module.get_submodule(path), leaf)
+    holder = getattr(module, MASKS, None)
+    mask = dict(holder.named_buffers()).get(name) if isinstance(holder, nn.Module) else None
+    return parameter.detach() if mask is None else (parameter * mask).detach()
+
+
+def clean(module: TracedModule) -> TracedModule:
+    """The module without its mask nodes, changed in place."""
+    lift(module)
+    return module
+
+
+def lift(module: TracedModule) -> Masking:
+    """Take the masks off: afterwards the graph is the clean one, node names included."""
+    masking = Masking(masks(module), dict(module.meta.get("dead", {})))
+    if not masking.elements and not masking.dead:
+        return masking
+    with rewriting(module, "lift") as rewriter:
+        for node in list(module.graph.nodes):
+            if node.target in (apply_mask, restore_live, select_live) and "mask" in node.meta:
+                source = node.args[0]
+                assert isinstance(source, fx.Node)
+                rewriter.replace(node, source)
+        for node in list(module.graph.nodes):
+            if "dense" in node.meta:
+                rewriter.become(node, node.op, node.target, *_dense_arguments(node))
+        for node in list(module.graph.nodes):
+            if "mask" in node.meta:
+                continue
+            if is_open(node):
+                close_layer(rewriter, node)
+        for node in reversed(list(module.graph.nodes)):
+            if "mask" in node.meta or (node.op == "get_attr" and not node.users):
+                rewriter.erase(node)
+        rewriter.drop_module(MASKS)
+        rewriter.drop_module(LIVE)
+    module.meta.pop("dead", None)
+    return masking
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """The module in eval mode; every submodule's mode as before afterwards."""
+    modes = [(item, item.training) for item in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for item, mode in modes:
+            item.training = mode
+
+
+def lay(module: TracedModule, masking: Masking, groups: ChannelGroups | None, author: str) -> None:
+    """Put masks on a clean module: one bool buffer for each masked parameter, and a node at each of its uses.
+
+    Args:
+        module: a clean traced module, changed in place.
+        masking: what to mask; its dead channels must satisfy the analysis' constraints.
+        groups: the channel analysis; needed where channels are dead.
+        author: the pass, for provenance.
+    """
+    elements = dict(masking.elements)
+    behind: set[str] = set()
+    if masking.dead and groups is None:
+        raise GraphError("dead channels can only be laid over a graph whose channels were analysed")
+    with rewriting(module, author) as rewriter, evaluating(module):
+        if groups is not None and masking.dead:
+            channels = groups.channels
+            plan = Plan(module, channels, masking.live(channels))
+            for name, mask in _parameter_masks(module, plan).items():
+                elements[name] = elements[name] & mask if name in elements else mask
+            inserter = _Inserter(rewriter, plan, elements)
+            inserter.channels()
+            behind = inserter.masked_outputs
+        _mask_parameters(rewriter, elements, behind)
+    if masking.dead:
+        module.meta["dead"] = masking.dead
+
+
+def _dense_arguments(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A node's arguments before its literals were rewritten."""
+    positional, named = node.meta.pop("dense")
+    args = tuple(positional.get(i, value) for i, value in enumerate(node.args))
+    kwargs = {key: named.get(key, value) for key, value in node.kwargs.items()}
+    return args, {key: value for key, value in kwargs.items() if not (key in named and value is None)}
+
+
+def _parameter_masks(module: TracedModule, plan: Plan) -> dict[str, Tensor]:
+    """For every parameter with dead slices its mask, in the parameter's shape and on its device."""
+    made = {}
+    for name, parameter in module.named_parameters():
+        labels = plan.channels.facts.state[name]
+        mask = np.ones((1,) * parameter.dim(), dtype=bool)
+        for factor in labels.factors:
+            mask = mask & plan.live[factor.numpy()]
+        if not mask.all():
+            made[name] = torch.from_numpy(mask).expand(parameter.shape).clone().to(parameter.device)
+    return made
+
+
+def _mask_parameters(rewriter: Rewriter, elements: Mapping[str, Tensor], behind: set[str]) -> None:
+    """Open the layers that hold masked parameters and multiply the masks in (``behind``: layers masked behind)."""
+    module = rewriter.module
+    holders = {name.rpartition(".")[0] for name in elements}
+    names = _aliases(module)
+    for node in list(module.graph.nodes):
+        if node.op == "call_module" and str(node.target) in holders:
+            open_layer(rewriter, node)
+    sources = [node for node in module.graph.nodes if node.op == "get_attr" and names.get(str(node.target)) in elements]
+    for name, mask in elements.items():
+        rewriter.add_buffer(f"{MASKS}.{name}", mask, persistent=True)
+    for node in sources:
+        name = names[str(node.target)]
+        buffer = rewriter.insert_after(node, "get_attr", f"{MASKS}.{name}", ())
+        buffer.meta["mask"] = True
+        product = rewriter.insert_after(buffer, "call_function", apply_mask, (node, buffer))
+        product.meta["mask"] = True
+        rewriter.replace(node, product)
+    read = {names[str(node.target)] for node in sources}
+    for name in elements:
+        holder = name.rpartition(".")[0]
+        if name not in read and holder not in behind and any(n.target == holder for n in module.graph.nodes):
+            kind = type(module.get_submodule(holder)).__name__
+            raise GraphError(f"{name} cannot be masked element by element: a {kind} stays one node of the graph.")
+
+
+def _aliases(module: nn.Module) -> dict[str, str]:
+    """Every name of every parameter to the first name of the same tensor (tied weights have several)."""
+    first: dict[int, str] = {}
+    return {
+        name: first.setdefault(id(tensor), name)
+        for name, tensor in module.named_parameters(remove_duplicate=False)
+    }
+
+
+class _Inserter:
+    """Puts the nodes that a channel mask needs besides the masks of parameters."""
+
+    def __init__(self, rewriter: Rewriter, plan: Plan, elements: Mapping[str, Tensor]) -> None:
+        self.rewriter, self.plan, self.elements = rewriter, plan, elements
+        self.module = rewriter.module
+        self.buffers: dict[bytes, str] = {}
+        self.masked_outputs: set[str] = set()
+
+    def channels(self) -> None:
+        live_only = self.plan.channels.facts.ledger.live_only
+        holders = {name.rpartition(".")[0] for name in self.elements}
+        for node in list(self.module.graph.nodes):
+            if node.name in live_only and self.plan.touched(node):
+                self._live_only(node)
+            elif node.op == "call_module" and str(node.target) in holders:
+                layer = self.module.get_submodule(str(node.target))
+                if not open_layer(self.rewriter, node):
+                    self._mask_output(node, layer)
+
+    def _mask_output(self, node: fx.Node, layer: nn.Module) -> None:
+        """A layer that stays a leaf (BatchNorm): its dead channels are zeroed behind it."""
+        labels = self.plan.value(node)
+        if not isinstance(labels, Labels):
+            raise GraphError(f"the parameters of {type(layer).__name__} {node.target} cannot be masked")
+        self.masked_outputs.add(str(node.target))
+        for factor in labels.factors:
+            mask = self.plan.live[factor.numpy()]
+            if mask.all():
+                continue
+            buffer = self._buffer(node, torch.from_numpy(np.ascontiguousarray(mask)))
+            product = self.rewriter.insert_after(buffer, "call_function", apply_mask, (node, buffer))
+            product.meta["mask"] = True
+            self.rewriter.replace(node, product)
+
+    def _live_only(self, node: fx.Node) -> None:
+        """Let a node read the live part of its inputs, and put zeros back where nothing was live."""
+        if node.op == "call_module":
+            layer = str(node.target)
+            if not open_layer(self.rewriter, node) and any(True for _ in self.module.get_submodule(layer).parameters()):
+                raise GraphError(f"statistics of {type(layer).__name__} {node.target} cannot run over live channels")
+        sources = [(source, self._labels(source)) for source in node.all_input_nodes]
+        self._rewrite(node)
+        for source, labels in sources:
+            if labels is None:
+                continue
+            value = source
+            for cut in self.plan.cuts(labels) or ():
+                value = self._select(value, node, labels, cut)
+            if value is not source:
+                self.rewriter.read(node, source, value)
+        results = self.plan.value(node)
+        for labels, produced in [(results, node)] if isinstance(results, Labels) else self._parts(node):
+            value = produced
+            for cut in reversed(self.plan.cuts(labels) or ()):
+                value = self._restore(value, produced, labels, cut)
+
+    def _labels(self, node: fx.Node) -> Labels | None:
+        """Labels of a node; a parameter's node may have been made by opening a layer."""
+        value = self.plan.value(node)
+        if value is None and node.op == "get_attr":
+            value = self.plan.channels.facts.state.get(str(node.target))
+        return value if isinstance(value, Labels) else None
+
+    def _parts(self, node: fx.Node) -> list[tuple[Labels, fx.Node]]:
+        return [(value, user) for user in node.users if isinstance(value := self.plan.value(user), Labels)]
+
+    def _rewrite(self, node: fx.Node) -> None:
+        """The same literals as in the removed model, the original ones kept for the way back."""
+        shadow = self.plan.live_arguments(node)
+        if shadow is not None:
+            args, kwargs = shadow
+            node.meta["dense"] = (
+                {i: old for i, (old, new) in enumerate(zip(node.args, args, strict=True)) if old != new},
+                {key: node.kwargs.get(key) for key, new in kwargs.items() if node.kwargs.get(key) != new},
+            )
+            self.rewriter.become(node, node.op, node.target, tuple(args), dict(kwargs))
+
+    def _select(self, value: fx.Node, user: fx.Node, labels: Labels, cut: Cut) -> fx.Node:
+        for dim, index, size in _steps(labels, cut):
+            buffer = self._buffer(user, index, before=True)
+            value = self.rewriter.insert_before(user, "call_function", select_live, (value, dim, buffer, size))
+            value.meta["mask"] = True
+        return value
+
+    def _restore(self, value: fx.Node, produced: fx.Node, labels: Labels, cut: Cut) -> fx.Node:
+        for dim, index, size in reversed(_steps(labels, cut)):
+            buffer = self._buffer(value, index)
+            made = self.rewriter.insert_after(buffer, "call_function", restore_live, (value, dim, buffer, size))
+            made.meta["mask"] = True
+            self.rewriter.replace(value, made)
+            value = made
+        return value
+
+    def _buffer(self, place: fx.Node, tensor: Tensor, *, before: bool = False) -> fx.Node:
+        """A node that reads a constant, stored once."""
+        key = str((tensor.dtype, tuple(tensor.shape))).encode() + tensor.numpy().tobytes()
+        name = self.buffers.get(key)
+        if name is None:
+            name = self.buffers[key] = f"{LIVE}.i{len(self.buffers)}"
+            device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
+            self.rewriter.add_buffer(name, tensor.to(device), persistent=False)
+        insert = self.rewriter.insert_before if before else self.rewriter.insert_after
+        node = insert(place, "get_attr", name, ())
+        node.meta["mask"] = True
+        return node
+
+
+def _steps(labels: Labels, cut: Cut) -> list[tuple[int, Tensor, int]]:
+    """A cut as selections along one dimension each: ``(dim, index, dense size of one period)``."""
+    steps = []
+    for i, dim in enumerate(cut.dims):
+        size = labels.shape[dim]
+        if i == cut.column or len(cut.keep[i]) == size:
+            continue
+        period = _period(labels, dim)
+        kept = cut.keep[i][cut.keep[i] < period]
+        steps.append((dim, torch.from_numpy(kept), period))
+    if cut.gather is not None and cut.column is not None:
+        shape = [1] * len(labels.shape)
+        for dim, size in zip(cut.dims, cut.gather.shape, strict=True):
+            shape[dim] = size
+        index = torch.from_numpy(cut.gather).reshape(shape)
+        for i, dim in enumerate(cut.dims):
+            period = _period(labels, dim)
+            if i != cut.column and period < index.shape[dim]:
+                index = index.narrow(dim, 0, period)
+        steps.append((cut.dims[cut.column], index.contiguous(), labels.shape[cut.dims[cut.column]]))
+    return steps
+
+
+def _period(labels: Labels, dim: int) -> int:
+    """The shortest length after which labels repeat along a dimension (the batch, merged into it, repeats them)."""
+    factors = [factor for factor in labels.factors if dim in dims_of(factor)]
+    size = labels.shape[dim]
+    for period in range(1, size):
+        if size % period == 0 and all(
+            bool((f.narrow(dim, 0, size - period) == f.narrow(dim, period, size - period)).all()) for f in factors
+        ):
+            return period
+    return size

@@ -1,0 +1,56 @@
+"""The functions behind the nodes that masking puts into a graph (design 6)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def apply_mask(tensor: Tensor, mask: Tensor) -> Tensor:
+    """A parameter or an activation with its masked elements zero; ``mask`` is bool, True = keep, and broadcasts."""
+    return tensor * mask
+
+
+def select_live(tensor: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
+    """The live elements along ``dim``.
+
+    Args:
+        tensor: any shape.
+        dim: the dimension that shrinks.
+        index: 1-D: what is kept of ``dim``. Otherwise one dimension for each of the tensor's, of size 1 where rows
+            agree: for every row the columns kept along ``dim``.
+        size: dense size of one period of ``dim`` (of the rows, if ``index`` has rows). A dimension into which the
+            batch was merged repeats it.
+    """
+    return tensor.index_select(dim, _tiled(index, tensor.shape[dim], size)) if index.dim() == 1 else tensor.gather(
+        dim, _rows(index, tensor, dim)
+    )
+
+
+def restore_live(tensor: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
+    """The inverse of :func:`select_live`: a dense tensor with zeros where nothing is live."""
+    shape = list(tensor.shape)
+    if index.dim() == 1:
+        shape[dim] = tensor.shape[dim] // index.shape[0] * size
+        return tensor.new_zeros(shape).index_copy(dim, _tiled(index, shape[dim], size), tensor)
+    shape[dim] = size
+    return tensor.new_zeros(shape).scatter(dim, _rows(index, tensor, dim), tensor)
+
+
+def scale_size(size: int, numerator: int, denominator: int) -> int:
+    """A size that grows with the batch, after channels that it counted are gone."""
+    return size * numerator // denominator
+
+
+def _tiled(index: Tensor, found: int, size: int) -> Tensor:
+    if found == size:
+        return index
+    starts = torch.arange(0, found, size, device=index.device)
+    return (starts[:, None] + index).reshape(-1)
+
+
+def _rows(index: Tensor, tensor: Tensor, dim: int) -> Tensor:
+    shape = list(tensor.shape)
+    shape[dim] = index.shape[dim]
+    repeats = [n // i if d != dim and i not in (1, n) else 1 for d, (n, i) in enumerate(zip(shape, index.shape, strict=True))]
+    return index.repeat(repeats).expand(shape)

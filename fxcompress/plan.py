@@ -1,0 +1,272 @@
+"""Which elements of every value in a graph live, and what each node has to become to compute just those.
+
+The invariant of removal: every live tensor is its dense tensor without the dead elements, in dense order. From it
+follows what each node's literals must be. Nodes whose literals cannot say it (a channel shuffle that lost unequal
+numbers) become a gather.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from fxcompress.channels.labels import BoolArray, Cut, Labels, cut_shape, cut_tensor, plan_cuts
+from fxcompress.channels.solve import Channels, source_of
+from fxcompress.errors import GraphError
+from fxcompress.literals import LITERALS, Scaled
+from fxcompress.module import TracedModule
+from fxcompress.rewrite import describe
+
+
+@dataclass(frozen=True)
+class Gather:
+    """A rearrangement written as a selection of positions: ``source`` along ``dim``, of ``size`` live positions."""
+
+    source: fx.Node
+    dim: int
+    index: Tensor
+    size: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """A node's new target and arguments (in which a :class:`Scaled` stands for a size to be computed)."""
+
+    op: str
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Plan:
+    """A live set laid over a clean graph.
+
+    Args:
+        module: the clean traced module.
+        channels: its channel analysis.
+        live: for every label whether it lives; must satisfy the analysis' constraints.
+    """
+
+    def __init__(self, module: TracedModule, channels: Channels, live: BoolArray) -> None:
+        self.module, self.channels, self.live = module, channels, live
+        self._cuts: dict[int, tuple[Labels, tuple[Cut, ...] | None]] = {}
+        self._numbers: dict[str, Any] = {}
+
+    # ---- values ------------------------------------------------------------------------------------------------
+
+    def value(self, node: fx.Node) -> Any:
+        """A node's dense value: labels for tensors, numbers as they are."""
+        return self.channels.facts.values.get(node.name)
+
+    def cuts(self, labels: Labels) -> tuple[Cut, ...] | None:
+        """How a tensor with these labels shrinks; None where what is left has no shape (inside a shuffle)."""
+        found = self._cuts.get(id(labels))
+        if found is None:
+            found = self._cuts[id(labels)] = (labels, plan_cuts(labels, self.live))
+        return found[1]
+
+    def shape(self, labels: Labels) -> tuple[int, ...]:
+        """A tensor's live shape."""
+        cuts = self.cuts(labels)
+        if cuts is None:
+            raise GraphError(f"the live part of a tensor of shape {labels.shape} has no shape")
+        return cut_shape(labels.shape, cuts)
+
+    def touched(self, node: fx.Node) -> bool:
+        """Whether the node reads or makes a tensor that shrinks."""
+        values = [self.value(node), *map(self.value, node.all_input_nodes)]
+        return any(self.cuts(leaf) != () for leaf in pytree.tree_leaves(values) if isinstance(leaf, Labels))
+
+    def number(self, node: fx.Node) -> Any:
+        """The value that a size node, or arithmetic on sizes, has in the live graph."""
+        if node.name not in self._numbers:
+            self._numbers[node.name] = self._evaluate_number(node)
+        return self._numbers[node.name]
+
+    def _evaluate_number(self, node: fx.Node) -> Any:
+        if node.op == "call_method" and node.target in ("size", "numel"):
+            labels = self.value(node.args[0]) if isinstance(node.args[0], fx.Node) else None
+            if isinstance(labels, Labels) and self.cuts(labels) is not None:
+                shape = self.shape(labels)
+                dim = node.args[1] if len(node.args) > 1 else None
+                return shape[dim] if isinstance(dim, int) else math.prod(shape)
+            return self.value(node)
+        if node.op == "call_function" and callable(node.target) and node.target is not getattr:
+            args = fx.map_arg(node.args, self.number)
+            return node.target(*args)
+        return self.value(node)
+
+    def is_number(self, value: Any) -> bool:
+        """Whether an argument is a node that computes a number."""
+        return isinstance(value, fx.Node) and isinstance(self.value(value), (int, float)) and not isinstance(self.value(value), bool)
+
+    def size(self, given: Any, wanted: int) -> Any:
+        """A size argument that must be ``wanted`` in the live graph: itself, a literal, or a rescaled node."""
+        if not isinstance(given, fx.Node):
+            return given if given == -1 else wanted
+        have = self.number(given)
+        if have == wanted:
+            return given
+        return Scaled(given, wanted, have) if self._grows(given) else wanted
+
+    def dense_number(self, given: fx.Node) -> Any:
+        """A number that flows into values: it stays what it was in the dense graph."""
+        have, dense = self.number(given), self.value(given)
+        if have == dense:
+            return given
+        return Scaled(given, dense, have) if self._grows(given) and isinstance(dense, int) else dense
+
+    def _grows(self, node: fx.Node) -> bool:
+        """Whether a number depends on a size that is not a channel count (the batch, say)."""
+        if node.op == "call_method" and node.target == "size" and isinstance(node.args[0], fx.Node):
+            labels = self.value(node.args[0])
+            dim = node.args[1]
+            assert isinstance(labels, Labels) and isinstance(dim, int)
+            return dim % len(labels.shape) not in labels.varying()
+        return any(self._grows(source) for source in node.all_input_nodes)
+
+    # ---- nodes -------------------------------------------------------------------------------------------------
+
+    def call(self, node: fx.Node) -> Call:
+        """What a node becomes so that it computes the live part of its value from live inputs."""
+        args, kwargs = self._literals(node)
+        if not self.is_number(node):
+            sizes_kept = _name(node) in LITERALS and LITERALS[_name(node)].takes_sizes
+            if not sizes_kept:
+                args, kwargs = pytree.tree_map(
+                    lambda item: self.dense_number(item) if self.is_number(item) else item,
+                    (args, kwargs),
+                    is_leaf=lambda item: isinstance(item, (fx.Node, Scaled, slice)),
+                )
+        target, op = node.target, node.op
+        if _name(node) in ("split", "chunk", "tensor_split", "split_with_sizes") and (args, kwargs) != (node.args, node.kwargs):
+            op, target = "call_function", torch.split
+        return Call(op, target, tuple(args), dict(kwargs))
+
+    def _literals(self, node: fx.Node) -> tuple[Any, Any]:
+        row = LITERALS.get(_name(node))
+        if row is None or not self.touched(node):
+            return node.args, node.kwargs
+        return row.rewrite(self, node)
+
+    def live_arguments(self, node: fx.Node) -> tuple[Any, Any] | None:
+        """New literals for a node that reads live inputs inside a graph whose sizes are dense; None where none change."""
+        row = LITERALS.get(_name(node))
+        made = None if row is None else row.rewrite(self, node)
+        return None if made is None or made == (node.args, node.kwargs) else made
+
+    def step(self, node: fx.Node) -> Call | Gather | None:
+        """What a node becomes: a call, a gather, or None for the inside of a shuffle that collapses."""
+        made = self.value(node)
+        if isinstance(made, Labels) and self.cuts(made) is None:
+            return None
+        if node.name not in self.channels.facts.moves or not self.touched(node) or not isinstance(made, Labels):
+            return self.call(node)
+        sources = [s for s in node.all_input_nodes if isinstance(self.value(s), Labels)]
+        moved = [s for s in sources if self.value(s).factors and not self._is_index(node, s)]
+        if len(moved) != 1:
+            return self.call(node)
+        if self.cuts(self.value(moved[0])) is not None:
+            call = self.call(node)
+            if self._agrees(node, moved[0], call):
+                return call
+        return self._gather(node)
+
+    def _is_index(self, node: fx.Node, source: fx.Node) -> bool:
+        return bool(node.args) and source is not node.args[0] and node.target is not torch.cat
+
+    def _agrees(self, node: fx.Node, source: fx.Node, call: Call) -> bool:
+        """Whether the rewritten call, run on the positions of the live elements, gives those it should."""
+        before, after = self.value(source), self.value(node)
+        cuts = self.cuts(before)
+        varying = before.varying()
+        positions = torch.arange(math.prod(before.shape[d] for d in varying))
+        positions = positions.reshape([n if d in varying else 1 for d, n in enumerate(before.shape)])
+        positions = positions.expand(before.shape)
+        wanted = cut_tensor(self._run(node, Call(node.op, node.target, node.args, dict(node.kwargs)), {source: positions}, live=False), self.cuts(after) or ())
+        try:
+            found = self._run(node, call, {source: cut_tensor(positions, cuts or ())}, live=True)
+        except (RuntimeError, IndexError, TypeError, ValueError):
+            return False  # the literals cannot express it
+        return found.shape == wanted.shape and bool((found == wanted).all())
+
+    def _run(self, node: fx.Node, call: Call, given: dict[fx.Node, Tensor], *, live: bool) -> Any:
+        def fetch(source: Any) -> Any:
+            if isinstance(source, Scaled):
+                return source.wanted
+            if not isinstance(source, fx.Node):
+                return source
+            if source in given:
+                return given[source]
+            if source.op == "get_attr":
+                return _attribute(self.module, str(source.target))
+            return self.number(source) if live else self.value(source)
+
+        args, kwargs = pytree.tree_map(
+            lambda leaf: slice(*map(fetch, (leaf.start, leaf.stop, leaf.step))) if isinstance(leaf, slice) else fetch(leaf),
+            (list(call.args), dict(call.kwargs)),
+            is_leaf=lambda leaf: isinstance(leaf, (fx.Node, Scaled, slice)),
+        )
+        if call.op == "call_method":
+            return getattr(args[0], call.target)(*args[1:], **kwargs)
+        if call.op == "call_module":
+            return self.module.get_submodule(str(call.target))(*args, **kwargs)
+        return call.target(*args, **kwargs)
+
+    def _gather(self, node: fx.Node) -> Gather:
+        """The chain of rearrangements that ends in ``node``, as one selection along one dimension."""
+        chain = [node]
+        start = source_of(node, self.channels.facts)
+        while self.cuts(self.value(start)) is None:
+            chain.append(start)
+            start = source_of(start, self.channels.facts)
+        before, after = self.value(start), self.value(node)
+        dims = before.varying() | after.varying()
+        if len(dims) != 1:
+            raise GraphError(f"{describe(node)} rearranges channels in a way that cannot be rewritten")
+        (dim,) = dims
+        rest = [shape[:dim] + shape[dim + 1 :] for shape in (before.shape, after.shape)]
+        if rest[0] != rest[1]:
+            raise GraphError(f"{describe(node)} mixes channels with other dimensions in a way that cannot be rewritten")
+        size = before.shape[dim]
+        ids = torch.arange(size).reshape([size if d == dim else 1 for d in range(len(before.shape))])
+        value: Any = ids.expand(before.shape)
+        for item in reversed(chain):
+            source = source_of(item, self.channels.facts)
+            value = self._run(item, Call(item.op, item.target, item.args, dict(item.kwargs)), {source: value}, live=False)
+        for other in range(value.dim()):
+            value = value if other == dim else value.narrow(other, 0, 1)
+        chosen = cut_tensor(value, _only(self.cuts(after), dim)).reshape(-1)
+        kept = cut_tensor(ids, _only(self.cuts(before), dim)).reshape(-1)
+        place = torch.full((size,), -1)
+        place[kept] = torch.arange(len(kept))
+        index = place[chosen]
+        if (index < 0).any():
+            raise GraphError(f"{describe(node)} reads a channel that was removed")
+        return Gather(start, dim, index, len(kept))
+
+
+def _only(cuts: Sequence[Cut] | None, dim: int) -> list[Cut]:
+    return [cut for cut in cuts or () if cut.dims == (dim,)]
+
+
+def _attribute(module: TracedModule, name: str) -> Any:
+    path, _, leaf = name.rpartition(".")
+    return getattr(module.get_submodule(path), leaf)
+
+
+def _name(node: fx.Node) -> str:
+    """The name under which the table of literals knows a node."""
+    if node.op == "call_method":
+        return str(node.target)
+    if node.target is operator.getitem:
+        return "getitem"
+    return getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+

@@ -1,0 +1,191 @@
+"""The one mutator of traced models: every edit goes through here, is counted, and leaves its provenance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from fxcompress.errors import GraphError
+from fxcompress.module import TracedModule
+from fxcompress.recorder import mutates
+
+Value = Any
+
+
+class Rewriter:
+    """Edits one module's graph and state.
+
+    Args:
+        module: what is edited, in place.
+        author: name of the pass; nodes that it makes or changes carry it in ``meta["by"]``.
+
+    Attributes:
+        edits: how many edits were made; 0 means that the module is as it was.
+    """
+
+    def __init__(self, module: TracedModule, author: str) -> None:
+        self.module = module
+        self.author = author
+        self.edits = 0
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph under edit."""
+        return self.module.graph
+
+    def _note(self, node: fx.Node, source: fx.Node | None) -> None:
+        self.edits += 1
+        if source is not None and source is not node:
+            for key in ("scope", "source"):
+                if key in source.meta:
+                    node.meta[key] = source.meta[key]
+        node.meta["by"] = self.author
+
+    def insert_after(
+        self, place: fx.Node, op: str, target: Any, args: tuple[Value, ...], kwargs: dict[str, Value] | None = None
+    ) -> fx.Node:
+        """A new node right after ``place``."""
+        with self.graph.inserting_after(place):
+            node = self.graph.create_node(op, target, args, kwargs or {})
+        self._note(node, place)
+        return node
+
+    def insert_before(
+        self, place: fx.Node, op: str, target: Any, args: tuple[Value, ...], kwargs: dict[str, Value] | None = None
+    ) -> fx.Node:
+        """A new node right before ``place``."""
+        with self.graph.inserting_before(place):
+            node = self.graph.create_node(op, target, args, kwargs or {})
+        self._note(node, place)
+        return node
+
+    def become(
+        self, node: fx.Node, op: str, target: Any, args: tuple[Value, ...], kwargs: dict[str, Value] | None = None
+    ) -> None:
+        """Let a node compute something else under its old name; its users stay."""
+        kwargs = kwargs or {}
+        if (node.op, node.target, node.args, node.kwargs) == (op, target, args, kwargs):
+            return
+        node.op, node.target = op, target
+        node.args, node.kwargs = args, kwargs
+        self._note(node, None)
+
+    def replace(self, node: fx.Node, new: fx.Node, where: Callable[[fx.Node], bool] = lambda user: True) -> None:
+        """Let the users of ``node`` read ``new`` instead (``new`` itself keeps reading ``node``)."""
+        changed = node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new and where(user))
+        self.edits += len(changed)
+
+    def read(self, user: fx.Node, old: fx.Node, new: fx.Node) -> None:
+        """Let one user read ``new`` where it read ``old``."""
+        user.replace_input_with(old, new)
+        self.edits += 1
+
+    def erase(self, node: fx.Node) -> None:
+        """Remove a node that nobody reads."""
+        if node.users:
+            raise GraphError(f"cannot remove {node.name}: {', '.join(user.name for user in node.users)} read it.")
+        self.graph.erase_node(node)
+        self.edits += 1
+
+    def sweep(self) -> None:
+        """Remove everything whose result nobody needs, except what writes in place."""
+        before = len(self.graph.nodes)
+        self.graph.eliminate_dead_code(is_impure_node=mutates)
+        self.edits += before - len(self.graph.nodes)
+
+    # ---- state -------------------------------------------------------------------------------------------------
+
+    def owner(self, name: str) -> tuple[nn.Module, str]:
+        """The module that holds a parameter or buffer, and its name there."""
+        path, _, leaf = name.rpartition(".")
+        return self.module.get_submodule(path), leaf
+
+    def set_tensor(self, name: str, tensor: Tensor) -> None:
+        """Replace the tensor of a parameter or buffer; parameters stay parameters, trainable or not as before."""
+        holder, leaf = self.owner(name)
+        old = getattr(holder, leaf)
+        if isinstance(old, nn.Parameter):
+            holder._parameters[leaf] = nn.Parameter(tensor.detach(), requires_grad=old.requires_grad)
+        else:
+            holder._buffers[leaf] = tensor
+        self.edits += 1
+
+    def add_buffer(self, name: str, tensor: Tensor, *, persistent: bool) -> None:
+        """Register a buffer under a dotted name, making the modules on the way."""
+        *path, leaf = name.split(".")
+        holder: nn.Module = self.module
+        for part in path:
+            if part not in holder._modules:
+                holder._modules[part] = nn.Module()
+            holder = holder.get_submodule(part)
+        holder.register_buffer(leaf, tensor, persistent=persistent)
+        self.edits += 1
+
+    def drop_module(self, name: str) -> None:
+        """Remove a submodule, if it is there."""
+        path, _, leaf = name.rpartition(".")
+        if self.module.get_submodule(path)._modules.pop(leaf, None) is not None:
+            self.edits += 1
+
+    def finish(self) -> None:
+        """Check the graph and compile it, if anything changed."""
+        if self.edits:
+            self.sweep()
+            check(self.module)
+            self.module.recompile()
+
+
+@contextmanager
+def rewriting(module: TracedModule, author: str) -> Iterator[Rewriter]:
+    """A rewriter whose edits are checked and compiled at the end."""
+    rewriter = Rewriter(module, author)
+    yield rewriter
+    rewriter.finish()
+
+
+def check(module: TracedModule) -> None:
+    """The verifier between passes: a well-formed graph whose targets exist.
+
+    Raises:
+        GraphError: with the node and where it came from.
+    """
+    seen: set[fx.Node] = set()
+    tensors = {name for name, _ in [*_named(module)]}
+    outputs = 0
+    for node in module.graph.nodes:
+        for source in node.all_input_nodes:
+            if source not in seen:
+                raise GraphError(f"{describe(node)} reads {source.name} before it is computed.")
+        if node.op == "call_module" and not _has_module(module, str(node.target)):
+            raise GraphError(f"{describe(node)} calls the module {node.target}, which does not exist.")
+        if node.op == "get_attr" and node.target not in tensors and not _has_module(module, str(node.target)):
+            raise GraphError(f"{describe(node)} reads {node.target}, which does not exist.")
+        if node.op == "call_function" and not callable(node.target):
+            raise GraphError(f"{describe(node)} calls {node.target!r}, which is no function.")
+        outputs += node.op == "output"
+        seen.add(node)
+    if outputs != 1 or next(reversed(module.graph.nodes)).op != "output":
+        raise GraphError(f"the graph has {outputs} output nodes; expected one, at its end.")
+
+
+def describe(node: fx.Node) -> str:
+    """A node for messages: its name, who made it, and the user's line."""
+    by = f", by {node.meta['by']}" if "by" in node.meta else ""
+    source = f", from {node.meta['source']}" if "source" in node.meta else ""
+    return f"node {node.name} ({node.op} {node.target}{by}{source})"
+
+
+def _named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def _has_module(module: nn.Module, name: str) -> bool:
+    try:
+        module.get_submodule(name)
+    except AttributeError:
+        return False
+    return True

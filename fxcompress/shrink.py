@@ -1,0 +1,111 @@
+"""Physical removal: dead channels leave parameters, buffers, literals and module attributes (design 8)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from fxcompress.channels.groups import ChannelGroups
+from fxcompress.channels.labels import BoolArray, Labels, cut_tensor
+from fxcompress.layers import agree
+from fxcompress.literals import Scaled, live_groups
+from fxcompress.masking import evaluating
+from fxcompress.module import TracedModule
+from fxcompress.nodes import scale_size, select_live
+from fxcompress.plan import Call, Gather, Plan
+from fxcompress.rewrite import Rewriter, rewriting
+
+GATHERS = "_gathers"
+
+
+def shrink(module: TracedModule, groups: ChannelGroups, live: BoolArray, author: str) -> None:
+    """Remove every channel that does not live.
+
+    Args:
+        module: a clean traced module, changed in place.
+        groups: its channel analysis.
+        live: for every label whether it lives; satisfies the analysis' constraints.
+        author: the pass, for provenance.
+    """
+    plan = Plan(module, groups.channels, live)
+    with evaluating(module):  # everything is decided before anything is changed
+        steps = {node: plan.step(node) for node in module.graph.nodes if node.op not in ("placeholder", "get_attr")}
+        entering = _entering(module, plan)
+    with rewriting(module, author) as rewriter:
+        for node, step in steps.items():
+            if isinstance(step, Gather):
+                _write_gather(rewriter, node, step)
+            elif step is not None and node.op != "output":
+                _write_call(rewriter, node, step)
+        _cut_tensors(rewriter, plan)
+        for name, layer in module.named_modules():
+            if name in entering or (name and any(True for _ in layer.parameters(recurse=False))):
+                labels, groups_now = entering.get(name, (None, None))
+                agree(layer, inputs=labels, groups=groups_now)
+
+
+def _entering(module: TracedModule, plan: Plan) -> dict[str, tuple[tuple[int, ...], int | None]]:
+    """For every called layer the live shape of its input (and the groups left of a GroupNorm)."""
+    found: dict[str, tuple[tuple[int, ...], int | None]] = {}
+    for node in module.graph.nodes:
+        if node.op != "call_module" or not node.args or not isinstance(node.args[0], fx.Node):
+            continue
+        labels = plan.value(node.args[0])
+        if isinstance(labels, Labels) and plan.cuts(labels) is not None:
+            layer = module.get_submodule(str(node.target))
+            left = live_groups(plan, labels, layer.num_groups) if isinstance(layer, nn.GroupNorm) else None
+            found[str(node.target)] = plan.shape(labels), left
+    return found
+
+
+def _write_call(rewriter: Rewriter, node: fx.Node, call: Call) -> None:
+    def settle(item: Any) -> Any:
+        if isinstance(item, Scaled):
+            return rewriter.insert_before(node, "call_function", scale_size, (item.node, item.wanted, item.have))
+        if isinstance(item, slice):
+            return slice(*map(settle, (item.start, item.stop, item.step)))
+        return item
+
+    args, kwargs = pytree.tree_map(
+        settle, (call.args, call.kwargs), is_leaf=lambda item: isinstance(item, (fx.Node, Scaled, slice))
+    )
+    rewriter.become(node, call.op, call.target, tuple(args), dict(kwargs))
+
+
+def _write_gather(rewriter: Rewriter, node: fx.Node, gather: Gather) -> None:
+    """Positions ``0 .. size - 1`` in order need no gather at all."""
+    name = f"{GATHERS}.{node.name}"
+    if torch.equal(gather.index, torch.arange(gather.size)):
+        rewriter.replace(node, gather.source)
+        return
+    device = next((p.device for p in rewriter.module.parameters()), torch.device("cpu"))
+    rewriter.add_buffer(name, gather.index.to(device), persistent=False)
+    index = rewriter.insert_before(node, "get_attr", name, ())
+    rewriter.become(node, "call_function", select_live, (gather.source, gather.dim, index, gather.size))
+
+
+def _cut_tensors(rewriter: Rewriter, plan: Plan) -> None:
+    """Every parameter and buffer without its dead slices; tied ones stay tied."""
+    module = rewriter.module
+    made: dict[int, Tensor] = {}
+    for name, labels in plan.channels.facts.state.items():
+        cuts = plan.cuts(labels)
+        if not cuts:
+            continue
+        holder, leaf = rewriter.owner(name)
+        old = getattr(holder, leaf)
+        rewriter.set_tensor(name, cut_tensor(old.detach(), cuts).contiguous())
+        made[id(old)] = getattr(holder, leaf)
+        _tie(module, old, made[id(old)])
+
+
+def _tie(module: nn.Module, old: Tensor, new: Tensor) -> None:
+    """Other names of a parameter that was replaced."""
+    for layer in module.modules():
+        for table in (layer._parameters, layer._buffers):
+            for name, tensor in table.items():
+                if tensor is old:
+                    table[name] = new
