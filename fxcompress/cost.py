@@ -154,7 +154,8 @@ def count(model: nn.Module, example_inputs: Any) -> Cost:
     Parameters that forward itself overwrites are not restored.
 
     Args:
-        model: any module; a ``GraphModule`` is interpreted node by node.
+        model: any module; a ``GraphModule`` is interpreted node by node. On the meta device it is counted
+            without computing anything.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
 
     Raises:

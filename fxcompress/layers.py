@@ -54,6 +54,13 @@ def functional(layer: nn.Module, x: Any, weight: Any, bias: Any) -> _Call | None
     return None
 
 
+def understood(layer: nn.Module) -> bool:
+    """Whether the channels of a leaf layer's own parameters can be masked and removed."""
+    if not any(True for _ in layer.parameters(recurse=False)):
+        return True
+    return isinstance(layer, nn.modules.batchnorm._NormBase) or functional(layer, None, None, None) is not None
+
+
 def is_open(node: fx.Node) -> bool:
     """Whether a node is an opened layer."""
     return "layer" in node.meta

@@ -93,7 +93,7 @@ def _narrow(plan: Plan, node: fx.Node) -> Arguments:
 
 def _getitem(plan: Plan, node: fx.Node) -> Arguments:
     """Slices and integers along a dimension that shrinks point at where their channels are now."""
-    source, index = node.args
+    source, index, *rest = node.args
     labels = plan.value(source) if isinstance(source, fx.Node) else None
     if not isinstance(labels, Labels):
         return node.args, node.kwargs
@@ -106,7 +106,7 @@ def _getitem(plan: Plan, node: fx.Node) -> Arguments:
         kept = None if item is None or item is Ellipsis else _kept(plan, labels, dim)
         made.append(item if kept is None else _point(item, kept, labels.shape[dim]))
         dim += item is not None and item is not Ellipsis
-    return (source, tuple(made) if isinstance(index, (tuple, list)) else made[0]), {}
+    return (source, tuple(made) if isinstance(index, (tuple, list)) else made[0], *rest), {}
 
 
 def _point(item: Any, kept: list[int], size: int) -> Any:
@@ -200,7 +200,7 @@ _ROWS = {
     Literals(_unflatten): "unflatten",
     Literals(_split): "split chunk tensor_split split_with_sizes",
     Literals(_narrow): "narrow",
-    Literals(_getitem): "getitem",
+    Literals(_getitem): "getitem setitem",
     Literals(_pad): "pad constant_pad_nd",
     Literals(_convolution(6), takes_sizes=False): """conv1d conv2d conv3d conv_transpose1d conv_transpose2d
         conv_transpose3d""",

@@ -256,10 +256,10 @@ class _Inserter:
             layer = str(node.target)
             if not open_layer(self.rewriter, node) and any(True for _ in self.module.get_submodule(layer).parameters()):
                 raise GraphError(f"statistics of {type(layer).__name__} {node.target} cannot run over live channels")
-        sources = [(source, self._labels(source)) for source in node.all_input_nodes]
+        sources = [(source, self.plan.value(source)) for source in node.all_input_nodes]
         self._rewrite(node)
         for source, labels in sources:
-            if labels is None:
+            if not isinstance(labels, Labels):
                 continue
             value = source
             for cut in self.plan.cuts(labels) or ():
@@ -271,13 +271,6 @@ class _Inserter:
             value = produced
             for cut in reversed(self.plan.cuts(labels) or ()):
                 value = self._restore(value, produced, labels, cut)
-
-    def _labels(self, node: fx.Node) -> Labels | None:
-        """Labels of a node; a parameter's node may have been made by opening a layer."""
-        value = self.plan.value(node)
-        if value is None and node.op == "get_attr":
-            value = self.plan.channels.facts.state.get(str(node.target))
-        return value if isinstance(value, Labels) else None
 
     def _parts(self, node: fx.Node) -> list[tuple[Labels, fx.Node]]:
         return [(value, user) for user in node.users if isinstance(value := self.plan.value(user), Labels)]

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from fxcompress.generate import Builder, Network, Op
 
-# Of the norms that take statistics in eval mode. So large that a rewrite which loses it shows, and that the norm
-# of what is nearly constant does not turn rounding into a difference.
+# Of the norms that take statistics in eval mode: so large that a rewrite which loses it shows, and that
+# rounding stays small where the input is nearly constant.
 EPS = 0.01
 
 

@@ -58,11 +58,16 @@ class Plan:
         self.module, self.channels, self.live = module, channels, live
         self._cuts: dict[int, tuple[Labels, tuple[Cut, ...] | None]] = {}
         self._numbers: dict[str, Any] = {}
+        self._collapsed: set[fx.Node] = set()
 
     # ---- values ------------------------------------------------------------------------------------------------
 
     def value(self, node: fx.Node) -> Any:
-        """A node's dense value: labels for tensors, numbers as they are."""
+        """A node's dense value: labels for tensors, numbers as they are. A mask node stands for what it masks."""
+        while "mask" in node.meta and node.op == "call_function":
+            (node, *_) = node.all_input_nodes
+        if node.op == "get_attr" and node.name not in self.channels.facts.values:  # an opened layer's parameter
+            return self.channels.facts.state.get(str(node.target))
         return self.channels.facts.values.get(node.name)
 
     def cuts(self, labels: Labels) -> tuple[Cut, ...] | None:
@@ -163,20 +168,24 @@ class Plan:
         return None if made is None or made == (node.args, node.kwargs) else made
 
     def step(self, node: fx.Node) -> Call | Gather | None:
-        """What a node becomes: a call, a gather, or None for the inside of a shuffle that collapses."""
+        """What a node becomes: a call, a gather, or None for the inside of a shuffle that collapses.
+
+        To be called for the nodes in the order of the graph.
+        """
         made = self.value(node)
-        if isinstance(made, Labels) and self.cuts(made) is None:
-            return None
         if node.name not in self.channels.facts.moves or not self.touched(node) or not isinstance(made, Labels):
             return self.call(node)
         sources = [s for s in node.all_input_nodes if isinstance(self.value(s), Labels)]
         moved = [s for s in sources if self.value(s).factors and not self._is_index(node, s)]
         if len(moved) != 1:
             return self.call(node)
-        if self.cuts(self.value(moved[0])) is not None:
+        if moved[0] not in self._collapsed and self.cuts(made) is not None:
             call = self.call(node)
             if self._agrees(node, moved[0], call):
                 return call
+        if node.name in self.channels.soft:
+            self._collapsed.add(node)
+            return None
         return self._gather(node)
 
     def _is_index(self, node: fx.Node, source: fx.Node) -> bool:
@@ -224,7 +233,7 @@ class Plan:
         """The chain of rearrangements that ends in ``node``, as one selection along one dimension."""
         chain = [node]
         start = source_of(node, self.channels.facts)
-        while self.cuts(self.value(start)) is None:
+        while start.name in self.channels.soft:
             chain.append(start)
             start = source_of(start, self.channels.facts)
         before, after = self.value(start), self.value(node)

@@ -31,6 +31,7 @@ _REFLECTED = frozenset(
     f"__r{name}__"
     for name in "add sub mul div truediv floordiv mod pow matmul and or xor lshift rshift".split()
 )
+_SHAPED_LIKE = frozenset(("view_as", "reshape_as", "expand_as"))
 _RANDOM = frozenset("rand randn randint randperm rand_like randn_like randint_like bernoulli multinomial normal".split())
 _SKIPPED_FOLDERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
@@ -106,6 +107,11 @@ class Recorder(TorchFunctionMode):
             return self._property(func, args, is_set=name == "__set__")
         if name in _SIZES and args and isinstance(args[0], Tensor):
             return self._size(name, *args, **kwargs)
+        if name in _SHAPED_LIKE:  # the sizes of another tensor are sizes like any other
+            func = getattr(Tensor, name.removesuffix("_as"))
+            return self.__torch_function__(func, types, (args[0], *self._size("shape", args[1])))
+        if name == "view" and not isinstance(args[1], torch.dtype):
+            func, name = Tensor.reshape, "reshape"  # masking and removal change strides; where it can, this is a view
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if self._reads_values(name, args, kwargs) and any(map(self._is_dynamic, tensors)):
             raise ValueRead(self.scopes[-1], f"{name.strip('_')}() reads the values of a tensor", user_line())

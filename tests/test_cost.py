@@ -1,9 +1,6 @@
 """MACs, parameters, bytes and latency, against counts by hand and those that torchvision publishes."""
 
 import contextlib
-import copy
-import random
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from fxcompress.cost import Cost, byte_count, count, latency
-from fxcompress.errors import InputError
+from fxcompress.cost import Cost, byte_count, count
 
 
 class Call(nn.Module):
@@ -40,7 +36,7 @@ def row(cost: Cost, name: str, kind: str | None = None) -> Any:
     return found
 
 
-# ---- MACs ------------------------------------------------------------------------------------------------------
+# ---- MACs ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -72,14 +68,17 @@ def test_layers(layer: nn.Module, shape: tuple[int, ...], expected: int) -> None
     assert found.params == sum(parameter.numel() for parameter in layer.parameters())
 
 
+CONVOLUTIONS = (
+    (nn.Conv1d, nn.ConvTranspose1d),
+    (nn.Conv2d, nn.ConvTranspose2d),
+    (nn.Conv3d, nn.ConvTranspose3d),
+)
+
+
 @st.composite
 def convolutions(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
     dims, groups = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    cls = draw(
-        st.sampled_from([(nn.Conv1d, nn.ConvTranspose1d), (nn.Conv2d, nn.ConvTranspose2d)][min(dims, 2) - 1])
-    )
-    if dims == 3:
-        cls = draw(st.sampled_from([nn.Conv3d, nn.ConvTranspose3d]))
+    cls: Any = draw(st.sampled_from(CONVOLUTIONS[dims - 1]))
     channels = groups * draw(st.integers(1, 3)), groups * draw(st.integers(1, 3))
     kernel = tuple(draw(st.integers(1, 3)) for _ in range(dims))
     stride, dilation = draw(st.integers(1, 2)), draw(st.integers(1, 2))
@@ -110,7 +109,6 @@ def ones(*shape: int) -> Tensor:
         (lambda a, b: a[0] @ b, (ones(1, 3, 4), ones(4))),  # mv
         (lambda a, b: a[0] @ b, (ones(1, 4), ones(4, 5))),
         (lambda a, b: a[0] @ b, (ones(1, 4), ones(4))),  # dot
-        (lambda a, b: torch.mm(a[0], b), (ones(1, 3, 4), ones(4, 5))),
         (torch.bmm, (ones(1, 3, 4), ones(1, 4, 5))),
         (lambda a, b: torch.addmm(torch.zeros(5), a[0], b), (ones(1, 3, 4), ones(4, 5))),
         (lambda a, b: torch.addmv(torch.zeros(3), a[0], b), (ones(1, 3, 4), ones(4))),
@@ -120,7 +118,7 @@ def ones(*shape: int) -> Tensor:
         (lambda a, b: torch.mm(a[0], b, out=torch.empty(3, 5)), (ones(1, 3, 4), ones(4, 5))),
         (lambda a, b: torch.einsum("bij,jk->bik", a, b), (ones(1, 3, 4), ones(4, 5))),
         (lambda a, b: torch.einsum("bhid,bhjd->bhij", a, b), (ones(1, 2, 3, 4), ones(1, 2, 5, 4))),
-        (lambda a, b: torch.tensordot(a[0], b, dims=([0, 2], [1, 0])), (ones(1, 3, 6, 4), ones(4, 3, 5))),
+        (lambda a, b: torch.einsum("hik,khj->ij", a[0], b), (ones(1, 3, 6, 4), ones(4, 3, 5))),
         (F.linear, (ones(1, 3, 4), ones(5, 4))),
         (F.conv2d, (ones(1, 3, 4, 4), ones(5, 3, 2, 2))),
     ],
@@ -213,7 +211,7 @@ def test_transformer_layers_count_as_their_parts_and_keep_their_fast_path() -> N
 )
 @pytest.mark.parametrize("cls, gates", [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])
 def test_recurrent_layers(
-    cls: type[nn.RNNBase], gates: int, options: dict[str, Any], dtype: torch.dtype
+    cls: Callable[..., nn.Module], gates: int, options: dict[str, Any], dtype: torch.dtype
 ) -> None:
     layer = cls(6, 5, **options).to(dtype)
     x = torch.randn(4, 4, 6, dtype=dtype)  # as many steps as samples
@@ -249,7 +247,7 @@ def test_attention_kernels_of_other_devices(kernel: str, extra: tuple[Any, ...])
 def test_recurrent_kernel_of_cuda() -> None:
     weights = [torch.empty(shape, device="meta") for shape in ((20, 6), (20, 5), (20,), (20,))]
     hidden = torch.empty(1, 3, 5, device="meta")
-    options = (2, 5, 0, 1, True, 0.0, False, False, [], None)
+    options: tuple[Any, ...] = (2, 5, 0, 1, True, 0.0, False, False, [], None)
 
     def run(x: Tensor) -> Any:
         return torch.ops.aten._cudnn_rnn(x, weights, 4, None, hidden, hidden, *options)
@@ -257,24 +255,24 @@ def test_recurrent_kernel_of_cuda() -> None:
     assert macs(run, torch.empty(3, 4, 6, device="meta")) == 4 * (20 * 6 + 20 * 5)
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+@pytest.mark.skipif("mkldnn" not in torch.__config__.show().lower(), reason="torch was built without oneDNN")
 def test_fused_onednn_operators() -> None:
     weight = torch.randn(6, 4, 3, 3)
     fused = torch.ops.mkldnn._convolution_pointwise
-    args = ([0, 0], [1, 1], [1, 1], 1, "relu", [], "")
+    args: tuple[Any, ...] = ([0, 0], [1, 1], [1, 1], 1, "relu", [], "")
     assert macs(lambda x: fused(x, weight, None, *args), torch.randn(2, 4, 5, 5)) == 9 * 6 * 4 * 9
     matrix = torch.randn(5, 7)
     linear = torch.ops.mkldnn._linear_pointwise
     assert macs(lambda x: linear(x, matrix, None, "relu", [], ""), torch.randn(2, 3, 7)) == 3 * 35
 
 
-# ---- per sample ------------------------------------------------------------------------------------------------
+# ---- per sample ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_figures_are_per_sample(batch: int) -> None:
-    model, _ = model_zoo.build("shufflenet_v2_x1_0")
-    expected = count(model, torch.randn(3, 3, 64, 64))
+    model, x = model_zoo.build("squeezenet1_1", batch=3)
+    expected = count(model, x)
     found = count(model, torch.randn(batch, 3, 64, 64))
     assert (found.macs, found.elementwise) == (expected.macs, expected.elementwise)
     assert [(each.name, each.macs) for each in found.table] == [
@@ -283,12 +281,14 @@ def test_figures_are_per_sample(batch: int) -> None:
 
 
 def test_work_on_weights_is_shared_by_the_samples_and_rounded_up() -> None:
-    model = nn.utils.parametrizations.orthogonal(nn.Linear(5, 5, bias=False), use_trivialization=False)
-    alone = count(model, torch.randn(1, 5))
-    assert alone.macs > 25
-    assert row(alone, "", "ParametrizedLinear").macs == 25
-    shared = count(model, torch.randn(1000, 5))
-    assert 25 < shared.macs <= 25 + len(shared.table)
+    left, right = torch.randn(4, 3), torch.randn(3, 5)
+
+    def run(x: Tensor) -> Tensor:
+        return x @ (left @ right)  # 20 for each sample, and 60 for all
+
+    assert macs(run, torch.randn(1, 4)) == 80
+    assert macs(run, torch.randn(2, 4)) == 50
+    assert macs(run, torch.randn(7, 4)) == 29
 
 
 def test_the_batch_is_that_of_the_first_tensor() -> None:
@@ -299,7 +299,7 @@ def test_the_batch_is_that_of_the_first_tensor() -> None:
     assert count(Call(run), {"scale": scale, "x": x, "y": y}).macs == 18
 
 
-# ---- where the work belongs ------------------------------------------------------------------------------------
+# ---- where the work belongs ------------------------------------------------------------------------------
 
 
 class Twice(nn.Module):
@@ -330,11 +330,11 @@ def test_rows_of_a_module() -> None:
 def test_rows_of_a_graph_module() -> None:
     found = count(fx.symbolic_trace(Twice()), torch.randn(5, 4))
     assert [(r.name, r.kind, r.macs, r.params, r.output, r.elementwise) for r in found.table] == [
+        ("", "Twice", 0, 8, (5, 2), 0),
         ("body.0", "Linear", 32, 16, (5, 4), 0),
         ("body.1", "ReLU", 0, 0, (5, 4), 8),
         ("add", "add", 0, 0, (5, 4), 4),
         ("matmul", "matmul", 8, 0, (5, 2), 0),
-        ("", "Twice", 0, 8, (5, 2), 0),
     ]
 
 
@@ -408,7 +408,7 @@ def test_element_wise_work() -> None:
     assert count(Call(lambda x: x * torch.ones(5, 1, 1, 1, 1)), x).elementwise == 5 * 48
 
 
-# ---- parameters and bytes --------------------------------------------------------------------------------------
+# ---- parameters and bytes --------------------------------------------------------------------------------
 
 
 class Tied(nn.Module):
@@ -458,7 +458,7 @@ def test_shared_storage_counts_once() -> None:
     assert holding(torch.zeros(0), torch.zeros(0)) == 0
 
 
-# ---- reference figures -----------------------------------------------------------------------------------------
+# ---- reference figures -----------------------------------------------------------------------------------
 
 
 def test_resnet50() -> None:
@@ -470,184 +470,23 @@ def test_resnet50() -> None:
     assert {each.kind for each in found.table if each.macs} == {"Conv2d", "Linear"}
 
 
-def published(name: str) -> tuple[nn.Module, Tensor, dict[str, Any]]:
-    """A model without its weights, an input of the size that its default weights were tested at, their entry."""
+FEW = ("resnet18", "densenet121", "mobilenet_v3_small", "regnet_y_400mf", "swin_t", "vit_b_32")
+REST = sorted({*torchvision.models.list_models(module=torchvision.models)} - {*FEW})
+
+
+@pytest.mark.parametrize("name", [*FEW, *(pytest.param(name, marks=pytest.mark.zoo) for name in REST)])
+def test_figures_that_torchvision_publishes(name: str) -> None:
     weights = torchvision.models.get_model_weights(name)["DEFAULT"]
     (side,) = weights.transforms().crop_size
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"image_size": side} if name.startswith("vit") else {}
     if name in ("googlenet", "inception_v3"):
         options = {"init_weights": False, "aux_logits": name == "inception_v3"}
-    if name.startswith("vit"):
-        options = {"image_size": side}
-    model = torchvision.models.get_model(name, weights=None, **options)
-    return model, torch.zeros(1, 3, side, side), weights.meta
-
-
-def check_published(name: str) -> None:
-    model, x, meta = published(name)
-    found = count(model, x)
-    assert found.params == meta["num_params"]
-    assert found.macs / 1e9 == pytest.approx(meta["_ops"], abs=0.00051)  # given with three digits
-
-
-FEW = (
-    "resnet18",
-    "mobilenet_v3_small",
-    "shufflenet_v2_x0_5",
-    "regnet_y_400mf",
-    "squeezenet1_1",
-    "swin_t",
-    "vit_b_32",
-)
-
-
-@pytest.mark.parametrize("name", FEW)
-def test_figures_that_torchvision_publishes(name: str) -> None:
-    check_published(name)
-
-
-@pytest.mark.zoo
-@pytest.mark.parametrize(
-    "name", sorted({*torchvision.models.list_models(module=torchvision.models)} - {*FEW})
-)
-def test_all_figures_that_torchvision_publishes(name: str) -> None:
-    if torchvision.models.get_model_weights(name)["DEFAULT"].meta["_ops"] > 50:
-        pytest.skip("too large to run here")
-    check_published(name)
-
-
-# ---- nothing is disturbed --------------------------------------------------------------------------------------
-
-
-class Restless(nn.Module):
-    """Writes to everything that it has, in eval mode too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
-        self.norm = nn.BatchNorm2d(4)
-        self.frozen = nn.BatchNorm2d(4).eval()
-        self.calls = 0
-        self.cache: list[Tensor] = []
-        self.by_name: dict[str, Tensor] = {}
-        self.register_buffer("steps", torch.zeros(1))
-        self.register_buffer("last", torch.zeros(1))
-        self.steps: Tensor
-        self.fails = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        self.steps += 1
-        self.last = x.mean()
-        self.cache.append(x)
-        self.by_name["x"] = x
-        self.added = x
-        self.register_buffer("new", x)
-        x = self.norm(self.conv(F.dropout(x.mul_(2), training=True)))
-        x = F.batch_norm(x, self.frozen.running_mean, self.frozen.running_var, training=True)
-        if self.fails:
-            raise RuntimeError("told to fail")
-        return x
-
-
-def restless() -> Restless:
-    model = Restless()
-    model.train()
-    model.frozen.eval()
-    model.conv.register_forward_hook(lambda *_: None)
-    return model
-
-
-def snapshot(model: Restless) -> dict[str, Any]:
-    return {
-        "state": {
-            name: (id(value), value.clone())
-            for name, value in (*model.named_parameters(), *model.named_buffers())
-        },
-        "modes": [module.training for module in model.modules()],
-        "attributes": [sorted(vars(module)) for module in model.modules()],
-        "hooks": [
-            (
-                list(module._forward_hooks),
-                list(module._forward_pre_hooks),
-                list(module._forward_hooks_always_called),
-            )
-            for module in model.modules()
-        ],
-        "calls": model.calls,
-        "cache": (id(model.cache), list(model.cache), dict(model.by_name)),
-        "random": (torch.get_rng_state().tolist(), random.getstate()),
-        "gradients": (torch.is_grad_enabled(), [p.requires_grad for p in model.parameters()]),
-        "threads": torch.get_num_threads(),
-        "fast path": torch.backends.mha.get_fastpath_enabled(),
-    }
-
-
-def same(left: Any, right: Any) -> bool:
-    if isinstance(left, Tensor):
-        return torch.equal(left, right)
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
-    if isinstance(left, (list, tuple)):
-        return len(left) == len(right) and all(map(same, left, right))
-    return bool(left == right)
-
-
-@pytest.mark.parametrize("measure", [count, lambda *args: latency(*args, min_run_time=0.0, threads=1)])
-@pytest.mark.parametrize("fails", [False, True])
-def test_model_inputs_and_random_state_are_left_as_they_were(
-    measure: Callable[..., Any], fails: bool
-) -> None:
-    model, x = restless(), torch.randn(2, 3, 6, 6)
-    model.fails = fails
-    before, inputs = snapshot(model), x.clone()
-    with pytest.raises(InputError, match="told to fail") if fails else contextlib.nullcontext():
-        measure(model, x)
-    after = snapshot(model)
-    for key, value in before.items():
-        assert same(value, after[key]), key
-    assert torch.equal(x, inputs)
-
-
-def test_a_graph_module_is_left_as_it_was() -> None:
-    model = fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout())).train()
-    before, code = copy.deepcopy(model.state_dict()), model.code
-    count(model, torch.randn(2, 3, 6, 6))
-    assert model.code == code
-    assert all(module.training for module in model.modules())
-    assert same(dict(before), dict(model.state_dict()))
-
-
-def test_counting_in_inference_mode_and_on_no_device() -> None:
-    model, x = model_zoo.build("squeezenet1_1")
-    expected = count(model, x)
-    with torch.inference_mode():
-        assert count(model, x) == expected
-    assert count(copy.deepcopy(model).to("meta"), x.to("meta")) == expected
-
-
-# ---- errors and text -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("measure", [count, latency])
-@pytest.mark.parametrize(
-    "model, inputs, message",
-    [
-        (nn.Linear(3, 2), (), "no tensor"),
-        (nn.Linear(3, 2), torch.zeros(0, 3), "empty batch"),
-        (
-            nn.Linear(3, 2),
-            torch.zeros(5, 4),
-            r"failed on the example inputs \(shapes \(5, 4\)\): mat1 and mat2",
-        ),
-        (nn.Linear(3, 2), torch.zeros(5, 3, device="meta"), "one device"),
-        (nn.LazyLinear(2), torch.zeros(5, 3), "lazy parameters"),
-        (torch.relu, torch.zeros(5, 3), "expected a torch.nn.Module"),
-    ],
-)
-def test_unusable_arguments(measure: Callable[..., Any], model: nn.Module, inputs: Any, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        measure(model, inputs)
+    # The meta device has shapes and no numbers. RegNet computes its widths as tensors.
+    with torch.device("cpu" if name.startswith("regnet") else "meta"):
+        model = torchvision.models.get_model(name, weights=None, **options).to("meta")
+    found = count(model, torch.empty(1, 3, side, side, device="meta"))
+    assert found.params == weights.meta["num_params"]
+    assert found.macs / 1e9 == pytest.approx(weights.meta["_ops"], abs=0.00051)  # given with three digits
 
 
 def test_the_text_of_a_cost_is_a_table_with_totals() -> None:
@@ -657,44 +496,3 @@ def test_the_text_of_a_cost_is_a_table_with_totals() -> None:
     assert conv == ["conv1", "Conv2d", "1x64x112x112", "118,013,952", "9,408", "37,632", "0"]
     assert lines[-1].split()[:4] == ["total", "1,814,073,344", "11,689,512", f"{found.bytes:,}"]
     assert "(model)" in str(count(nn.Linear(3, 2), torch.randn(1, 3)))
-
-
-# ---- latency ---------------------------------------------------------------------------------------------------
-
-
-def test_latency_measures_the_forward_pass() -> None:
-    seen = []
-
-    def run(x: Tensor) -> Tensor:
-        seen.append((len(x), torch.get_num_threads(), torch.is_grad_enabled()))
-        time.sleep(0.01)
-        return x
-
-    found = latency(Call(run), torch.zeros(3, 2), threads=1, min_run_time=0.05)
-    assert 0.01 <= found.median < 0.1
-    assert 0 <= found.iqr < 0.1
-    assert (found.batch, found.threads) == (3, 1)
-    assert 5 <= found.runs < len(seen)
-    assert {(batch, grad) for batch, _, grad in seen} == {(3, False)}
-    assert seen[-1][1] == 1
-    assert str(found).startswith(f"{found.median * 1e3:.3f} ms")
-    assert str(found).endswith("batch 3, 1 thread")
-
-
-def test_slow_models_are_measured_ten_times() -> None:
-    assert latency(Call(lambda x: time.sleep(0.01)), torch.zeros(1), min_run_time=0.0).runs >= 8
-
-
-def test_latency_in_eval_mode_with_as_many_threads_as_now() -> None:
-    layer = nn.Dropout(0.5).train()
-    layer.register_forward_hook(lambda module, _, output: modes.add(module.training))
-    modes: set[bool] = set()
-    found = latency(layer, torch.ones(2, 2), min_run_time=0.0)
-    assert modes == {False}
-    assert layer.training
-    assert found.threads == torch.get_num_threads()
-
-
-def test_threads_below_one() -> None:
-    with pytest.raises(InputError, match="threads is 0; expected at least 1"):
-        latency(nn.Linear(2, 2), torch.zeros(1, 2), threads=0)

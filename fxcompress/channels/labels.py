@@ -117,10 +117,37 @@ class Cut:
         return tuple(len(kept) for kept in self.keep)
 
 
-def plan_cut(mask: BoolArray, dims: tuple[int, ...]) -> Cut | None:
+def column_of(factor: Tensor, among: Sequence[int] | None = None) -> int:
+    """The dimension along which a factor's labels follow each other most closely: along it rows may be ragged."""
+    dims = dims_of(factor) if among is None else among
+
+    def step(dim: int) -> float:
+        steps = factor.diff(dim=dim).abs()
+        return float(steps[steps > 0].min()) if (steps > 0).any() else float("inf")
+
+    return min(dims, key=step)
+
+
+def blocks_of(labels: Labels) -> list[tuple[tuple[int, ...], list[Tensor]]]:
+    """Factors that share dimensions, together, with the dimensions along which they vary."""
+    blocks: list[tuple[set[int], list[Tensor]]] = []
+    for factor in labels.factors:
+        dims, members, apart = set(dims_of(factor)), [factor], []
+        for block in blocks:
+            if block[0] & dims:
+                dims |= block[0]
+                members = block[1] + members
+            else:
+                apart.append(block)
+        blocks = [*apart, (dims, members)]
+    return [(tuple(sorted(dims)), members) for dims, members in blocks]
+
+
+def plan_cut(mask: BoolArray, dims: tuple[int, ...], column: int) -> Cut | None:
     """The cut that keeps the True elements of ``mask`` (one array dimension for each of ``dims``).
 
-    The result is a rectangle, or rows that keep equally many columns each. None where the kept elements are neither.
+    The result is a rectangle, or rows that keep equally many elements of dimension ``dims[column]`` each. None where
+    the kept elements are neither.
     """
     keep = tuple(
         np.flatnonzero(mask.any(axis=tuple(e for e in range(mask.ndim) if e != d))) for d in range(mask.ndim)
@@ -128,39 +155,27 @@ def plan_cut(mask: BoolArray, dims: tuple[int, ...]) -> Cut | None:
     block = mask[np.ix_(*keep)]
     if block.all():
         return Cut(dims, keep)
-    for column in reversed(range(mask.ndim)):
-        rows = block.sum(axis=column)
-        count = int(rows.flat[0])
-        if count and (rows == count).all():
-            order = np.argsort(~np.moveaxis(block, column, -1), axis=-1, kind="stable")[..., :count]
-            chosen = keep[column][order]
-            return Cut(dims, keep, column, np.ascontiguousarray(np.moveaxis(chosen, -1, column)))
-    return None
+    rows = block.sum(axis=column)
+    count = int(rows.flat[0])
+    if not count or (rows != count).any():
+        return None
+    order = np.argsort(~np.moveaxis(block, column, -1), axis=-1, kind="stable")[..., :count]
+    chosen = keep[column][order]
+    return Cut(dims, keep, column, np.ascontiguousarray(np.moveaxis(chosen, -1, column)))
 
 
 def plan_cuts(labels: Labels, live: BoolArray) -> tuple[Cut, ...] | None:
     """One cut for each block of dimensions that some dead label touches; None if the live elements have no shape."""
-    blocks: list[tuple[set[int], list[Tensor]]] = []
-    for factor in labels.factors:
-        dims = set(dims_of(factor))
-        members = [factor]
-        apart = []
-        for block in blocks:
-            if block[0] & dims:
-                dims |= block[0]
-                members += block[1]
-            else:
-                apart.append(block)
-        blocks = [*apart, (dims, members)]
     cuts = []
-    for dims, members in blocks:
-        ordered = tuple(sorted(dims))
+    for dims, factors in blocks_of(labels):
         mask: BoolArray = np.ones((), dtype=bool)
-        for factor in members:
-            mask = mask & live[factor.reshape([factor.shape[d] for d in ordered]).numpy()]
+        for factor in factors:
+            mask = mask & live[factor.reshape([factor.shape[d] for d in dims]).numpy()]
         if mask.all():
             continue
-        cut = plan_cut(np.ascontiguousarray(np.broadcast_to(mask, [labels.shape[d] for d in ordered])), ordered)
+        widest = max(factors, key=lambda factor: len(dims_of(factor)))
+        full = np.ascontiguousarray(np.broadcast_to(mask, [labels.shape[d] for d in dims]))
+        cut = plan_cut(full, dims, dims.index(column_of(widest)))
         if cut is None:
             return None
         cuts.append(cut)

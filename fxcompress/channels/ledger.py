@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxcompress.channels.labels import IntArray, Labels, dims_of
+from fxcompress.channels.labels import IntArray, Labels, column_of, dims_of
 
 
 @dataclass(frozen=True)
@@ -60,21 +60,21 @@ class Constraint:
         if len(self.labels.factors) != 1:
             return None
         (factor,) = self.labels.factors
-        labels = factor.numpy().reshape([size for size in factor.shape if size > 1])
-        free = [i for i, dim in enumerate(dims_of(factor)) if dim not in self.pinned]
+        free = [dim for dim in dims_of(factor) if dim not in self.pinned]
         if not free:
-            return labels.reshape(-1, 1)
-        column = min(free, key=lambda i: abs(int(labels.take(1, i).flat[0]) - int(labels.flat[0])))
-        return np.moveaxis(labels, column, -1).reshape(-1, labels.shape[column])
+            return factor.numpy().reshape(-1, 1)
+        column = column_of(factor, free)
+        return np.moveaxis(factor.numpy(), column, -1).reshape(-1, factor.shape[column])
 
     def distinct(self, component: IntArray) -> Constraint:
-        """The same constraint without slices that repeat others."""
+        """The same constraint without slices that repeat others, where all repeat equally often (the batch does)."""
         if len(self.labels.factors) != 1:
             return self
         factor = self.labels.factors[0].numpy()
         for dim in dims_of(self.labels.factors[0]):
-            _, first = np.unique(component[factor], axis=dim, return_index=True)
-            factor = factor.take(np.sort(first), axis=dim)
+            _, first, counts = np.unique(component[factor], axis=dim, return_index=True, return_counts=True)
+            if (counts == counts[0]).all():
+                factor = factor.take(np.sort(first), axis=dim)
         made = torch.from_numpy(np.ascontiguousarray(factor))
         return Constraint(Labels(tuple(made.shape), (made,)), self.pinned, self.node)
 

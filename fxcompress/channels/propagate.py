@@ -19,6 +19,7 @@ from fxcompress.channels.ledger import Ledger
 from fxcompress.channels.operators import operator_name, read_arguments, rule_for
 from fxcompress.channels.rules import Call
 from fxcompress.inputs import Inputs
+from fxcompress.layers import understood
 from fxcompress.module import TracedModule
 
 
@@ -130,14 +131,14 @@ class _Interpreter(fx.Interpreter):
         watch.ledger.node = n.name
         watch.values_only = all(user.target is operator.getitem and user.args[1] == 0 for user in n.users)
         watch.moves_only = True
-        if n.op == "call_module" and str(n.target) in self.opaque:
-            watch.asleep = True
+        reason = self._closed(n)
+        watch.asleep = bool(reason)
         try:
             result = super().run_node(n)
         finally:
             watch.asleep = False
-        if n.op == "call_module" and str(n.target) in self.opaque:
-            self._freeze(n, f"{n.target} is opaque")
+        if reason:
+            self._freeze(n, reason)
         if n.op == "output":
             for labels in _labels_in(pytree.tree_map(self._describe, result)):
                 watch.ledger.freeze(labels.factors, "it is an output of the model")
@@ -145,6 +146,15 @@ class _Interpreter(fx.Interpreter):
             self.moves.add(n.name)
         self.values[n.name] = pytree.tree_map(self._describe, result)
         return result
+
+    def _closed(self, node: fx.Node) -> str:
+        """Why labels do not enter a node's module; empty where they do."""
+        if node.op != "call_module":
+            return ""
+        if str(node.target) in self.opaque:
+            return f"{node.target} is opaque"
+        layer = self.fetch_attr(str(node.target))
+        return "" if understood(layer) else f"a {type(layer).__name__} is one operator with all its channels"
 
     def _freeze(self, node: fx.Node, reason: str) -> None:
         for labels in _labels_in([self.values[source.name] for source in node.all_input_nodes]):

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fxcompress.channels.labels import Labels, aligned, dims_of
+from fxcompress.channels.labels import Labels, aligned, column_of, dims_of
 from fxcompress.channels.rules import Call, join
 
 
@@ -20,11 +20,6 @@ def _dims(call: Call, ndim: int) -> frozenset[int]:
     return frozenset(dim % max(ndim, 1) for dim in ([given] if isinstance(given, int) else given))
 
 
-def _column(factor: Tensor) -> int:
-    """The dimension along which labels follow each other most closely."""
-    return min(dims_of(factor), key=lambda d: int((factor.select(d, 1) - factor.select(d, 0)).abs().min()))
-
-
 def _reduce(call: Call, factors: Iterable[Tensor], dims: frozenset[int]) -> list[Tensor]:
     """What remains of the factors after a statistic over ``dims``, dimensions kept."""
     ledger = call.ledger
@@ -33,7 +28,7 @@ def _reduce(call: Call, factors: Iterable[Tensor], dims: frozenset[int]) -> list
         mine = set(dims_of(factor))
         if not mine & dims:
             remaining.append(factor)
-        elif mine <= dims or _column(factor) in dims:
+        elif mine <= dims or column_of(factor) in dims:
             ledger.pin(factor, mine - dims, "its rows are not channels after the sum")
             ledger.live_only.add(ledger.node)
         else:  # a sum over rows: columns that meet are one channel

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from fxcompress.channels.labels import BoolArray, IntArray, Labels, dims_of, plan_cuts
+from fxcompress.channels.labels import BoolArray, IntArray, Labels, blocks_of, dims_of, plan_cuts
 from fxcompress.channels.ledger import Constraint
 from fxcompress.channels.propagate import Facts
 
@@ -208,20 +208,24 @@ def source_of(node: fx.Node, facts: Facts) -> fx.Node:
     return next(s for s in node.all_input_nodes if isinstance(facts.values.get(s.name), Labels))
 
 
+def _blocks(labels: Labels, node: str) -> Iterator[Constraint]:
+    for dims, factors in blocks_of(labels):
+        shape = tuple(size if d in dims else 1 for d, size in enumerate(labels.shape))
+        yield Constraint(Labels(shape, tuple(factors)), frozenset(), node)
+
+
 def _constraints(
     facts: Facts, graph: fx.Graph, component: IntArray, soft: frozenset[str]
 ) -> tuple[Constraint, ...]:
     """What rules asked for, and that every value which is not soft keeps a shape and is not empty; without duplicates."""
     found = list(facts.ledger.constraints)
     for name, labels in facts.state.items():
-        if _multi(labels):
-            found.append(Constraint(labels, frozenset(), name))
+        found += [block for block in _blocks(labels, name) if _multi(block.labels)]
     for node in graph.nodes:
         if node.name in soft or node.op in ("get_attr", "output"):
             continue
         for labels in _tensor_labels(facts.values.get(node.name)):
-            if len(labels.factors) == 1 or _multi(labels):
-                found.append(Constraint(labels, frozenset(), node.name))
+            found += _blocks(labels, node.name)
     distinct: dict[Any, Constraint] = {}
     for constraint in (item.distinct(component) for item in found):
         key = (
