@@ -1,0 +1,29 @@
+"""A compiler that makes PyTorch models smaller and faster."""
+
+from fxcompress.channels.groups import ChannelGroups as ChannelGroups
+from fxcompress.channels.groups import Group as Group
+from fxcompress.channels.groups import channel_groups as channel_groups
+from fxcompress.compress import Step as Step
+from fxcompress.compress import compress as compress
+from fxcompress.cost import Cost as Cost
+from fxcompress.cost import Latency as Latency
+from fxcompress.cost import count as count
+from fxcompress.cost import latency as latency
+from fxcompress.errors import FxCompressError as FxCompressError
+from fxcompress.errors import GraphError as GraphError
+from fxcompress.errors import InputError as InputError
+from fxcompress.errors import PassError as PassError
+from fxcompress.errors import SelectionError as SelectionError
+from fxcompress.errors import TraceError as TraceError
+from fxcompress.errors import VerificationError as VerificationError
+from fxcompress.masking import masks as masks
+from fxcompress.masking import sparsity as sparsity
+from fxcompress.module import TracedModule as TracedModule
+from fxcompress.pipeline import Context as Context
+from fxcompress.pipeline import Pass as Pass
+from fxcompress.pipeline import PassResult as PassResult
+from fxcompress.pipeline import graph_pass as graph_pass
+from fxcompress.report import Report as Report
+from fxcompress.report import report as report
+from fxcompress.rewrite import Rewriter as Rewriter
+from fxcompress.trace import trace as trace

@@ -165,7 +165,7 @@ def count(model: nn.Module, example_inputs: Any) -> Cost:
     inputs = _checked(model, example_inputs)
     tally = _Tally()
     runnable = _NodeByNode(model, tally) if isinstance(model, fx.GraphModule) else model
-    with _undisturbed(model), _without_fast_path(), tally.watching(model), _AttentionCalls(tally), tally:
+    with _undisturbed(model), tally.watching(model), _AttentionCalls(tally), tally:
         tally.call("", type(model).__name__, _run, runnable, inputs)
     return Cost(_table(model, tally, inputs.batch))
 
@@ -347,7 +347,10 @@ class _Tally(TorchDispatchMode):
 
 
 class _AttentionCalls(TorchFunctionMode):
-    """Gives attention its own rows whichever kernel it takes: some are matrix products to a dispatch mode."""
+    """Gives attention its own rows whichever kernel it takes: some are matrix products to a dispatch mode.
+
+    Any function mode also makes torch.nn's attention run as its parts, not as one fused operator.
+    """
 
     def __init__(self, tally: _Tally) -> None:
         super().__init__()
@@ -447,17 +450,6 @@ def _run(model: Callable[..., Any], inputs: Inputs) -> Any:
             f"the model failed on the example inputs (shapes {inputs.shapes()}): {error}. "
             "Expected inputs on which it runs in eval mode."
         ) from error
-
-
-@contextmanager
-def _without_fast_path() -> Iterator[None]:
-    """nn.TransformerEncoderLayer and nn.MultiheadAttention as their parts, not as one fused operator."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextmanager

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
@@ -43,6 +45,14 @@ class Call:
     target: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+
+class Inexpressible(GraphError):
+    """A node that cannot be rewritten for a live set."""
+
+    def __init__(self, node: fx.Node, problem: str) -> None:
+        super().__init__(f"{describe(node)} {problem}, which cannot be rewritten")
+        self.node = node
 
 
 class Plan:
@@ -237,33 +247,67 @@ class Plan:
             chain.append(start)
             start = source_of(start, self.channels.facts)
         before, after = self.value(start), self.value(node)
-        dims = before.varying() | after.varying()
+        dims = {dim for cut in [*(self.cuts(before) or ()), *(self.cuts(after) or ())] for dim in cut.dims}
         if len(dims) != 1:
-            raise GraphError(f"{describe(node)} rearranges channels in a way that cannot be rewritten")
+            raise Inexpressible(node, "rearranges channels over several dimensions")
         (dim,) = dims
         rest = [shape[:dim] + shape[dim + 1 :] for shape in (before.shape, after.shape)]
         if rest[0] != rest[1]:
-            raise GraphError(f"{describe(node)} mixes channels with other dimensions in a way that cannot be rewritten")
+            raise Inexpressible(node, "mixes channels with other dimensions")
         size = before.shape[dim]
-        ids = torch.arange(size).reshape([size if d == dim else 1 for d in range(len(before.shape))])
-        value: Any = ids.expand(before.shape)
+        positions = torch.arange(math.prod(before.shape)).reshape(before.shape)
+        value: Any = positions
         for item in reversed(chain):
             source = source_of(item, self.channels.facts)
             value = self._run(item, Call(item.op, item.target, item.args, dict(item.kwargs)), {source: value}, live=False)
-        for other in range(value.dim()):
-            value = value if other == dim else value.narrow(other, 0, 1)
-        chosen = cut_tensor(value, _only(self.cuts(after), dim)).reshape(-1)
-        kept = cut_tensor(ids, _only(self.cuts(before), dim)).reshape(-1)
+        stride = math.prod(before.shape[dim + 1 :])
+        order = value.movedim(dim, 0).reshape(size, -1)[:, 0] // stride % size
+        if not torch.equal(value, positions.index_select(dim, order)):
+            raise Inexpressible(node, "moves channels and other dimensions at once")
+        chosen = _kept(order, self.cuts(after), dim)
+        kept = _kept(torch.arange(size), self.cuts(before), dim)
         place = torch.full((size,), -1)
         place[kept] = torch.arange(len(kept))
         index = place[chosen]
         if (index < 0).any():
-            raise GraphError(f"{describe(node)} reads a channel that was removed")
+            raise Inexpressible(node, "reads a channel that would go")
         return Gather(start, dim, index, len(kept))
 
 
-def _only(cuts: Sequence[Cut] | None, dim: int) -> list[Cut]:
-    return [cut for cut in cuts or () if cut.dims == (dim,)]
+def _kept(order: Tensor, cuts: Sequence[Cut] | None, dim: int) -> Tensor:
+    for cut in cuts or ():
+        if cut.dims == (dim,):
+            return order[torch.from_numpy(cut.keep[0])]
+    return order
+
+
+def settle(
+    module: TracedModule, channels: Channels, live: BoolArray, rank: Mapping[int, float] | None = None
+) -> BoolArray:
+    """The live set closest to ``live`` whose removal can be written down as a graph.
+
+    Constraints are repaired, and channels come back at which a node could not be rewritten (the node is named in the
+    warning); best ranked components come back first.
+    """
+    while True:  # every round brings components back, so this ends
+        live = channels.repair(live, rank)
+        plan = Plan(module, channels, live)
+        try:
+            for node in module.graph.nodes:
+                if node.op not in ("placeholder", "get_attr"):
+                    plan.step(node)
+        except Inexpressible as problem:
+            back = np.zeros(len(live), dtype=bool)
+            values = [plan.value(node) for node in (problem.node, *problem.node.all_input_nodes)]
+            for labels in (leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Labels)):
+                for factor in labels.factors:
+                    back[channels.component[factor.numpy().reshape(-1)]] = True
+            warnings.warn(f"{problem}; its channels stay", stacklevel=2)
+            if not back[channels.component[~live]].any():
+                raise
+            live = live | back[channels.component]
+        else:
+            return live
 
 
 def _attribute(module: TracedModule, name: str) -> Any:

@@ -5,3 +5,13 @@ if __name__ == "passes":
         "this directory was imported as `passes`, because the root of the repository is on sys.path; "
         "its import name is `fxcompress.passes`"
     )
+
+from fxcompress.passes.channel_pruner import ChannelPruner as ChannelPruner
+from fxcompress.passes.channel_pruner import Layer as Layer
+from fxcompress.passes.fold_batch_norm import FoldBatchNorm as FoldBatchNorm
+from fxcompress.passes.fpgm_pruner import FPGMPruner as FPGMPruner
+from fxcompress.passes.l1_filter_pruner import L1FilterPruner as L1FilterPruner
+from fxcompress.passes.l2_filter_pruner import L2FilterPruner as L2FilterPruner
+from fxcompress.passes.level_pruner import LevelPruner as LevelPruner
+from fxcompress.passes.random_filter_pruner import RandomFilterPruner as RandomFilterPruner
+from fxcompress.passes.speedup import Speedup as Speedup

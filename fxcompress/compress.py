@@ -1,0 +1,154 @@
+"""``compress``: trace a model, run the passes, hand back the module."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from fxcompress.errors import InputError, TraceError
+from fxcompress.inputs import Inputs, check_devices, other_batch
+from fxcompress.module import TracedModule
+from fxcompress.pipeline import Context, Pass, PassResult, parse_passes, run_pass
+from fxcompress.report import report
+from fxcompress.trace import trace
+from fxcompress.verify import TOLERANCE, difference
+
+
+@dataclass(frozen=True)
+class Step:
+    """One entry of a module's history, ``module.meta["history"]``.
+
+    Attributes:
+        name: the pass.
+        options: the pass as it was written.
+        modified: whether it changed anything.
+        seconds: how long it took.
+        notes: what it reported.
+        difference: the largest relative difference that verification found, where the pass preserves the function.
+    """
+
+    name: str
+    options: str
+    modified: bool
+    seconds: float
+    notes: tuple[str, ...]
+    difference: float | None
+
+
+def compress(
+    model: nn.Module,
+    passes: Sequence[Pass],
+    *,
+    example_inputs: Any = None,
+    verify: bool = True,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> TracedModule:
+    """Run compression passes on a model.
+
+    Args:
+        model: any module, or what an earlier ``compress`` returned; never changed.
+        passes: in order.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. May be left out for a module
+            that fxcompress made, or when every pass looks at weights alone.
+        verify: check by evaluation that the trace equals the model, and that passes which claim to preserve the
+            function do.
+        seed: for whatever is random.
+        progress: print what was done and a table of before and after; by default where stderr is a terminal.
+
+    Returns:
+        A GraphModule over the model's own layers and ``state_dict`` keys, in the model's mode. ``meta["history"]``
+        tells what ran.
+
+    Raises:
+        InputError: an argument is unusable.
+        TraceError: the model cannot be recorded.
+        VerificationError: a pass changed what it claimed to keep.
+    """
+    pipeline = parse_passes(passes)
+    inputs = _parse_inputs(model, pipeline, example_inputs)
+    console = Console(stderr=True, quiet=not (sys.stderr.isatty() if progress is None else progress))
+    context = Context(inputs=inputs, seed=seed, verify=verify)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = trace(model, None if inputs is None else inputs)
+        if verify and inputs is not None and not isinstance(model, TracedModule):
+            _check_trace(model, module, inputs)
+        for item in pipeline:
+            result = run_pass(item, module, context)
+            module = result.module
+            module.meta["history"] = (*module.meta["history"], _step(item, result))
+            console.print(_line(item, result))
+    if not console.quiet:
+        console.print(report(model, module, inputs))
+    return module
+
+
+def _parse_inputs(model: nn.Module, pipeline: Sequence[Pass], example_inputs: Any) -> Inputs | None:
+    """Everything about the arguments that can be checked before any work starts."""
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model is a {type(model).__name__}; expected a torch.nn.Module.")
+    needing = [item.name for item in pipeline if item.needs_inputs]
+    if example_inputs is None and needing:
+        raise InputError(
+            f"example_inputs is missing: {', '.join(needing)} follows channels through a run of the model. Pass a "
+            "batch: compress(model, passes, example_inputs=x)."
+        )
+    inputs = None if example_inputs is None else Inputs.parse(example_inputs)
+    if inputs is not None:
+        check_devices(model, inputs)
+    for name, tensor in model.named_parameters():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise InputError(
+                f"{name} holds {bad} values that are NaN or infinite; expected finite weights. Check the training run."
+            )
+    return inputs
+
+
+def _check_trace(model: nn.Module, module: TracedModule, inputs: Inputs) -> None:
+    """The traced graph computes what the model does, at the example's batch size and at another where there is one."""
+    twin = copy.deepcopy(model).eval() if model.training else model
+    if model.training and twin.training != module.training:
+        twin.train(model.training)
+    deterministic = not model.training
+    if not deterministic:
+        return  # a trace in train mode is compared pass by pass, in eval mode
+    with torch.no_grad():
+        gap = difference(inputs.run(twin), inputs.run(module))
+        if not gap <= TOLERANCE[torch.float32]:
+            raise TraceError(
+                f"the traced model differs from the model by {gap:.3g} on the example inputs. The forward is not a "
+                "function of its inputs alone (random numbers, state that it changes), or this is an error."
+            )
+        if not module.meta["batched"]:
+            return
+        other = inputs.rebatched(other_batch(inputs.batch))
+        try:
+            expected = other.run(twin)
+        except Exception as error:  # whatever a forward raises on a batch it does not take
+            module.meta["batched"] = ()
+            warnings.warn(f"no batch dimension: the model fails at batch {other.batch} ({error})", stacklevel=3)
+            return
+        if not difference(expected, other.run(module)) <= TOLERANCE[torch.float32]:
+            module.meta["batched"] = ()
+            warnings.warn("no batch dimension: the traced model holds for the example's batch size only", stacklevel=3)
+
+
+def _step(item: Pass, result: PassResult) -> Step:
+    return Step(item.name, repr(item), result.modified, result.seconds, result.notes, result.difference)
+
+
+def _line(item: Pass, result: PassResult) -> str:
+    text = f"{item.name}: {'changed' if result.modified else 'nothing to do'} in {result.seconds:.2f} s"
+    if result.difference is not None:
+        text += f", verified to {result.difference:.1e}"
+    return "\n".join([text, *(f"  {note}" for note in result.notes)])

@@ -1,0 +1,153 @@
+"""Unstructured pruning: the weights of smallest magnitude, element by element."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fxcompress.errors import InputError
+from fxcompress.masking import lay, lift
+from fxcompress.module import TracedModule
+from fxcompress.pipeline import Context, Pass
+from fxcompress.select import Selection, Selectors, Sparsity
+
+
+@dataclass(frozen=True)
+class LevelPruner(Pass):
+    """Masks the elements with the smallest ``abs(w)``: exactly ``int(N * s)`` of a layer's N, ties by index.
+
+    Han et al. 2015, "Learning both Weights and Connections", arXiv 1506.02626, section 3. Any layer with a weight of
+    two or more dimensions takes part; biases and norms do not. The tensors keep their shapes.
+
+    Args:
+        sparsity: fraction of elements to mask, in [0, 1), or a mapping of name pattern to fraction (the last match
+            counts; unmatched layers are not pruned).
+        include: name patterns, module types or predicates that choose layers; all by default.
+        exclude: layers to leave alone.
+        scope: ``"layer"`` or ``"global"`` (one ranking over all layers).
+        pattern: ``"n:m"``: of every m consecutive weights along the input dimension the n largest stay; the sparsity
+            is then 1 - n/m and must be left out. A remainder shorter than m keeps its n largest.
+        block: (rows, columns): weights, as a matrix (outputs, everything else), are masked in blocks of this shape
+            scored by their mean magnitude; blocks at the border may be smaller.
+    """
+
+    sparsity: float | Mapping[str, float] | None = None
+    include: Selectors | None = None
+    exclude: Selectors | None = None
+    scope: Literal["layer", "global"] = "layer"
+    pattern: str | None = None
+    block: tuple[int, int] | None = None
+
+    idempotent: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        Selection(self.include, self.exclude)
+        if self.scope not in ("layer", "global"):
+            raise InputError(f"scope is {self.scope!r}; expected 'layer' or 'global'.")
+        if self.pattern is not None:
+            self._parse_pattern()
+            if self.sparsity is not None or self.block is not None or self.scope == "global":
+                raise InputError("pattern fixes what is masked; leave sparsity, block and scope out.")
+            return
+        if self.sparsity is None:
+            raise InputError("sparsity is missing: give the fraction of weights to mask, in [0, 1), or a pattern.")
+        Sparsity.parse(self.sparsity)
+        if self.scope == "global" and isinstance(self.sparsity, Mapping):
+            raise InputError("scope='global' ranks all weights at once; expected one sparsity, found a mapping.")
+        if self.block is not None and (len(self.block) != 2 or min(self.block) < 1):
+            raise InputError(f"block is {self.block!r}; expected (rows, columns), both at least 1.")
+
+    def run(self, module: TracedModule, context: Context) -> TracedModule:
+        """Choose elements and mask them."""
+        masking = lift(module)
+        weights = _weights(module)
+        layers = {name.rpartition(".")[0]: module.get_submodule(name.rpartition(".")[0]) for name in weights}
+        chosen = Selection(self.include, self.exclude).chosen(layers)
+        names = [name for name in weights if name.rpartition(".")[0] in chosen]
+        scores = {}
+        for name in names:
+            score = weights[name].detach().abs().double()
+            mask = masking.elements.get(name)
+            scores[name] = score if mask is None else score.masked_fill(~mask, -1.0)  # masked already: first to go
+        masks = self._masks(scores, layers)
+        joined = masking.joined({name: mask for name, mask in masks.items() if not bool(mask.all())})
+        lay(module, joined, context.groups(module) if joined.dead else None, self.name)
+        return module
+
+    def _masks(self, scores: dict[str, Tensor], layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+        if self.pattern is not None:
+            kept, of = self._parse_pattern()
+            return {name: n_of_m(score, kept, of) for name, score in scores.items()}
+        blocks = {name: _to_blocks(score, self.block) for name, score in scores.items()}
+        assert self.sparsity is not None
+        wanted = Sparsity.parse(self.sparsity).sparsities(layers)
+        if self.scope == "global":
+            lowest = _lowest(torch.cat([b.reshape(-1) for b in blocks.values()]), next(iter(wanted.values()), 0.0))
+            parts = dict(zip(blocks, lowest.split([b.numel() for b in blocks.values()]), strict=True))
+        else:
+            parts = {name: _lowest(b.reshape(-1), wanted.get(name.rpartition(".")[0], 0.0)) for name, b in blocks.items()}
+        return {
+            name: ~_from_blocks(part.reshape(blocks[name].shape), scores[name].shape, self.block)
+            for name, part in parts.items()
+        }
+
+    def _parse_pattern(self) -> tuple[int, int]:
+        kept, _, of = str(self.pattern).partition(":")
+        if not (kept.isdigit() and of.isdigit() and 0 < int(kept) <= int(of)):
+            raise InputError(f"pattern is {self.pattern!r}; expected 'n:m' with 0 < n <= m, such as '2:4'.")
+        return int(kept), int(of)
+
+
+def n_of_m(score: Tensor, kept: int, of: int) -> Tensor:
+    """True for the ``kept`` largest of every ``of`` consecutive elements along dimension 1; ties by index."""
+    along = score.movedim(1, -1)
+    short = -along.shape[-1] % of
+    padded = torch.nn.functional.pad(along, (0, short), value=-math.inf)
+    runs = padded.reshape(*along.shape[:-1], -1, of)
+    order = runs.argsort(dim=-1, descending=True, stable=True)
+    mask = torch.zeros_like(runs, dtype=torch.bool).scatter(-1, order[..., :kept], True)
+    return mask.reshape(padded.shape)[..., : along.shape[-1]].movedim(-1, 1).contiguous()
+
+
+def _weights(module: TracedModule) -> dict[str, Tensor]:
+    """Weights of two or more dimensions that the graph uses, by name, in its order."""
+    holders = [str(node.target) for node in module.graph.nodes if node.op == "call_module"]
+    read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+    used = {name: None for node in holders for name, _ in module.get_submodule(node).named_parameters(node)}
+    parameters = dict(module.named_parameters())
+    return {
+        name: parameters[name]
+        for name in parameters
+        if (name in used or name in read) and parameters[name].dim() > 1 and name.endswith("weight")
+    }
+
+
+def _lowest(score: Tensor, sparsity: float) -> Tensor:
+    """True for the ``int(N * sparsity)`` lowest elements of a flat tensor, ties by index."""
+    gone = torch.zeros(score.numel(), dtype=torch.bool, device=score.device)
+    gone[score.argsort(stable=True)[: int(score.numel() * sparsity)]] = True
+    return gone
+
+
+def _to_blocks(score: Tensor, block: tuple[int, int] | None) -> Tensor:
+    """Mean magnitude of every block of the weight as a matrix; the weight itself without blocks."""
+    if block is None:
+        return score
+    matrix = score.flatten(1)
+    padding = (0, -matrix.shape[1] % block[1], 0, -matrix.shape[0] % block[0])
+    padded = torch.nn.functional.pad(matrix, padding)
+    counted = torch.nn.functional.pad(torch.ones_like(matrix), padding)
+    shape = (padded.shape[0] // block[0], block[0], padded.shape[1] // block[1], block[1])
+    return padded.reshape(shape).sum(dim=(1, 3)) / counted.reshape(shape).sum(dim=(1, 3))
+
+
+def _from_blocks(gone: Tensor, shape: torch.Size, block: tuple[int, int] | None) -> Tensor:
+    if block is None:
+        return gone
+    full = gone.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    return full[: shape[0], : math.prod(shape[1:])].reshape(shape)
