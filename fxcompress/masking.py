@@ -152,6 +152,8 @@ def lay(module: TracedModule, masking: Masking, groups: ChannelGroups | None, au
     """
     elements = dict(masking.elements)
     behind: set[str] = set()
+    if not masking.elements and not masking.dead:
+        return
     if masking.dead and groups is None:
         raise GraphError("dead channels can only be laid over a graph whose channels were analysed")
     with rewriting(module, author) as rewriter, evaluating(module):

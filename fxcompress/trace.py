@@ -46,25 +46,75 @@ def trace(model: nn.Module, example_inputs: Any = None) -> TracedModule:
 
     Args:
         model: any module, or what fxcompress made before (which is copied, not traced again).
-        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. Without any, the forward is
+            traced with stand-ins, which fails where Python looks at sizes or values.
 
     Raises:
-        InputError: no inputs, inputs on another device, or the forward fails on them.
+        InputError: inputs on another device, or the forward fails on them (or on stand-ins).
         TraceError: the forward itself reads values out of tensors (the line is named).
     """
-    if isinstance(model, TracedModule):
+    if isinstance(model, TracedModule) and (example_inputs is None or not model.meta.get("provisional")):
         return copy.deepcopy(model)
     if not isinstance(model, nn.Module):
         raise InputError(f"model is a {type(model).__name__}; expected a torch.nn.Module.")
     if example_inputs is None:
-        raise InputError("example_inputs is missing: a model can only be recorded by running it. Pass a batch.")
+        return _trace_symbolically(model)
     inputs = Inputs.parse(example_inputs)
     check_devices(model, inputs)
+    if isinstance(model, TracedModule):
+        return _trace_again(model, inputs)
+    return _trace(model, inputs)
+
+
+def _trace(model: nn.Module, inputs: Inputs) -> TracedModule:
     work = copy.deepcopy(model)
     opaque: set[str] = set()
     recorder = _record_all(model, work, inputs, opaque)
     batched = _settle_batch(model, work, inputs, recorder, opaque)
     return _assemble(work, recorder, opaque, batched)
+
+
+def _trace_again(model: TracedModule, inputs: Inputs) -> TracedModule:
+    """What was traced with stand-ins, recorded now that there are inputs; its masks are laid again."""
+    from fxcompress.masking import lay, lift  # masks need the analysis, which traces
+
+    work = copy.deepcopy(model)
+    masking, history = lift(work), work.meta["history"]
+    made = _trace(work, inputs)
+    made.meta["history"] = history
+    lay(made, masking, None, "trace")
+    return made
+
+
+class _StandIns(fx.Tracer):
+    """torch.fx's own tracer, with our leaves: for passes that look at weights alone."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return is_leaf(m) or isinstance(m, nn.MultiheadAttention)
+
+
+def _trace_symbolically(model: nn.Module) -> TracedModule:
+    work = copy.deepcopy(model)
+    recorder = Recorder(work, frozenset())
+    try:
+        recorder.graph = _StandIns().trace(work)
+    except Exception as error:  # whatever a forward does to a stand-in
+        raise InputError(
+            f"example_inputs is missing, and the forward cannot be traced without ({type(error).__name__}: {error}). "
+            "Pass a batch for it to run on."
+        ) from error
+    state = {name for name, _ in [*work.named_parameters(), *work.named_buffers()]}
+    for node in recorder.graph.find_nodes(op="get_attr"):
+        if node.target not in state:  # a tensor that the forward made, or that is a plain attribute
+            path, _, leaf = str(node.target).rpartition(".")
+            recorder.constants[node.name] = getattr(work.get_submodule(path), leaf)
+            node.target = f"{CONSTANTS}.{node.name}"
+    targets = [str(node.target) for node in recorder.graph.nodes if node.op == "call_module"]
+    recorder.reached |= {name for name, _ in work.named_modules()}
+    opaque = {name for name in targets if not is_leaf(work.get_submodule(name))}
+    made = _assemble(work, recorder, opaque, ())
+    made.meta["provisional"] = True
+    return made
 
 
 def _record_all(model: nn.Module, work: nn.Module, inputs: Inputs, opaque: set[str]) -> Recorder:

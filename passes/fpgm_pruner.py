@@ -20,5 +20,5 @@ class FPGMPruner(ChannelPruner):
 
     def score(self, layer: Layer) -> Tensor:
         """Sum of the distances to every other filter of the layer: (channels,)."""
-        filters = layer.weight.flatten(1)
-        return torch.cdist(filters, filters, compute_mode="donot_use_mm_for_euclid_dist").sum(dim=1)
+        filters = layer.weight.flatten(1).double()  # distances by a matrix product lose half the digits
+        return torch.cdist(filters, filters, compute_mode="use_mm_for_euclid_dist").sum(dim=1)
