@@ -48,7 +48,7 @@ class Masking:
         gone: list[np.ndarray[Any, Any]] = [np.empty(0, dtype=np.int64)]
         for axis in channels.facts.ledger.axes:
             flags = self.dead.get((axis.name, axis.dim))
-            if axis.parameter and flags is not None and len(flags) == axis.size:
+            if axis.kind != "made" and flags is not None and len(flags) == axis.size:
                 gone.append(channels.component[axis.start + np.flatnonzero(flags)])
         return channels.live(np.unique(np.concatenate(gone)))
 
@@ -64,7 +64,7 @@ class Masking:
         dead = {
             (axis.name, axis.dim): flags
             for axis in channels.facts.ledger.axes
-            if axis.parameter and (flags := ~live[axis.start : axis.start + axis.size]).any()
+            if axis.kind != "made" and (flags := ~live[axis.start : axis.start + axis.size]).any()
         }
         return Masking(self.elements, dead)
 

@@ -104,13 +104,13 @@ class Rewriter:
         return self.module.get_submodule(path), leaf
 
     def set_tensor(self, name: str, tensor: Tensor) -> None:
-        """Replace the tensor of a parameter or buffer; parameters stay parameters, trainable or not as before."""
+        """Replace the tensor of a parameter or buffer, under all its names; parameters stay parameters."""
         holder, leaf = self.owner(name)
         old = getattr(holder, leaf)
-        if isinstance(old, nn.Parameter):
-            holder._parameters[leaf] = nn.Parameter(tensor.detach(), requires_grad=old.requires_grad)
-        else:
-            holder._buffers[leaf] = tensor
+        new = nn.Parameter(tensor.detach(), requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
+        for module in self.module.modules():  # tied ones stay tied
+            for table in (module._parameters, module._buffers):
+                table.update({name: new for name, other in table.items() if other is old})
         self.edits += 1
 
     def add_buffer(self, name: str, tensor: Tensor, *, persistent: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from fxcompress.channels.groups import ChannelGroups
@@ -35,11 +35,15 @@ def shrink(module: TracedModule, groups: ChannelGroups, live: BoolArray, author:
         steps = {node: plan.step(node) for node in module.graph.nodes if node.op not in ("placeholder", "get_attr")}
         entering = _entering(module, plan)
     with rewriting(module, author) as rewriter:
+        identities = [(n, g.source) for n, g in steps.items() if isinstance(g, Gather) and _is_identity(g)]
         for node, step in steps.items():
             if isinstance(step, Gather):
-                _write_gather(rewriter, node, step)
+                if not _is_identity(step):
+                    _write_gather(rewriter, node, step)
             elif step is not None and node.op != "output":
                 _write_call(rewriter, node, step)
+        for node, source in reversed(identities):  # after all others were written, which still read them
+            rewriter.replace(node, source)
         _cut_tensors(rewriter, plan)
         for name, layer in module.named_modules():
             if name in entering or (name and any(True for _ in layer.parameters(recurse=False))):
@@ -75,12 +79,13 @@ def _write_call(rewriter: Rewriter, node: fx.Node, call: Call) -> None:
     rewriter.become(node, call.op, call.target, tuple(args), dict(kwargs))
 
 
+def _is_identity(gather: Gather) -> bool:
+    """All live positions in their order: no gather is needed."""
+    return torch.equal(gather.index, torch.arange(gather.size))
+
+
 def _write_gather(rewriter: Rewriter, node: fx.Node, gather: Gather) -> None:
-    """Positions ``0 .. size - 1`` in order need no gather at all."""
     name = f"{GATHERS}.{node.name}"
-    if torch.equal(gather.index, torch.arange(gather.size)):
-        rewriter.replace(node, gather.source)
-        return
     device = next((p.device for p in rewriter.module.parameters()), torch.device("cpu"))
     rewriter.add_buffer(name, gather.index.to(device), persistent=False)
     index = rewriter.insert_before(node, "get_attr", name, ())
@@ -88,24 +93,10 @@ def _write_gather(rewriter: Rewriter, node: fx.Node, gather: Gather) -> None:
 
 
 def _cut_tensors(rewriter: Rewriter, plan: Plan) -> None:
-    """Every parameter and buffer without its dead slices; tied ones stay tied."""
-    module = rewriter.module
-    made: dict[int, Tensor] = {}
+    """Every parameter and buffer without its dead slices."""
     for name, labels in plan.channels.facts.state.items():
         cuts = plan.cuts(labels)
         if not cuts:
             continue
         holder, leaf = rewriter.owner(name)
-        old = getattr(holder, leaf)
-        rewriter.set_tensor(name, cut_tensor(old.detach(), cuts).contiguous())
-        made[id(old)] = getattr(holder, leaf)
-        _tie(module, old, made[id(old)])
-
-
-def _tie(module: nn.Module, old: Tensor, new: Tensor) -> None:
-    """Other names of a parameter that was replaced."""
-    for layer in module.modules():
-        for table in (layer._parameters, layer._buffers):
-            for name, tensor in table.items():
-                if tensor is old:
-                    table[name] = new
+        rewriter.set_tensor(name, cut_tensor(getattr(holder, leaf).detach(), cuts).contiguous())

@@ -94,7 +94,7 @@ class Speedup(Pass):
         alive = np.zeros(len(channels.component), dtype=bool)
         flags = _alive_slices(groups, masking)
         for axis in channels.facts.ledger.axes:
-            if axis.parameter and axis.name in dict(module.named_parameters()):
+            if axis.kind == "parameter":
                 labels = np.arange(axis.start, axis.start + axis.size)
                 alive[channels.component[labels[flags.get((axis.name, axis.dim), np.ones(axis.size, dtype=bool))]]] = True
         produced = np.concatenate([group.components for group in groups])

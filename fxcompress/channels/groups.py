@@ -261,18 +261,46 @@ def _groups(channels: Channels) -> Iterator[Group]:
     labels = np.unique(np.concatenate(ledger.produced))
     starts = np.array([axis.start for axis in ledger.axes])
     axis_of = np.searchsorted(starts, labels, side="right") - 1
-    parameters = np.array([axis.parameter for axis in ledger.axes])
+    parameters = np.array([axis.kind == "parameter" for axis in ledger.axes])
     labels, axis_of = labels[parameters[axis_of]], axis_of[parameters[axis_of]]
     parts = component[labels]
     keys = _keys(parts, axis_of, channels.frozen, len(component), len(starts))
-    reasons = _reasons(channels)
-    taken: dict[str, int] = {}
     order, first = np.unique(keys[parts], return_index=True)
-    for key in order[np.argsort(first)]:
+    order = order[np.argsort(first)]
+    sets = []
+    for key in order:
+        chosen, at = np.unique(parts[keys[parts] == key], return_index=True)
+        sets.append(chosen[np.argsort(at, kind="stable")])
+    members = _members(channels, sets)
+    reasons, row_keys = _reasons(channels), _row_keys(channels)
+    taken: dict[str, int] = {}
+    for key, chosen, member in zip(order, sets, members, strict=True):
         mine = keys[parts] == key
-        chosen, at = np.unique(parts[mine], return_index=True)
-        chosen = chosen[np.argsort(at, kind="stable")]
-        yield _group(channels, chosen, labels[mine], axis_of[mine], reasons, taken)
+        slices = _slices(channels, chosen, labels[mine], axis_of[mine])
+        layers = tuple(dict.fromkeys(item.layer for item in slices))
+        name = layers[0]
+        taken[name] = taken.get(name, 0) + 1
+        if taken[name] > 1:
+            name = f"{name}[{taken[name] - 1}]"
+        removable = not channels.frozen[chosen[0]]
+        reason = "" if removable else reasons.get(int(chosen[0]), "its row cannot be cut")
+        row_of = _numbered(row_keys[chosen])
+        rows = int(row_of.max()) + 1
+        yield Group(name, len(chosen), member, removable, reason, rows, layers, chosen, slices, row_of)
+
+
+def _members(channels: Channels, sets: list[IntArray]) -> list[tuple[tuple[str, int], ...]]:
+    """For every set of components the parameter axes that have slices in it."""
+    owner = np.full(len(channels.component), -1, dtype=np.int64)
+    for index, chosen in enumerate(sets):
+        owner[chosen] = index
+    found: list[list[tuple[str, int]]] = [[] for _ in sets]
+    for axis in channels.facts.ledger.axes:
+        if axis.kind != "made":
+            for index in np.unique(owner[channels.component[axis.start : axis.start + axis.size]]):
+                if index >= 0:
+                    found[index].append((axis.name, axis.dim))
+    return list(map(tuple, found))
 
 
 def _keys(parts: IntArray, axis_of: IntArray, frozen: BoolArray, size: int, axes: int) -> IntArray:
@@ -294,50 +322,39 @@ def _reasons(channels: Channels) -> dict[int, str]:
     return reasons
 
 
-def _group(
-    channels: Channels, chosen: IntArray, labels: IntArray, axis_of: IntArray, reasons: dict[int, str], taken: dict[str, int]
-) -> Group:
-    ledger, component = channels.facts.ledger, channels.component
-    position = np.full(len(component), -1, dtype=np.int64)
+def _slices(channels: Channels, chosen: IntArray, labels: IntArray, axis_of: IntArray) -> tuple[Slices, ...]:
+    """The weight rows that produce a group's channels."""
+    position = np.full(len(channels.component), -1, dtype=np.int64)
     position[chosen] = np.arange(len(chosen))
-    slices = []
+    made = []
     for index in np.unique(axis_of):
-        axis = ledger.axes[index]
+        axis = channels.facts.ledger.axes[index]
         mine = labels[axis_of == index]
-        slices.append(Slices(axis.name, axis.dim, mine - axis.start, position[component[mine]]))
-    layers = tuple(dict.fromkeys(item.layer for item in slices))
-    name = layers[0]
-    taken[name] = taken.get(name, 0) + 1
-    if taken[name] > 1:
-        name = f"{name}[{taken[name] - 1}]"
-    members = tuple(
-        (axis.name, axis.dim)
-        for axis in ledger.axes
-        if axis.parameter and (position[component[axis.start : axis.start + axis.size]] >= 0).any()
-    )
-    removable = not channels.frozen[chosen[0]]
-    reason = "" if removable else reasons.get(int(chosen[0]), "its row cannot be cut")
-    row_of = _rows(channels, chosen, position)
-    rows = int(row_of.max()) + 1
-    return Group(name, len(chosen), members, removable, reason, rows, layers, chosen, tuple(slices), row_of)
+        made.append(Slices(axis.name, axis.dim, mine - axis.start, position[channels.component[mine]]))
+    return tuple(made)
 
 
-def _rows(channels: Channels, chosen: IntArray, position: IntArray) -> IntArray:
-    """For each channel the number of the row it lies in: rows of every constraint at once."""
-    keys = np.zeros((len(chosen), 1), dtype=np.int64)
+def _row_keys(channels: Channels) -> IntArray:
+    """For every component a number that is equal for components in the same row of every constraint."""
+    keys = np.zeros(len(channels.component), dtype=np.int64)
     for constraint in channels.constraints:
         rows = constraint.rows()
         if rows is None or len(rows) < 2:
             continue
-        places = position[channels.component[rows]]
-        if not (places >= 0).any() or (places.min(axis=1) == places.max(axis=1)).all():
+        lines = channels.component[rows]
+        if (lines.min(axis=1) == lines.max(axis=1)).all():
             continue  # rows of one channel each go whole
-        row = np.full(len(chosen), -1, dtype=np.int64)
-        for number, line in enumerate(places):
-            fresh = line[line >= 0]
-            row[fresh[row[fresh] < 0]] = number
-        keys = np.column_stack([keys, row])
-    _, first, inverse = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+        row = np.zeros(len(keys), dtype=np.int64)
+        for number in range(len(lines) - 1, -1, -1):  # a channel in several rows counts for the first
+            row[lines[number]] = number + 1
+        with np.errstate(over="ignore"):
+            keys = keys * np.int64(1_000_003) + row
+    return keys
+
+
+def _numbered(keys: IntArray) -> IntArray:
+    """Equal keys as equal numbers, from 0 in the order in which they appear."""
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
     rank = np.empty(len(first), dtype=np.int64)
     rank[np.argsort(first)] = np.arange(len(first))
     return rank[inverse.reshape(-1)]

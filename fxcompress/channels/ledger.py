@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fxcompress.channels.labels import IntArray, Labels, column_of, dims_of
+
+
+#: Where an axis comes from: a parameter, a buffer, or a tensor that the forward makes.
+Kind = Literal["parameter", "buffer", "made"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +25,7 @@ class Axis:
     dim: int
     start: int
     size: int
-    parameter: bool
+    kind: Kind
 
     def __str__(self) -> str:
         return f"{self.name}[{self.dim}]"
@@ -93,19 +98,19 @@ class Ledger:
     node: str = ""
     next_label: int = 1
 
-    def fresh(self, name: str, shape: Iterable[int], *, parameter: bool) -> tuple[Tensor, ...]:
+    def fresh(self, name: str, shape: Iterable[int], kind: Kind) -> tuple[Tensor, ...]:
         """New labels for a tensor: one factor for each dimension longer than 1."""
         shape = tuple(shape)
         factors = []
         for dim, size in enumerate(shape):
             if size > 1:
-                labels = self.fresh_axis(name, dim, size, parameter=parameter)
+                labels = self.fresh_axis(name, dim, size, kind)
                 factors.append(labels.reshape([size if d == dim else 1 for d in range(len(shape))]))
         return tuple(factors)
 
-    def fresh_axis(self, name: str, dim: int, size: int, *, parameter: bool = False) -> Tensor:
+    def fresh_axis(self, name: str, dim: int, size: int, kind: Kind = "made") -> Tensor:
         """``size`` new labels, 1-D."""
-        axis = Axis(name, dim, self.next_label, size, parameter)
+        axis = Axis(name, dim, self.next_label, size, kind)
         self.axes.append(axis)
         self.next_label += size
         return torch.arange(axis.start, axis.start + size)
@@ -118,7 +123,9 @@ class Ledger:
         a, b = left.reshape(-1).numpy(), right.reshape(-1).numpy()
         different = a != b
         if different.any():
-            self.equalities.append(Equality(a[different], b[different], self.node))
+            pairs = np.sort(a[different] * self.next_label + b[different])
+            pairs = pairs[np.diff(pairs, prepend=-1) > 0]  # a batch merged into a dimension repeats them many times
+            self.equalities.append(Equality(pairs // self.next_label, pairs % self.next_label, self.node))
 
     def freeze(self, factors: Iterable[Tensor], reason: str) -> None:
         """No channel in these factors can be removed."""

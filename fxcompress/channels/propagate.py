@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxcompress.channels.labels import Labels, dims_of
-from fxcompress.channels.ledger import Ledger
+from fxcompress.channels.ledger import Kind, Ledger
 from fxcompress.channels.operators import operator_name, read_arguments, rule_for
 from fxcompress.channels.rules import Call
 from fxcompress.inputs import Inputs
@@ -182,7 +182,8 @@ def propagate(module: TracedModule, inputs: Inputs) -> Facts:
     state = [*module.named_parameters(), *module.named_buffers()]
     for name, tensor in state:
         ledger.node = name
-        factors = ledger.fresh(name, tensor.shape, parameter=True) if tensor.is_floating_point() else ()
+        kind: Kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
+        factors = ledger.fresh(name, tensor.shape, kind) if tensor.is_floating_point() else ()
         watch.table[tensor] = Labels(tuple(tensor.shape), factors, const=True, direct=True)
         watch.parameters[id(tensor)] = name
     interpreter = _Interpreter(module, watch, module.meta["opaque"])

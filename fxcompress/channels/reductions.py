@@ -200,7 +200,7 @@ def factory(call: Call) -> Labels:
     """A tensor of one constant can have any size: its labels are free."""
     return Labels(
         tuple(call.result.shape),
-        call.ledger.fresh(call.ledger.node, call.result.shape, parameter=False),
+        call.ledger.fresh(call.ledger.node, call.result.shape, "made"),
         True,
         False,
     )
