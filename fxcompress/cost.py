@@ -170,9 +170,7 @@ def count(model: nn.Module, example_inputs: Any) -> Cost:
     return Cost(_table(model, tally, inputs.batch))
 
 
-def latency(
-    model: nn.Module, example_inputs: Any, *, threads: int | None = None, min_run_time: float = 1.0
-) -> Latency:
+def latency(model: nn.Module, example_inputs: Any, *, threads: int | None = None, min_run_time: float = 1.0) -> Latency:
     """Measure the time of a forward pass of `model` in eval mode, without gradients.
 
     ``torch.utils.benchmark`` does the measuring (``blocked_autorange``), after a warm-up.
@@ -380,9 +378,7 @@ class _NodeByNode(fx.Interpreter):
         if n.op not in ("call_function", "call_method"):  # modules are watched by hooks
             return super().run_node(n)
         target = n.target if isinstance(n.target, str) else getattr(n.target, "__name__", "function")
-        return self._tally.call(
-            n.name, target.split(".")[0], super().run_node, n
-        )  # "linear.default" is linear
+        return self._tally.call(n.name, target.split(".")[0], super().run_node, n)  # "linear.default" is linear
 
 
 def _new_bytes(tensors: Iterable[Tensor], counted: Counter[int]) -> int:
@@ -433,9 +429,7 @@ def _checked(model: nn.Module, example_inputs: Any) -> Inputs:
         raise InputError(f"model is a {type(model).__name__}; expected a torch.nn.Module.")
     inputs = Inputs.parse(example_inputs)
     if inputs.batch == 0:
-        raise InputError(
-            f"example_inputs hold an empty batch (shapes {inputs.shapes()}); give at least one sample."
-        )
+        raise InputError(f"example_inputs hold an empty batch (shapes {inputs.shapes()}); give at least one sample.")
     if any(map(is_lazy, model.parameters())):
         raise InputError("the model has lazy parameters, whose shapes are not known; run it once first.")
     check_devices(model, inputs)

@@ -196,9 +196,7 @@ class Builder:
         self.net.add_module(name, module.eval())
         return name
 
-    def conv(
-        self, out: int, kernel: int = 3, *, inp: int | None = None, dilation: int = 1, **options: Any
-    ) -> str:
+    def conv(self, out: int, kernel: int = 3, *, inp: int | None = None, dilation: int = 1, **options: Any) -> str:
         """A Conv2d on `inp` channels (the current ones unless given), padded to keep the size."""
         padding = dilation * (kernel // 2)
         inp = self.channels if inp is None else inp

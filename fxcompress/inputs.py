@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxcompress.errors import InputError
@@ -82,6 +82,14 @@ class Inputs:
     def shapes(self) -> str:
         """The shapes, for messages."""
         return ", ".join(str(tuple(tensor.shape)) for tensor in self.tensors())
+
+
+def positional(module: fx.GraphModule, inputs: Inputs) -> list[Any]:
+    """The inputs in the order of a graph's placeholders."""
+    values = list(inputs.args)
+    for node in [node for node in module.graph.nodes if node.op == "placeholder"][len(values) :]:
+        values.append(inputs.kwargs[node.target] if node.target in inputs.kwargs else node.args[0])
+    return values
 
 
 def other_batch(batch: int) -> int:

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fxcompress.errors import GraphError
 from fxcompress.rewrite import Rewriter
 
 _CONVOLUTIONS: dict[type[nn.Module], Callable[..., Any]] = {

@@ -196,7 +196,9 @@ def _with(node: fx.Node, position: int, name: str, value: Any) -> Arguments:
 
 
 _ROWS = {
-    Literals(_shape): """view reshape expand broadcast_to zeros ones full empty new_zeros new_ones new_full new_empty""",
+    Literals(
+        _shape
+    ): """view reshape expand broadcast_to zeros ones full empty new_zeros new_ones new_full new_empty""",
     Literals(_unflatten): "unflatten",
     Literals(_split): "split chunk tensor_split split_with_sizes",
     Literals(_narrow): "narrow",

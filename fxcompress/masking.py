@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from fxcompress.channels.groups import ChannelGroups
 from fxcompress.channels.labels import BoolArray, Cut, Labels, dims_of
 from fxcompress.channels.solve import Channels
 from fxcompress.errors import GraphError
-from fxcompress.layers import close_layer, is_open, open_layer, parameter_node
+from fxcompress.layers import close_layer, is_open, open_layer
 from fxcompress.module import MASKS, TracedModule
 from fxcompress.nodes import apply_mask, restore_live, select_live
 from fxcompress.plan import Plan
@@ -221,8 +220,7 @@ def _aliases(module: nn.Module) -> dict[str, str]:
     """Every name of every parameter to the first name of the same tensor (tied weights have several)."""
     first: dict[int, str] = {}
     return {
-        name: first.setdefault(id(tensor), name)
-        for name, tensor in module.named_parameters(remove_duplicate=False)
+        name: first.setdefault(id(tensor), name) for name, tensor in module.named_parameters(remove_duplicate=False)
     }
 
 

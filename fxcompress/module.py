@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-
 MASKS = "_masks"
 
 
@@ -111,7 +110,14 @@ def _thaw(value: Any) -> Any:
 def _qualified(target: Any) -> tuple[str, str] | Any:
     """Where to import a function from, where pickle itself does not know it."""
     name = getattr(target, "__name__", "")
-    for place in (torch, torch.nn.functional, torch._C._nn, torch._C._special, torch._C._fft, torch._C._linalg):
+    for place in (
+        torch,
+        torch.nn.functional,
+        torch._C._nn,
+        torch._C._special,
+        torch._C._fft,
+        torch._C._linalg,
+    ):
         if getattr(place, name, None) is target:
             return (place.__name__, name)
     if getattr(operator, name, None) is target:

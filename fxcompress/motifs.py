@@ -313,9 +313,7 @@ def upsample(b: Builder, op: Op) -> None:
         b.then(lambda m, x: x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3))
     elif b.can_shrink and b.fits(b.channels + op.width):
         conv = b.conv(op.width)
-        b.then(
-            lambda m, x: torch.cat([F.interpolate(m[conv](F.max_pool2d(x, 2)), size=x.shape[2:]), x], dim=1)
-        )
+        b.then(lambda m, x: torch.cat([F.interpolate(m[conv](F.max_pool2d(x, 2)), size=x.shape[2:]), x], dim=1))
 
 
 def head(b: Builder, op: Op) -> None:
@@ -324,9 +322,7 @@ def head(b: Builder, op: Op) -> None:
     if form == 3:
         hidden = nn.Linear(c, op.width)
         last = nn.Linear(op.width, 5)
-        classifier = b.layer(
-            "head", nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), hidden, nn.ReLU(), last)
-        )
+        classifier = b.layer("head", nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), hidden, nn.ReLU(), last))
         b.head(lambda m, x: m[classifier](x))
         return
     linear = b.linear(c if form == 2 else c * height * width, 5)

@@ -58,11 +58,7 @@ def pixel_shuffle(b: Builder, op: Op) -> None:
         def patches(m: Network, x: Tensor) -> Tensor:
             y = m[conv](x)[..., : x.shape[2] // 2 * 2, : x.shape[3] // 2 * 2]
             n, c, h, w = y.shape
-            return (
-                y.reshape(n, c, h // 2, 2, w // 2, 2)
-                .permute(0, 3, 5, 1, 2, 4)
-                .reshape(n, 4 * c, h // 2, w // 2)
-            )
+            return y.reshape(n, c, h // 2, 2, w // 2, 2).permute(0, 3, 5, 1, 2, 4).reshape(n, 4 * c, h // 2, w // 2)
 
         b.choose(op, unshuffle, patches, patches, unshuffle)
 
@@ -206,9 +202,7 @@ def squeeze_excite(b: Builder, op: Op) -> None:
             b.then(lambda m, x: x * F.hardsigmoid(m[up](F.silu(m[down](x.mean((2, 3), keepdim=True))))))
     elif form == 1:
         one, two = b.linear(c, op.width), b.linear(op.width, c)
-        b.then(
-            lambda m, x: x * m[two](F.relu(m[one](x.mean((2, 3))))).sigmoid().view(x.size(0), x.size(1), 1, 1)
-        )
+        b.then(lambda m, x: x * m[two](F.relu(m[one](x.mean((2, 3))))).sigmoid().view(x.size(0), x.size(1), 1, 1))
     else:
         local = b.layer("conv1d", nn.Conv1d(1, 1, 3, padding=1))
         b.then(lambda m, x: x * m[local](x.mean((2, 3)).unsqueeze(1)).transpose(1, 2).unsqueeze(-1).sigmoid())

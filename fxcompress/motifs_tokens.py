@@ -92,9 +92,7 @@ def _non_local(b: Builder, width: int) -> None:
     gamma = b.scale(1)
 
     def step(m: Network, x: Tensor) -> Tensor:
-        score = (
-            torch.einsum("bci,bcj->bij", m[q](x).flatten(2), m[k](x).flatten(2)).mul(width**-0.5).softmax(-1)
-        )
+        score = torch.einsum("bci,bcj->bij", m[q](x).flatten(2), m[k](x).flatten(2)).mul(width**-0.5).softmax(-1)
         return x + m.tensor(gamma) * torch.bmm(m[v](x).flatten(2), score.transpose(1, 2)).view_as(x)
 
     b.then(step)

@@ -22,8 +22,10 @@ def select_live(tensor: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
         size: dense size of one period of ``dim`` (of the rows, if ``index`` has rows). A dimension into which the
             batch was merged repeats it.
     """
-    return tensor.index_select(dim, _tiled(index, tensor.shape[dim], size)) if index.dim() == 1 else tensor.gather(
-        dim, _rows(index, tensor, dim)
+    return (
+        tensor.index_select(dim, _tiled(index, tensor.shape[dim], size))
+        if index.dim() == 1
+        else tensor.gather(dim, _rows(index, tensor, dim))
     )
 
 
@@ -52,5 +54,7 @@ def _tiled(index: Tensor, found: int, size: int) -> Tensor:
 def _rows(index: Tensor, tensor: Tensor, dim: int) -> Tensor:
     shape = list(tensor.shape)
     shape[dim] = index.shape[dim]
-    repeats = [n // i if d != dim and i not in (1, n) else 1 for d, (n, i) in enumerate(zip(shape, index.shape, strict=True))]
+    repeats = [
+        n // i if d != dim and i not in (1, n) else 1 for d, (n, i) in enumerate(zip(shape, index.shape, strict=True))
+    ]
     return index.repeat(repeats).expand(shape)

@@ -17,7 +17,7 @@ from fxcompress.errors import FxCompressError, InputError, PassError
 from fxcompress.inputs import Inputs
 from fxcompress.module import TracedModule
 from fxcompress.rewrite import check
-from fxcompress.verify import TOLERANCE, verify
+from fxcompress.verify import TOLERANCE, Align, verify
 
 
 @dataclass
@@ -29,12 +29,14 @@ class Context:
         seed: for whatever is random.
         verify: whether claims are checked by running models.
         notes: what the passes had to say, for the history.
+        align: set by a pass that changes shapes: what a value of the module before it is in the one after it.
     """
 
     inputs: Inputs | None = None
     seed: int = 0
     verify: bool = True
     notes: list[str] = field(default_factory=list)
+    align: Align | None = None
     _analyses: dict[str, ChannelGroups] = field(default_factory=dict)
 
     def groups(self, module: TracedModule) -> ChannelGroups:
@@ -44,7 +46,9 @@ class Context:
             InputError: there are no example inputs.
         """
         if self.inputs is None:
-            raise InputError("example_inputs is missing: channels are followed through a run of the model. Pass a batch.")
+            raise InputError(
+                "example_inputs is missing: channels are followed through a run of the model. Pass a batch."
+            )
         shapes = [(name, tuple(t.shape)) for name, t in module.named_parameters(remove_duplicate=False)]
         key = f"{module.graph}{shapes}"
         if key not in self._analyses:
@@ -138,9 +142,7 @@ class FunctionPass(Pass):
 @overload
 def graph_pass(function: Callable[[fx.GraphModule], fx.GraphModule | None]) -> Pass: ...
 @overload
-def graph_pass(
-    *, preserves: bool
-) -> Callable[[Callable[[fx.GraphModule], fx.GraphModule | None]], Pass]: ...
+def graph_pass(*, preserves: bool) -> Callable[[Callable[[fx.GraphModule], fx.GraphModule | None]], Pass]: ...
 def graph_pass(function: Any = None, *, preserves: bool = False) -> Any:
     """Make a pass of a function on a GraphModule, which edits ``module.graph`` in place.
 
@@ -174,12 +176,16 @@ def parse_passes(passes: Any) -> tuple[Pass, ...]:
         InputError: not a list, empty, or with something in it that is no pass.
     """
     if isinstance(passes, Pass) or not isinstance(passes, Sequence) or isinstance(passes, str):
-        raise InputError(f"passes is a {type(passes).__name__}; expected a list of passes, such as [L1FilterPruner(0.5)].")
+        raise InputError(
+            f"passes is a {type(passes).__name__}; expected a list of passes, such as [L1FilterPruner(0.5)]."
+        )
     if not passes:
         raise InputError("passes is empty; expected at least one pass, such as L1FilterPruner(0.5).")
     for index, item in enumerate(passes):
         if isinstance(item, type) and issubclass(item, Pass):
-            raise InputError(f"passes[{index}] is the class {item.__name__}; expected an instance: {item.__name__}(...).")
+            raise InputError(
+                f"passes[{index}] is the class {item.__name__}; expected an instance: {item.__name__}(...)."
+            )
         if not isinstance(item, Pass):
             raise InputError(
                 f"passes[{index}] is {item!r}, a {type(item).__name__}; expected a Pass. Decorate a function with "
@@ -209,8 +215,12 @@ def run_pass(item: Pass, module: TracedModule, context: Context) -> PassResult:
     said = len(context.notes)
     check_claim = item.preserves and context.verify and context.inputs is not None
     try:
+        context.align = None
         item.requires(module, context)
-        before, state = fingerprint(module), [*module.parameters(), *module.buffers()]  # kept alive: ids are compared
+        before, state = (
+            fingerprint(module),
+            [*module.parameters(), *module.buffers()],
+        )  # kept alive: ids are compared
         reference = item.reference(module, context) if check_claim else None
         result = item.run(module, context)
         check(result)
@@ -220,7 +230,15 @@ def run_pass(item: Pass, module: TracedModule, context: Context) -> PassResult:
             batched = bool(module.meta["batched"])
             tolerance = _rounding(module) if item.rounds else None
             what = f"the result of {item.name}"
-            gap = verify(reference, result, context.inputs, batched=batched, tolerance=tolerance, what=what).difference
+            gap = verify(
+                reference,
+                result,
+                context.inputs,
+                batched=batched,
+                tolerance=tolerance,
+                what=what,
+                align=context.align,
+            ).difference
     except FxCompressError as error:
         error.add_note(f"while running {item!r}")
         raise

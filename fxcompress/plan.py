@@ -95,7 +95,9 @@ class Plan:
         return cut_shape(labels.shape, cuts)
 
     def touched(self, node: fx.Node) -> bool:
-        """Whether the node reads or makes a tensor that shrinks."""
+        """Whether the node reads or makes a tensor that shrinks, or reads a number that changes."""
+        if any(self.is_number(source) and self.number(source) != self.value(source) for source in node.all_input_nodes):
+            return True
         values = [self.value(node), *map(self.value, node.all_input_nodes)]
         return any(self.cuts(leaf) != () for leaf in pytree.tree_leaves(values) if isinstance(leaf, Labels))
 
@@ -120,7 +122,11 @@ class Plan:
 
     def is_number(self, value: Any) -> bool:
         """Whether an argument is a node that computes a number."""
-        return isinstance(value, fx.Node) and isinstance(self.value(value), (int, float)) and not isinstance(self.value(value), bool)
+        return (
+            isinstance(value, fx.Node)
+            and isinstance(self.value(value), (int, float))
+            and not isinstance(self.value(value), bool)
+        )
 
     def size(self, given: Any, wanted: int) -> Any:
         """A size argument that must be ``wanted`` in the live graph: itself, a literal, or a rescaled node."""
@@ -147,6 +153,11 @@ class Plan:
             return dim % len(labels.shape) not in labels.varying()
         return any(self._grows(source) for source in node.all_input_nodes)
 
+    def align(self, name: str, value: Tensor) -> Tensor:
+        """The live part of a node's dense value."""
+        labels = self.channels.facts.values.get(name)
+        return cut_tensor(value, self.cuts(labels) or ()) if isinstance(labels, Labels) else value
+
     # ---- nodes -------------------------------------------------------------------------------------------------
 
     def call(self, node: fx.Node) -> Call:
@@ -161,7 +172,10 @@ class Plan:
                     is_leaf=lambda item: isinstance(item, (fx.Node, Scaled, slice)),
                 )
         target, op = node.target, node.op
-        if _name(node) in ("split", "chunk", "tensor_split", "split_with_sizes") and (args, kwargs) != (node.args, node.kwargs):
+        if _name(node) in ("split", "chunk", "tensor_split", "split_with_sizes") and (args, kwargs) != (
+            node.args,
+            node.kwargs,
+        ):
             op, target = "call_function", torch.split
         return Call(op, target, tuple(args), dict(kwargs))
 
@@ -209,7 +223,15 @@ class Plan:
         positions = torch.arange(math.prod(before.shape[d] for d in varying))
         positions = positions.reshape([n if d in varying else 1 for d, n in enumerate(before.shape)])
         positions = positions.expand(before.shape)
-        wanted = cut_tensor(self._run(node, Call(node.op, node.target, node.args, dict(node.kwargs)), {source: positions}, live=False), self.cuts(after) or ())
+        wanted = cut_tensor(
+            self._run(
+                node,
+                Call(node.op, node.target, node.args, dict(node.kwargs)),
+                {source: positions},
+                live=False,
+            ),
+            self.cuts(after) or (),
+        )
         try:
             found = self._run(node, call, {source: cut_tensor(positions, cuts or ())}, live=True)
         except (RuntimeError, IndexError, TypeError, ValueError):
@@ -229,7 +251,9 @@ class Plan:
             return self.number(source) if live else self.value(source)
 
         args, kwargs = pytree.tree_map(
-            lambda leaf: slice(*map(fetch, (leaf.start, leaf.stop, leaf.step))) if isinstance(leaf, slice) else fetch(leaf),
+            lambda leaf: (
+                slice(*map(fetch, (leaf.start, leaf.stop, leaf.step))) if isinstance(leaf, slice) else fetch(leaf)
+            ),
             (list(call.args), dict(call.kwargs)),
             is_leaf=lambda leaf: isinstance(leaf, (fx.Node, Scaled, slice)),
         )
@@ -259,7 +283,9 @@ class Plan:
         value: Any = positions
         for item in reversed(chain):
             source = source_of(item, self.channels.facts)
-            value = self._run(item, Call(item.op, item.target, item.args, dict(item.kwargs)), {source: value}, live=False)
+            value = self._run(
+                item, Call(item.op, item.target, item.args, dict(item.kwargs)), {source: value}, live=False
+            )
         stride = math.prod(before.shape[dim + 1 :])
         order = value.movedim(dim, 0).reshape(size, -1)[:, 0] // stride % size
         if not torch.equal(value, positions.index_select(dim, order)):
@@ -322,4 +348,3 @@ def _name(node: fx.Node) -> str:
     if node.target is operator.getitem:
         return "getitem"
     return getattr(node.target, "__name__", "") if node.op == "call_function" else ""
-

@@ -23,16 +23,16 @@ from fxcompress.sizes import TRACED, Expression, TracedInt, plain
 
 #: Calls whose *result* is decided by values, so that what Python does next cannot be recorded.
 VALUE_READS = frozenset(
-    "item tolist numpy __bool__ __int__ __float__ __index__ __complex__ __array__ __contains__ equal allclose "
-    "is_nonzero nonzero argwhere unique unique_consecutive masked_select bincount".split()
+    ["item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__complex__", "__array__", "__contains__", "equal", "allclose", "is_nonzero", "nonzero", "argwhere", "unique", "unique_consecutive", "masked_select", "bincount"]
 )
 _SIZES = frozenset(("size", "shape", "numel", "nelement"))
 _REFLECTED = frozenset(
-    f"__r{name}__"
-    for name in "add sub mul div truediv floordiv mod pow matmul and or xor lshift rshift".split()
+    f"__r{name}__" for name in ["add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift"]
 )
 _SHAPED_LIKE = frozenset(("view_as", "reshape_as", "expand_as"))
-_RANDOM = frozenset("rand randn randint randperm rand_like randn_like randint_like bernoulli multinomial normal".split())
+_RANDOM = frozenset(
+    ["rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "bernoulli", "multinomial", "normal"]
+)
 _SKIPPED_FOLDERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
 MODE_HOLDER = "_mode"
@@ -111,7 +111,10 @@ class Recorder(TorchFunctionMode):
             func = getattr(Tensor, name.removesuffix("_as"))
             return self.__torch_function__(func, types, (args[0], *self._size("shape", args[1])))
         if name == "view" and not isinstance(args[1], torch.dtype):
-            func, name = Tensor.reshape, "reshape"  # masking and removal change strides; where it can, this is a view
+            func, name = (
+                Tensor.reshape,
+                "reshape",
+            )  # masking and removal change strides; where it can, this is a view
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if self._reads_values(name, args, kwargs) and any(map(self._is_dynamic, tensors)):
             raise ValueRead(self.scopes[-1], f"{name.strip('_')}() reads the values of a tensor", user_line())
@@ -183,7 +186,9 @@ class Recorder(TorchFunctionMode):
     def _size(self, name: str, tensor: Tensor, dim: int | None = None) -> Any:
         node = self.node(tensor)
         if node.op == "get_attr":
-            return tensor.numel() if name in ("numel", "nelement") else tensor.shape if dim is None else tensor.size(dim)
+            return (
+                tensor.numel() if name in ("numel", "nelement") else tensor.shape if dim is None else tensor.size(dim)
+            )
         sizes = [TracedInt(size, Expression("size", node, d)) for d, size in enumerate(tensor.shape)]
         if name in ("numel", "nelement"):
             return TracedInt(tensor.numel(), Expression("numel", node))

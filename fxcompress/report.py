@@ -70,9 +70,7 @@ class Report:
         for header in ("", "before", "after", "kept"):
             totals.add_column(header, justify="right" if header else "left")
         for total in self.totals:
-            totals.add_row(
-                total.name, f"{total.before:,}", f"{total.after:,}", _share(total.before, total.after)
-            )
+            totals.add_row(total.name, f"{total.before:,}", f"{total.after:,}", _share(total.before, total.after))
         if not self.rows:
             return Group(totals, "No layer changed its shape.")
         layers = Table(box=box.SIMPLE)

@@ -45,7 +45,12 @@ class Rewriter:
         node.meta["by"] = self.author
 
     def insert_after(
-        self, place: fx.Node, op: str, target: Any, args: tuple[Value, ...], kwargs: dict[str, Value] | None = None
+        self,
+        place: fx.Node,
+        op: str,
+        target: Any,
+        args: tuple[Value, ...],
+        kwargs: dict[str, Value] | None = None,
     ) -> fx.Node:
         """A new node right after ``place``."""
         with self.graph.inserting_after(place):
@@ -54,7 +59,12 @@ class Rewriter:
         return node
 
     def insert_before(
-        self, place: fx.Node, op: str, target: Any, args: tuple[Value, ...], kwargs: dict[str, Value] | None = None
+        self,
+        place: fx.Node,
+        op: str,
+        target: Any,
+        args: tuple[Value, ...],
+        kwargs: dict[str, Value] | None = None,
     ) -> fx.Node:
         """A new node right before ``place``."""
         with self.graph.inserting_before(place):
@@ -63,7 +73,12 @@ class Rewriter:
         return node
 
     def become(
-        self, node: fx.Node, op: str, target: Any, args: tuple[Value, ...], kwargs: dict[str, Value] | None = None
+        self,
+        node: fx.Node,
+        op: str,
+        target: Any,
+        args: tuple[Value, ...],
+        kwargs: dict[str, Value] | None = None,
     ) -> None:
         """Let a node compute something else under its old name; its users stay."""
         kwargs = kwargs or {}
@@ -107,7 +122,9 @@ class Rewriter:
         """Replace the tensor of a parameter or buffer, under all its names; parameters stay parameters."""
         holder, leaf = self.owner(name)
         old = getattr(holder, leaf)
-        new = nn.Parameter(tensor.detach(), requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
+        new = (
+            nn.Parameter(tensor.detach(), requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
+        )
         for module in self.module.modules():  # tied ones stay tied
             for table in (module._parameters, module._buffers):
                 table.update({name: new for name, other in table.items() if other is old})

@@ -78,9 +78,7 @@ class Selection:
 
     def _described(self) -> str:
         given = {"include": _parsed("include", self.include), "exclude": _parsed("exclude", self.exclude)}
-        return " and ".join(
-            f"by {role}={', '.join(map(_shown, each))}" for role, each in given.items() if each
-        )
+        return " and ".join(f"by {role}={', '.join(map(_shown, each))}" for role, each in given.items() if each)
 
 
 @dataclass(frozen=True)
@@ -189,9 +187,7 @@ def _containers(name: str) -> list[str]:
     return [".".join(parts[:depth]) for depth in range(1, len(parts))]
 
 
-def _unmatched(
-    role: str, selector: str | type[nn.Module], modules: Mapping[str, nn.Module]
-) -> SelectionError:
+def _unmatched(role: str, selector: str | type[nn.Module], modules: Mapping[str, nn.Module]) -> SelectionError:
     if isinstance(selector, str):
         kind, wanted = "names", selector.strip("*.")
         known = [each for name in modules for each in (*_containers(name), name)]

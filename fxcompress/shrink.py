@@ -21,8 +21,8 @@ from fxcompress.rewrite import Rewriter, rewriting
 GATHERS = "_gathers"
 
 
-def shrink(module: TracedModule, groups: ChannelGroups, live: BoolArray, author: str) -> None:
-    """Remove every channel that does not live.
+def shrink(module: TracedModule, groups: ChannelGroups, live: BoolArray, author: str) -> Plan:
+    """Remove every channel that does not live; returns how every value of the graph was cut.
 
     Args:
         module: a clean traced module, changed in place.
@@ -49,6 +49,7 @@ def shrink(module: TracedModule, groups: ChannelGroups, live: BoolArray, author:
             if name in entering or (name and any(True for _ in layer.parameters(recurse=False))):
                 labels, groups_now = entering.get(name, (None, None))
                 agree(layer, inputs=labels, groups=groups_now)
+    return plan
 
 
 def _entering(module: TracedModule, plan: Plan) -> dict[str, tuple[tuple[int, ...], int | None]]:

@@ -5,7 +5,8 @@ branches and prints as one) that carries the expression it came from, so that ar
 recorded as nodes and the traced model runs at other batch sizes and resolutions.
 
 What leaves the integers on purpose is a plain number again: ``int(n)``, ``n ** -0.5``, ``math.sqrt(n)``. Those are
-values, and a value keeps what it was when the model was built.
+values, and a value keeps what it was when the model was built. (So does ``x.shape.numel()``, which is C; ``x.numel()``
+is traced.)
 """
 
 from __future__ import annotations
@@ -74,7 +75,10 @@ def _binary(function: Callable[[Any, Any], Any], reflected: bool) -> Callable[[A
         if isinstance(other, bool) or not isinstance(other, (int, float)):
             return NotImplemented
         operands = (other, self) if reflected else (self, other)
-        return _traced(function(*map(plain, operands)), Expression(function, *operands))
+        value = function(*map(plain, operands))
+        if function is operator.pow and not isinstance(value, int):
+            return value  # n ** -0.5 is a value, not a size
+        return _traced(value, Expression(function, *operands))
 
     return method
 
@@ -91,12 +95,15 @@ def _divmod(self: Any, other: Any) -> Any:
     return self // other, self % other
 
 
-for _name in ("add", "sub", "mul", "floordiv", "mod", "truediv"):
-    for _class in TRACED:
-        setattr(_class, f"__{_name}__", _binary(getattr(operator, _name), reflected=False))
-        setattr(_class, f"__r{_name}__", _binary(getattr(operator, _name), reflected=True))
+_ARITHMETIC = ("add", "sub", "mul", "floordiv", "mod", "truediv", "pow")
+_BITWISE = ("lshift", "rshift", "and", "or", "xor")
+for _name in (*_ARITHMETIC, *_BITWISE):
+    for _class in TRACED if _name in _ARITHMETIC else (TracedInt,):
+        setattr(_class, f"__{_name}__", _binary(getattr(operator, f"__{_name}__"), reflected=False))
+        setattr(_class, f"__r{_name}__", _binary(getattr(operator, f"__{_name}__"), reflected=True))
 for _class in TRACED:
-    setattr(_class, "__neg__", _unary(operator.neg))
+    for _name in ("neg", "pos", "abs"):
+        setattr(_class, f"__{_name}__", _unary(getattr(operator, _name)))
     setattr(_class, "__divmod__", _divmod)
 for _name, _function in (("ceil", math.ceil), ("floor", math.floor), ("round", round), ("trunc", math.trunc)):
     setattr(TracedFloat, f"__{_name}__", _unary(_function))

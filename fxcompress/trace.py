@@ -32,9 +32,12 @@ _OPENED = (
 )
 #: Functions whose integers are sizes, where a literal may stand for the batch.
 _SHAPED = frozenset(
-    "view reshape expand repeat tile unflatten split narrow arange zeros ones full empty rand randn "
-    "new_zeros new_ones new_full new_empty broadcast_to".split()
+    ["view", "reshape", "expand", "repeat", "tile", "unflatten", "split", "narrow", "arange", "zeros", "ones", "full", "empty", "rand", "randn", "new_zeros", "new_ones", "new_full", "new_empty", "broadcast_to"]
 )
+
+
+#: Functions that take a dimension apart, over which Python may then have looped.
+_TAKEN_APART = frozenset(("unbind", "select", "chunk", "split", "tensor_split"))
 
 
 def trace(model: nn.Module, example_inputs: Any = None) -> TracedModule:
@@ -142,9 +145,7 @@ def _record_all(model: nn.Module, work: nn.Module, inputs: Inputs, opaque: set[s
             )
 
 
-def _record(
-    model: nn.Module, work: nn.Module, inputs: Inputs, opaque: set[str], known: frozenset[int]
-) -> Recorder:
+def _record(model: nn.Module, work: nn.Module, inputs: Inputs, opaque: set[str], known: frozenset[int]) -> Recorder:
     recorder = Recorder(work, known)
     inputs = inputs.map(Tensor.clone)
     bound = _bind(work, inputs)
@@ -296,9 +297,21 @@ def _settle_batch(
 
 def _looks_like_batch(node: fx.Node, batch: int) -> bool:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if node.op not in ("call_function", "call_method") or name not in _SHAPED:
+    if node.op not in ("call_function", "call_method"):
+        return False
+    if name in _TAKEN_APART or (name == "getitem" and _first_index(node.args[1])):
+        return True
+    if name not in _SHAPED:
         return False
     return any(type(leaf) is int and leaf > 0 and leaf % batch == 0 for leaf in _leaves((node.args, node.kwargs)))
+
+
+def _first_index(index: Any) -> bool:
+    """Whether an index picks one element, or a fixed range, of dimension 0."""
+    first = index[0] if isinstance(index, (tuple, list)) and index else index
+    if isinstance(first, slice):
+        return any(type(bound) is int for bound in (first.start, first.stop))
+    return type(first) is int
 
 
 def _leaves(value: Any) -> list[Any]:
@@ -342,9 +355,7 @@ def _replace_scaled(first: fx.Graph, second: fx.Graph, batch: int, other: int, s
     return True
 
 
-def _write_sizes(
-    graph: fx.Graph, scaled: list[tuple[fx.Node, set[int]]], batch: int, source: fx.Node
-) -> None:
+def _write_sizes(graph: fx.Graph, scaled: list[tuple[fx.Node, set[int]]], batch: int, source: fx.Node) -> None:
     with graph.inserting_after(source):
         size = graph.call_method("size", (source, 0))
     for node, indices in scaled:
@@ -385,9 +396,7 @@ class Holder(nn.Module):
         return f"of {self.kind.__name__}"
 
 
-def _assemble(
-    work: nn.Module, recorder: Recorder, opaque: set[str], batched: tuple[str, ...]
-) -> TracedModule:
+def _assemble(work: nn.Module, recorder: Recorder, opaque: set[str], batched: tuple[str, ...]) -> TracedModule:
     nodes = list(recorder.graph.nodes)
     used = {str(node.target) for node in nodes if node.op == "get_attr"}
     kept = recorder.reached | {name.rpartition(".")[0] for name in used}

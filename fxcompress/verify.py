@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +12,17 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxcompress.errors import VerificationError
-from fxcompress.inputs import Inputs, other_batch
+from fxcompress.inputs import Inputs, other_batch, positional
 from fxcompress.masking import evaluating
 from fxcompress.module import TracedModule
 
 #: Models with fewer bytes of state than this are compared in float64.
 SMALL = 2**29
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
+
+
+#: What the value of a node in one module should be in another: ``(node name, value) -> value``.
+Align = Callable[[str, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ def verify(
     batched: bool = True,
     tolerance: float | None = None,
     what: str = "the removed model",
-    map_expected: Callable[[str, Tensor], Tensor] | None = None,
+    align: Align | None = None,
 ) -> Verification:
     """Check that two models compute the same function in eval mode.
 
@@ -99,8 +103,8 @@ def verify(
         batched: whether dimension 0 is a batch, so that a second batch size is compared too.
         tolerance: on ``max abs(a - b) / max abs(a)`` of each output; 1e-9 in float64, 1e-5 in float32 by default.
         what: the name of ``found`` in messages.
-        map_expected: for the report of the first node that differs: what a node's value in ``expected`` should be in
-            ``found`` (``(node name, value) -> value``).
+        align: for naming the first node that differs: what a node's value in ``expected`` should be in ``found``,
+            ``(node name, value) -> value``.
 
     Raises:
         VerificationError: they differ; names the first node that does, where both are traced.
@@ -120,7 +124,7 @@ def verify(
             gap = difference(trial.run(expected), trial.run(found))
             worst = max(worst, gap)
             if not gap <= bound:
-                node = _first_difference(expected, found, trial, bound, map_expected)
+                node = _first_difference(expected, found, trial, bound, align)
                 where = f", first at node {node}" if node else ""
                 raise VerificationError(
                     f"{what} differs from what it must equal by {gap:.3g} (max abs(a - b) / max abs(a), expected at "
@@ -134,42 +138,40 @@ def verify(
 
 
 class _Recording(fx.Interpreter):
+    """Runs a graph and keeps a copy of every tensor on the way."""
+
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
-        self.seen: dict[str, Any] = {}
+        self.seen: dict[str, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        self.seen[n.name] = value.clone() if isinstance(value, Tensor) else value
+        if isinstance(value, Tensor):
+            self.seen[n.name] = value.clone()
         return value
 
 
 def _first_difference(
-    expected: nn.Module,
-    found: nn.Module,
-    inputs: Inputs,
-    bound: float,
-    map_expected: Callable[[str, Tensor], Tensor] | None,
+    expected: nn.Module, found: nn.Module, inputs: Inputs, bound: float, align: Align | None
 ) -> str | None:
     """The first node whose value differs, among those that both graphs have."""
     if not isinstance(expected, TracedModule) or not isinstance(found, TracedModule):
         return None
     right, left = _Recording(expected), _Recording(found)
-    try:
-        inputs.run(right.run) if not inputs.kwargs else None
-        inputs.run(left.run) if not inputs.kwargs else None
-    except RuntimeError:
-        return next(iter(name for name in _names(found) if name not in left.seen), None)
-    for name in _names(found):
-        a, b = right.seen.get(name), left.seen.get(name)
-        if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+    for recording in (right, left):
+        fresh = inputs.map(Tensor.clone)
+        try:
+            recording.run(*positional(recording.module, fresh))
+        except RuntimeError:
+            break  # what ran before the failure is compared all the same
+    for node in found.graph.nodes:
+        if node.name not in right.seen or node.name not in left.seen:
             continue
-        if map_expected is not None:
-            a = map_expected(name, a)
-        if a.shape == b.shape and difference(a, b) > bound:
-            return name
+        wanted = right.seen[node.name]
+        try:
+            wanted = wanted if align is None else align(node.name, wanted)
+        except (RuntimeError, IndexError):
+            continue  # a batch is merged into the dimension that shrank
+        if difference(wanted, left.seen[node.name]) > bound:
+            return str(node.name)
     return None
-
-
-def _names(module: fx.GraphModule) -> Iterator[str]:
-    return (node.name for node in module.graph.nodes)

@@ -124,7 +124,9 @@ class ChannelPruner(Pass):
             wanted = {name: sparsities.get(name, 0.0) for name in group.layers}
             smallest = min(wanted.values())
             if smallest != max(wanted.values()):
-                context.notes.append(f"{self.name}: the layers of group {group.name} disagree ({wanted}); taking {smallest}")
+                context.notes.append(
+                    f"{self.name}: the layers of group {group.name} disagree ({wanted}); taking {smallest}"
+                )
             chosen.append((group, smallest))
         return chosen
 

@@ -14,7 +14,15 @@ from fxcompress.module import TracedModule
 from fxcompress.pipeline import Context, Pass
 from fxcompress.rewrite import Rewriter, rewriting
 
-_PRODUCERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
+_PRODUCERS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Linear,
+)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -63,7 +71,12 @@ def _producer(node: fx.Node, module: TracedModule, calls: dict[str, int], contex
     if not isinstance(norm, _NORMS) or norm.running_var is None or source.op != "call_module":
         return None
     layer = module.get_submodule(str(source.target))
-    if type(layer) not in _PRODUCERS or len(source.users) != 1 or calls[str(node.target)] != 1 or calls[str(source.target)] != 1:
+    if (
+        type(layer) not in _PRODUCERS
+        or len(source.users) != 1
+        or calls[str(node.target)] != 1
+        or calls[str(source.target)] != 1
+    ):
         return None
     shared = [p for other in module.modules() if other is not layer for p in other._parameters.values()]
     if any(p is layer.weight for p in shared):

@@ -90,7 +90,9 @@ class LevelPruner(Pass):
             lowest = _lowest(torch.cat([b.reshape(-1) for b in blocks.values()]), next(iter(wanted.values()), 0.0))
             parts = dict(zip(blocks, lowest.split([b.numel() for b in blocks.values()]), strict=True))
         else:
-            parts = {name: _lowest(b.reshape(-1), wanted.get(name.rpartition(".")[0], 0.0)) for name, b in blocks.items()}
+            parts = {
+                name: _lowest(b.reshape(-1), wanted.get(name.rpartition(".")[0], 0.0)) for name, b in blocks.items()
+            }
         return {
             name: ~_from_blocks(part.reshape(blocks[name].shape), scores[name].shape, self.block)
             for name, part in parts.items()

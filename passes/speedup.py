@@ -45,7 +45,9 @@ class Speedup(Pass):
         parameters = dict(module.named_parameters(remove_duplicate=False))
         for name, mask in (self.masks or {}).items():
             if name not in parameters:
-                raise InputError(f"masks has {name!r}, which is no parameter of the model; expected names like {next(iter(parameters))!r}.")
+                raise InputError(
+                    f"masks has {name!r}, which is no parameter of the model; expected names like {next(iter(parameters))!r}."
+                )
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != parameters[name].shape:
                 found = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
                 raise InputError(
@@ -75,7 +77,7 @@ class Speedup(Pass):
                 rewriter.set_tensor(name, parameter.detach() * mask.to(parameter.device))
         before = sum(p.numel() for p in module.parameters())
         if not live.all():
-            shrink(module, groups, live, self.name)
+            context.align = shrink(module, groups, live, self.name).align
         after = sum(p.numel() for p in module.parameters())
         context.notes.append(f"{self.name}: {before - after:,} of {before:,} parameters removed")
         return module
@@ -96,16 +98,24 @@ class Speedup(Pass):
         for axis in channels.facts.ledger.axes:
             if axis.kind == "parameter":
                 labels = np.arange(axis.start, axis.start + axis.size)
-                alive[channels.component[labels[flags.get((axis.name, axis.dim), np.ones(axis.size, dtype=bool))]]] = True
+                alive[channels.component[labels[flags.get((axis.name, axis.dim), np.ones(axis.size, dtype=bool))]]] = (
+                    True
+                )
         produced = np.concatenate([group.components for group in groups])
         dead = produced[~alive[produced] & ~channels.frozen[produced]]
         for group in groups:
-            _check_not_empty(group.name, [flags.get((s.parameter, s.dim)) for s in group.slices], [s.rows for s in group.slices])
+            _check_not_empty(
+                group.name,
+                [flags.get((s.parameter, s.dim)) for s in group.slices],
+                [s.rows for s in group.slices],
+            )
         live = settle(module, channels, masking.live(channels) & channels.live(dead))
         return masking.with_live(channels, live)
 
 
-def _alive_slices(groups: ChannelGroups, masking: Masking) -> dict[tuple[str, int], np.ndarray[tuple[int], np.dtype[np.bool_]]]:
+def _alive_slices(
+    groups: ChannelGroups, masking: Masking
+) -> dict[tuple[str, int], np.ndarray[tuple[int], np.dtype[np.bool_]]]:
     """For every masked parameter axis which slices have an element left."""
     alive = {}
     for name, mask in masking.elements.items():
@@ -116,7 +126,9 @@ def _alive_slices(groups: ChannelGroups, masking: Masking) -> dict[tuple[str, in
 
 
 def _check_not_empty(
-    name: str, flags: list[np.ndarray[tuple[int], np.dtype[np.bool_]] | None], rows: list[np.ndarray[tuple[int], np.dtype[np.int64]]]
+    name: str,
+    flags: list[np.ndarray[tuple[int], np.dtype[np.bool_]] | None],
+    rows: list[np.ndarray[tuple[int], np.dtype[np.int64]]],
 ) -> None:
     if flags and all(flag is not None and not flag[index].any() for flag, index in zip(flags, rows, strict=True)):
         raise InputError(

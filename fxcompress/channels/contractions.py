@@ -52,7 +52,9 @@ def _spread(labels: Labels, places: Sequence[int], ndim: int) -> tuple[tuple[int
     return tuple(put(labels.shape)), [f.permute(order).reshape(put(f.shape)) for f in labels.factors]
 
 
-def _product(call: Call, first: str, second: str, left: Sequence[int], right: Sequence[int], summed: int) -> list[Tensor]:
+def _product(
+    call: Call, first: str, second: str, left: Sequence[int], right: Sequence[int], summed: int
+) -> list[Tensor]:
     a, b = call.labels(first), call.labels(second)
     ndim = max(*left, *right) + 1
     kept = contract(call, _spread(a, left, ndim), _spread(b, right, ndim), frozenset({summed}), (a, b))
@@ -133,14 +135,25 @@ def _one(call: Call, factors: list[Tensor]) -> Tensor | None:
     return factors[0] if factors else None
 
 
-def _plain(call: Call, x: Labels, w: Labels, inputs: list[Tensor], rows: list[Tensor], columns: list[Tensor]) -> list[Tensor]:
-    a, b = ((1, x.shape[1]), [f.reshape(1, -1) for f in inputs]), (w.shape[:2], [f.reshape(1, -1) for f in columns] + [f.reshape(-1, 1) for f in rows])
+def _plain(
+    call: Call, x: Labels, w: Labels, inputs: list[Tensor], rows: list[Tensor], columns: list[Tensor]
+) -> list[Tensor]:
+    a, b = (
+        ((1, x.shape[1]), [f.reshape(1, -1) for f in inputs]),
+        (w.shape[:2], [f.reshape(1, -1) for f in columns] + [f.reshape(-1, 1) for f in rows]),
+    )
     kept = contract(call, a, b, frozenset({1}), (x, w))
     return [f.reshape(-1) for f in kept]
 
 
 def _transposed(
-    call: Call, x: Labels, w: Labels, inputs: list[Tensor], rows: list[Tensor], columns: list[Tensor], groups: int
+    call: Call,
+    x: Labels,
+    w: Labels,
+    inputs: list[Tensor],
+    rows: list[Tensor],
+    columns: list[Tensor],
+    groups: int,
 ) -> list[Tensor]:
     """The weight is (inputs, outputs / groups, ...): its rows consume and its columns produce."""
     if groups == 1:
@@ -153,7 +166,13 @@ def _transposed(
 
 
 def _grouped(
-    call: Call, x: Labels, w: Labels, inputs: list[Tensor], rows: list[Tensor], columns: list[Tensor], groups: int
+    call: Call,
+    x: Labels,
+    w: Labels,
+    inputs: list[Tensor],
+    rows: list[Tensor],
+    columns: list[Tensor],
+    groups: int,
 ) -> list[Tensor]:
     ledger = call.ledger
     entering, out = _one(call, inputs), _one(call, rows)

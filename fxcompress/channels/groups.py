@@ -16,10 +16,10 @@ from fxcompress.channels.labels import BoolArray, IntArray
 from fxcompress.channels.ledger import Axis
 from fxcompress.channels.propagate import propagate
 from fxcompress.channels.solve import Channels, solve
+from fxcompress.cost import as_text
 from fxcompress.errors import InputError
 from fxcompress.inputs import Inputs
 from fxcompress.module import TracedModule
-from fxcompress.cost import as_text
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,11 @@ class ChannelGroups:
         by_layer: dict[str, list[str]] = {}
         for group in self._groups:
             graph.add_node(
-                group.name, width=group.width, removable=group.removable, reason=group.reason, layers=group.layers
+                group.name,
+                width=group.width,
+                removable=group.removable,
+                reason=group.reason,
+                layers=group.layers,
             )
             for layer in group.layers:
                 by_layer.setdefault(layer, []).append(group.name)

@@ -149,9 +149,7 @@ def plan_cut(mask: BoolArray, dims: tuple[int, ...], column: int) -> Cut | None:
     The result is a rectangle, or rows that keep equally many elements of dimension ``dims[column]`` each. None where
     the kept elements are neither.
     """
-    keep = tuple(
-        np.flatnonzero(mask.any(axis=tuple(e for e in range(mask.ndim) if e != d))) for d in range(mask.ndim)
-    )
+    keep = tuple(np.flatnonzero(mask.any(axis=tuple(e for e in range(mask.ndim) if e != d))) for d in range(mask.ndim))
     block = mask[np.ix_(*keep)]
     if block.all():
         return Cut(dims, keep)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fxcompress.channels.labels import IntArray, Labels, column_of, dims_of
 
-
 #: Where an axis comes from: a parameter, a buffer, or a tensor that the forward makes.
 Kind = Literal["parameter", "buffer", "made"]
 

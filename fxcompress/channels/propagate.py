@@ -18,7 +18,7 @@ from fxcompress.channels.labels import Labels, dims_of
 from fxcompress.channels.ledger import Kind, Ledger
 from fxcompress.channels.operators import operator_name, read_arguments, rule_for
 from fxcompress.channels.rules import Call
-from fxcompress.inputs import Inputs
+from fxcompress.inputs import Inputs, positional
 from fxcompress.layers import understood
 from fxcompress.module import TracedModule
 
@@ -41,9 +41,7 @@ class Facts:
 
 
 _MOVES = frozenset(
-    """view _unsafe_view reshape _reshape_alias expand permute transpose t numpy_T select slice split split_with_sizes
-    unbind squeeze unsqueeze unfold roll flip repeat pixel_shuffle pixel_unshuffle channel_shuffle alias detach clone
-    native_channel_shuffle narrow movedim contiguous index index_select constant_pad_nd chunk""".split()
+    ["view", "_unsafe_view", "reshape", "_reshape_alias", "expand", "permute", "transpose", "t", "numpy_T", "select", "slice", "split", "split_with_sizes", "unbind", "squeeze", "unsqueeze", "unfold", "roll", "flip", "repeat", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "alias", "detach", "clone", "native_channel_shuffle", "narrow", "movedim", "contiguous", "index", "index_select", "constant_pad_nd", "chunk"]
 )
 
 
@@ -103,8 +101,17 @@ class _Watch(TorchDispatchMode):
             self._written(before, tensors[0])
 
     def _assign(self, call: Call, result: Any, made: Any) -> None:
-        results = [result] if isinstance(result, Tensor) else list(result or ()) if isinstance(result, (tuple, list)) else []
-        const = call.const() and call.name not in ("rand", "randn", "randint", "randperm", "bernoulli", "arange")
+        results = (
+            [result] if isinstance(result, Tensor) else list(result or ()) if isinstance(result, (tuple, list)) else []
+        )
+        const = call.const() and call.name not in (
+            "rand",
+            "randn",
+            "randint",
+            "randperm",
+            "bernoulli",
+            "arange",
+        )
         labels = made if isinstance(made, list) else [made]
         labels += [None] * (len(results) - len(labels))
         for tensor, item in zip(results, labels, strict=True):
@@ -192,7 +199,7 @@ def propagate(module: TracedModule, inputs: Inputs) -> Facts:
     try:
         module.eval()
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), watch:
-            interpreter.run(*_positional(module, fresh))
+            interpreter.run(*positional(module, fresh))
     finally:
         for item, mode in modes:
             item.training = mode
@@ -202,17 +209,3 @@ def propagate(module: TracedModule, inputs: Inputs) -> Facts:
         if node.op == "get_attr" and node.target in labels:
             values[node.name] = labels[node.target]
     return Facts(ledger, values, labels, frozenset(interpreter.moves))
-
-
-def _positional(module: TracedModule, inputs: Inputs) -> list[Any]:
-    """The inputs in the order of the graph's placeholders."""
-    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-    values = list(inputs.args)
-    for node in placeholders[len(values) :]:
-        values.append(inputs.kwargs[node.target] if node.target in inputs.kwargs else node.args[0])
-    return values
-
-
-def leaf_modules(module: nn.Module) -> dict[str, nn.Module]:
-    """Modules that hold parameters of their own, by name: the layers that passes choose from."""
-    return {name: item for name, item in module.named_modules() if any(True for _ in item.parameters(False))}

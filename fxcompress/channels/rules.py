@@ -60,9 +60,7 @@ Rule = Callable[[Call], Any]
 # ---- joining operands: the heart of pointwise operators and contractions --------------------------------------------
 
 
-def join(
-    ledger: Ledger, operands: Sequence[tuple[tuple[int, ...], Sequence[Tensor]]], reason: str
-) -> list[Tensor]:
+def join(ledger: Ledger, operands: Sequence[tuple[tuple[int, ...], Sequence[Tensor]]], reason: str) -> list[Tensor]:
     """Tie the factors of operands that meet in one index space (equal number of dimensions, size 1 = broadcast).
 
     Elements that meet are one channel. Where an operand extends along a labelled dimension without labels of its own,
@@ -161,7 +159,10 @@ def cat(call: Call) -> Labels:
     pieces = [tensor for tensor in call.arguments["tensors"] if tensor.dim() > 1 or tensor.numel()]
     dim = call.arguments.get("dim", 0) % call.result.dim()
     labels = [call.of(piece) for piece in pieces]
-    beside = [(tuple(piece.shape), [f for f in item.factors if f.shape[dim] == 1]) for piece, item in zip(pieces, labels, strict=True)]
+    beside = [
+        (tuple(piece.shape), [f for f in item.factors if f.shape[dim] == 1])
+        for piece, item in zip(pieces, labels, strict=True)
+    ]
     shapes = [(tuple(1 if d == dim else size for d, size in enumerate(shape)), factors) for shape, factors in beside]
     kept = join(call.ledger, shapes, "it is concatenated with a tensor without channels of its own")
     if any(factor.shape[dim] > 1 for item in labels for factor in item.factors):
@@ -223,7 +224,11 @@ def index(call: Call) -> Labels:
     """Advanced indexing: movement where the indices are constants."""
     source = call.arguments["self"]
     labels = call.of(source)
-    given = call.arguments["indices"] if call.name == "index" else [None] * (call.arguments["dim"] % source.dim()) + [call.arguments["index"]]
+    given = (
+        call.arguments["indices"]
+        if call.name == "index"
+        else [None] * (call.arguments["dim"] % source.dim()) + [call.arguments["index"]]
+    )
     indices = list(given) + [None] * (source.dim() - len(given))
     for item in indices:
         if item is not None:

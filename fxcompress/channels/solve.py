@@ -93,16 +93,12 @@ def _holds(constraint: Constraint, live: BoolArray) -> bool:
         if 0 in cut.shape():
             return False
         for i, dim in enumerate(cut.dims):
-            if dim in constraint.pinned and (
-                i == cut.column or len(cut.keep[i]) != constraint.labels.shape[dim]
-            ):
+            if dim in constraint.pinned and (i == cut.column or len(cut.keep[i]) != constraint.labels.shape[dim]):
                 return False
     return True
 
 
-def _bring_back(
-    constraint: Constraint, live: BoolArray, component: IntArray, rank: Mapping[int, float]
-) -> IntArray:
+def _bring_back(constraint: Constraint, live: BoolArray, component: IntArray, rank: Mapping[int, float]) -> IntArray:
     """Components to bring back so that the rows of a constraint become equal (all of them, if no rows are found)."""
     everything = np.concatenate([component[factor.numpy().reshape(-1)] for factor in constraint.labels.factors])
     everything = np.unique(everything)
@@ -182,9 +178,7 @@ def _soft_nodes(facts: Facts, graph: fx.Graph) -> frozenset[str]:
     return frozenset(name for name in soft if _returns(name, graph, facts, soft, ends))
 
 
-def _returns(
-    name: str, graph: fx.Graph, facts: Facts, soft: set[str], ends: Mapping[str, Sequence[Labels]]
-) -> bool:
+def _returns(name: str, graph: fx.Graph, facts: Facts, soft: set[str], ends: Mapping[str, Sequence[Labels]]) -> bool:
     """Whether the chain through a soft node comes back to the shape it started from."""
     nodes = {node.name: node for node in graph.nodes}
     node = nodes[name]
@@ -214,9 +208,7 @@ def _blocks(labels: Labels, node: str) -> Iterator[Constraint]:
         yield Constraint(Labels(shape, tuple(factors)), frozenset(), node)
 
 
-def _constraints(
-    facts: Facts, graph: fx.Graph, component: IntArray, soft: frozenset[str]
-) -> tuple[Constraint, ...]:
+def _constraints(facts: Facts, graph: fx.Graph, component: IntArray, soft: frozenset[str]) -> tuple[Constraint, ...]:
     """What rules asked for, and that every value which is not soft keeps a shape and is not empty; without duplicates."""
     found = list(facts.ledger.constraints)
     for name, labels in facts.state.items():
