@@ -22,7 +22,7 @@ from fxcompress.channels.labels import BoolArray, Cut, Labels, dims_of
 from fxcompress.channels.solve import Channels
 from fxcompress.errors import GraphError
 from fxcompress.layers import close_layer, is_open, open_layer
-from fxcompress.module import MASKS, TracedModule
+from fxcompress.module import MASKS, TracedModule, copy_graph
 from fxcompress.nodes import apply_mask, restore_live, select_live
 from fxcompress.plan import Plan
 from fxcompress.rewrite import Rewriter, rewriting
@@ -124,6 +124,7 @@ def lift(module: TracedModule) -> Masking:
                 rewriter.erase(node)
         rewriter.drop_module(MASKS)
         rewriter.drop_module(LIVE)
+    module.graph = copy_graph(module.graph)  # names that the mask nodes had are free again
     module.meta.pop("dead", None)
     return masking
 
@@ -289,11 +290,15 @@ class _Inserter:
         shadow = self.plan.live_arguments(node)
         if shadow is not None:
             args, kwargs = shadow
+            # As numbers: the nodes that computed them are swept, and a copy of the graph would not map them.
             node.meta["dense"] = (
-                {i: old for i, (old, new) in enumerate(zip(node.args, args, strict=True)) if old != new},
-                {key: node.kwargs.get(key) for key, new in kwargs.items() if node.kwargs.get(key) != new},
+                {i: self._dense(old) for i, (old, new) in enumerate(zip(node.args, args, strict=True)) if old != new},
+                {k: self._dense(node.kwargs.get(k)) for k, new in kwargs.items() if node.kwargs.get(k) != new},
             )
             self.rewriter.become(node, node.op, node.target, tuple(args), dict(kwargs))
+
+    def _dense(self, literal: Any) -> Any:
+        return fx.map_arg(literal, self.plan.value)
 
     def _select(self, value: fx.Node, user: fx.Node, labels: Labels, cut: Cut) -> fx.Node:
         for dim, index, size in _steps(labels, cut):

@@ -194,14 +194,48 @@ def parse_passes(passes: Any) -> tuple[Pass, ...]:
     return tuple(passes)
 
 
-def fingerprint(module: TracedModule) -> tuple[Any, ...]:
-    """Differs if and only if the printed graph or the module's tensors do (``training`` aside)."""
-    state = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    return str(module.graph), [(name, id(tensor), tensor._version) for name, tensor in state]
+class Snapshot:
+    """A module's printed graph and tensors, to tell afterwards whether a pass changed anything (``training`` aside)."""
+
+    def __init__(self, module: TracedModule) -> None:
+        self.graph = str(module.graph)
+        self.state = {
+            name: (tensor, tensor._version)
+            for name, tensor in [
+                *module.named_parameters(remove_duplicate=False),
+                *module.named_buffers(remove_duplicate=False),
+            ]
+        }
+
+    def differs(self, module: TracedModule) -> bool:
+        """Whether the module now prints differently, or holds other tensors or other values."""
+        now = Snapshot(module)
+        return self.graph != now.graph or self.state.keys() != now.state.keys() or any(
+            version != now.state[name][1] if tensor is now.state[name][0] else not _identical(tensor, now.state[name][0])
+            for name, (tensor, version) in self.state.items()
+        )
+
+
+def _identical(left: torch.Tensor, right: torch.Tensor) -> bool:
+    return left.dtype == right.dtype and left.shape == right.shape and torch.equal(left, right)
 
 
 def _rounding(module: TracedModule) -> float:
     return max((TOLERANCE.get(p.dtype, 0.0) for p in module.parameters()), default=0.0) or TOLERANCE[torch.float32]
+
+
+def _check_claim(item: Pass, reference: TracedModule, result: TracedModule, context: Context) -> float:
+    """The largest relative difference between what a pass gave and what it promised to keep."""
+    assert context.inputs is not None
+    return verify(
+        reference,
+        result,
+        context.inputs,
+        batched=bool(result.meta["batched"]),
+        tolerance=_rounding(result) if item.rounds else None,
+        what=f"the result of {item.name}",
+        align=context.align,
+    ).difference
 
 
 def run_pass(item: Pass, module: TracedModule, context: Context) -> PassResult:
@@ -217,33 +251,15 @@ def run_pass(item: Pass, module: TracedModule, context: Context) -> PassResult:
     try:
         context.align = None
         item.requires(module, context)
-        before, state = (
-            fingerprint(module),
-            [*module.parameters(), *module.buffers()],
-        )  # kept alive: ids are compared
+        before = Snapshot(module)
         reference = item.reference(module, context) if check_claim else None
         result = item.run(module, context)
         check(result)
         item.ensures(result, context)
-        gap = None
-        if reference is not None and context.inputs is not None:
-            batched = bool(module.meta["batched"])
-            tolerance = _rounding(module) if item.rounds else None
-            what = f"the result of {item.name}"
-            gap = verify(
-                reference,
-                result,
-                context.inputs,
-                batched=batched,
-                tolerance=tolerance,
-                what=what,
-                align=context.align,
-            ).difference
+        gap = None if reference is None else _check_claim(item, reference, result, context)
     except FxCompressError as error:
         error.add_note(f"while running {item!r}")
         raise
     except Exception as error:
         raise PassError(f"{item.name} failed: {type(error).__name__}: {error} (options: {item!r})") from error
-    modified = fingerprint(result) != before
-    del state
-    return PassResult(result, modified, tuple(context.notes[said:]), time.perf_counter() - start, gap)
+    return PassResult(result, before.differs(result), tuple(context.notes[said:]), time.perf_counter() - start, gap)

@@ -287,7 +287,7 @@ class Plan:
                 item, Call(item.op, item.target, item.args, dict(item.kwargs)), {source: value}, live=False
             )
         stride = math.prod(before.shape[dim + 1 :])
-        order = value.movedim(dim, 0).reshape(size, -1)[:, 0] // stride % size
+        order = value.movedim(dim, 0).reshape(value.shape[dim], -1)[:, 0] // stride % size
         if not torch.equal(value, positions.index_select(dim, order)):
             raise Inexpressible(node, "moves channels and other dimensions at once")
         chosen = _kept(order, self.cuts(after), dim)

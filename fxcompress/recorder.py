@@ -42,8 +42,24 @@ CONSTANTS = "_constants"
 class TrainingFlag(int):
     """``module.training`` while recording: a flag to Python, a node when a recorded call takes it."""
 
+    def __mul__(self, other: Any) -> Any:
+        return WhileTraining(other, bool(self)) if isinstance(other, float) else int(self) * other
 
-class ValueRead(Exception):
+    __rmul__ = __mul__
+
+
+class WhileTraining(float):
+    """``p * module.training``: a dropout probability that is p in train mode and 0 in eval mode."""
+
+    probability: float
+
+    def __new__(cls, probability: float, training: bool) -> WhileTraining:
+        self = float.__new__(cls, probability if training else 0.0)
+        self.probability = probability
+        return self
+
+
+class ValueReadError(Exception):
     """A tensor's value was read: the running submodule cannot be recorded."""
 
     def __init__(self, scope: str, what: str, line: str) -> None:
@@ -89,6 +105,7 @@ class Recorder(TorchFunctionMode):
         self._mode_node: fx.Node | None = None
         self._node_of: dict[int, fx.Node] = {}
         self._alive: list[Any] = []
+        self.inputs: dict[str, Tensor] = {}
         self._dynamic: set[fx.Node] = set()
         self._attributes: dict[int, str] = {}
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -110,6 +127,9 @@ class Recorder(TorchFunctionMode):
         if name in _SHAPED_LIKE:  # the sizes of another tensor are sizes like any other
             func = getattr(Tensor, name.removesuffix("_as"))
             return self.__torch_function__(func, types, (args[0], *self._size("shape", args[1])))
+        if name == "scaled_dot_product_attention" and self.training and kwargs.get("dropout_p"):
+            # Written ``p if self.training else 0``: the branch was taken, the mode must stay a switch.
+            kwargs = {**kwargs, "dropout_p": WhileTraining(float(kwargs["dropout_p"]), training=True)}
         if name == "view" and not isinstance(args[1], torch.dtype):
             func, name = (
                 Tensor.reshape,
@@ -117,7 +137,7 @@ class Recorder(TorchFunctionMode):
             )  # masking and removal change strides; where it can, this is a view
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if self._reads_values(name, args, kwargs) and any(map(self._is_dynamic, tensors)):
-            raise ValueRead(self.scopes[-1], f"{name.strip('_')}() reads the values of a tensor", user_line())
+            raise ValueReadError(self.scopes[-1], f"{name.strip('_')}() reads the values of a tensor", user_line())
         return self.record(func, name, args, kwargs, tensors)
 
     def record(
@@ -165,7 +185,7 @@ class Recorder(TorchFunctionMode):
     def _property(self, func: Any, args: tuple[Any, ...], *, is_set: bool) -> Any:
         name = func.__self__.__name__
         if is_set and name != "requires_grad":
-            raise ValueRead(self.scopes[-1], f"assigning to .{name} of a tensor", user_line())
+            raise ValueReadError(self.scopes[-1], f"assigning to .{name} of a tensor", user_line())
         if is_set:
             return func(*args)
         if name == "shape":
@@ -204,6 +224,7 @@ class Recorder(TorchFunctionMode):
             self._first_input, self.device = node, value.device
         self._dynamic.add(node)
         self._bind(value, node, set(), fresh=False)
+        self.inputs.update({self._node_of[id(tensor)].name: tensor for tensor in tensors_in(value)})
         return node
 
     def node(self, tensor: Tensor) -> fx.Node:
@@ -214,7 +235,7 @@ class Recorder(TorchFunctionMode):
         name = self._attributes.get(id(tensor))
         if name is None:
             if id(tensor) not in self.known:
-                raise ValueRead(self.scopes[-1], "a tensor appears that no recorded call made", user_line())
+                raise ValueReadError(self.scopes[-1], "a tensor appears that no recorded call made", user_line())
             key = f"c{len(self.constants)}"
             self.constants[key] = tensor
             name = f"{CONSTANTS}.{key}"
@@ -230,6 +251,8 @@ class Recorder(TorchFunctionMode):
             return self._number(value)
         if isinstance(value, TrainingFlag):
             return self._training_node() if bool(value) == self.training else bool(value)
+        if isinstance(value, WhileTraining):
+            return self.graph.call_function(operator.mul, (self._training_node(), value.probability))
         if isinstance(value, torch.device) and value == self.device:
             return self._device()
         if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -246,7 +269,7 @@ class Recorder(TorchFunctionMode):
             return value
         if isinstance(value, torch.Generator):
             return None
-        raise ValueRead(self.scopes[-1], f"a {type(value).__name__} is passed to a tensor operation", user_line())
+        raise ValueReadError(self.scopes[-1], f"a {type(value).__name__} is passed to a tensor operation", user_line())
 
     def _number(self, number: Any) -> fx.Node:
         made = number.expression
@@ -336,7 +359,7 @@ class Recorder(TorchFunctionMode):
             return made if type(value) is dict else self.graph.call_function(type(value), (made,))
         try:
             return self.argument(value)
-        except ValueRead:
+        except ValueReadError:
             raise TraceError(
                 f"the model returns a {type(value).__name__}, which a graph cannot hold; expected tensors, numbers, "
                 "tuples, lists, dicts or dataclasses of them. Return the tensors and wrap them outside the model."
@@ -358,6 +381,8 @@ def _is_number(value: Any) -> bool:
 def _concrete(value: Any) -> Any:
     if isinstance(value, TrainingFlag):
         return bool(value)
+    if isinstance(value, WhileTraining):
+        return float(value)
     if isinstance(value, torch.Size):
         return torch.Size(map(plain, value))
     if isinstance(value, slice):

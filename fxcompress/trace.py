@@ -18,7 +18,7 @@ from fxcompress.attention import multihead_attention
 from fxcompress.errors import FxCompressError, InputError, TraceError
 from fxcompress.inputs import Inputs, check_devices, other_batch
 from fxcompress.module import TracedModule
-from fxcompress.recorder import CONSTANTS, MODE_HOLDER, Recorder, TrainingFlag, ValueRead, tensors_in
+from fxcompress.recorder import CONSTANTS, MODE_HOLDER, Recorder, TrainingFlag, ValueReadError, tensors_in
 
 #: Modules of torch.nn that are written out or traced through: channels, or sizes that change with them, live inside.
 _OPENED = (
@@ -70,11 +70,21 @@ def trace(model: nn.Module, example_inputs: Any = None) -> TracedModule:
 
 
 def _trace(model: nn.Module, inputs: Inputs) -> TracedModule:
-    work = copy.deepcopy(model)
+    work = _copied(model)
     opaque: set[str] = set()
     recorder = _record_all(model, work, inputs, opaque)
     batched = _settle_batch(model, work, inputs, recorder, opaque)
     return _assemble(work, recorder, opaque, batched)
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A deep copy; tensors that hooks compute from parameters (pruned or weight-normalised ones) are copied by value."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, memo)
 
 
 def _trace_again(model: TracedModule, inputs: Inputs) -> TracedModule:
@@ -127,9 +137,9 @@ def _record_all(model: nn.Module, work: nn.Module, inputs: Inputs, opaque: set[s
     while True:
         try:
             return _record(model, work, inputs, opaque, known)
-        except ValueRead as read:
+        except ValueReadError as read:
             if not scanned and read.what.startswith("a tensor appears"):
-                known |= {id(item) for item in gc.get_objects() if isinstance(item, Tensor)}
+                known |= {id(item) for item in gc.get_objects() if issubclass(type(item), Tensor)}
                 scanned = True
                 continue
             if not read.scope or read.scope in opaque:
@@ -155,7 +165,7 @@ def _record(model: nn.Module, work: nn.Module, inputs: Inputs, opaque: set[str],
         try:
             with recorder:
                 result = work(*inputs.args, **inputs.kwargs)
-        except (ValueRead, FxCompressError):
+        except (ValueReadError, FxCompressError):
             raise
         except Exception as error:
             raise InputError(
@@ -276,12 +286,9 @@ def _settle_batch(
     with it are the batch. If the two recordings differ otherwise, there is no batch dimension.
     """
     batch = inputs.batch
-    placeholders = [node for node in recorder.graph.nodes if node.op == "placeholder"]
-    bound = _bind(work, inputs)
-    named = {node.name: bound[str(node.target)][0] for node in placeholders}
-    batched = tuple(
-        name for name, value in named.items() if isinstance(value, Tensor) and value.dim() and len(value) == batch
-    )
+    batched = tuple(name for name, value in recorder.inputs.items() if value.dim() and len(value) == batch)
+    if not batched:
+        return ()
     if not any(_looks_like_batch(node, batch) for node in recorder.graph.nodes):
         return batched
     other = other_batch(batch)
@@ -289,9 +296,9 @@ def _settle_batch(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             again = _record(model, work, inputs.rebatched(other), opaque, recorder.known)
-    except (FxCompressError, ValueRead):
+    except (FxCompressError, ValueReadError):
         return ()
-    source = next(node for node in placeholders if node.name in batched)
+    source = next(node for node in recorder.graph.nodes if node.name in batched)
     return batched if _replace_scaled(recorder.graph, again.graph, batch, other, source) else ()
 
 
@@ -343,7 +350,7 @@ def _replace_scaled(first: fx.Graph, second: fx.Graph, batch: int, other: int, s
             return False
         found = set()
         for index, (a, b) in enumerate(zip(here, there, strict=True)):
-            if isinstance(a, fx.Node) or isinstance(a, Tensor) or a == b:
+            if isinstance(a, (fx.Node, Tensor)) or a == b:
                 continue
             if type(a) is not int or type(b) is not int or a * other != b * batch:
                 return False
