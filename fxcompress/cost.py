@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from inspect import signature
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich import box
@@ -27,17 +27,11 @@ from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.benchmark import Timer
 
 from fxcompress.errors import InputError
 from fxcompress.inputs import Inputs, check_devices
-
-if TYPE_CHECKING:
-
-    class TorchDispatchMode(TorchFunctionMode):
-        """torch's own declares no types."""
-else:
-    from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ class Network(nn.Module):
         return {key: value for key, value in self.__dict__.items() if key != "plan"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__(state)
         self.plan = _build(self.spec).net.plan
 
 

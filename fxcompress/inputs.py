@@ -86,10 +86,9 @@ class Inputs:
 
 def positional(module: fx.GraphModule, inputs: Inputs) -> list[Any]:
     """The inputs in the order of a graph's placeholders."""
-    values = list(inputs.args)
-    for node in [node for node in module.graph.nodes if node.op == "placeholder"][len(values) :]:
-        values.append(inputs.kwargs[node.target] if node.target in inputs.kwargs else node.args[0])
-    return values
+    rest = [node for node in module.graph.nodes if node.op == "placeholder"][len(inputs.args) :]
+    named = [inputs.kwargs[node.target] if node.target in inputs.kwargs else node.args[0] for node in rest]
+    return [*inputs.args, *named]
 
 
 def other_batch(batch: int) -> int:

@@ -22,6 +22,7 @@ _TRANSPOSED: dict[type[nn.Module], Callable[..., Any]] = {
     nn.ConvTranspose3d: F.conv_transpose3d,
 }
 _Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+_Options = tuple[Any, ...]
 
 
 def functional(layer: nn.Module, x: Any, weight: Any, bias: Any) -> _Call | None:
@@ -31,7 +32,7 @@ def functional(layer: nn.Module, x: Any, weight: Any, bias: Any) -> _Call | None
         if type(layer) is kind and isinstance(layer, nn.modules.conv._ConvNd):
             if layer.padding_mode != "zeros":
                 return None
-            options = (layer.stride, layer.padding, layer.dilation, layer.groups)
+            options: _Options = (layer.stride, layer.padding, layer.dilation, layer.groups)
             return function, (x, weight, bias, *options), {}
     for kind, function in _TRANSPOSED.items():
         if type(layer) is kind and isinstance(layer, nn.modules.conv._ConvTransposeNd):
@@ -94,15 +95,13 @@ def close_layer(rewriter: Rewriter, node: fx.Node) -> None:
 
 def parameter_node(rewriter: Rewriter, name: str, *, before: fx.Node) -> fx.Node:
     """The ``get_attr`` node of a parameter, early enough for ``before``; one for the whole graph."""
-    for node in rewriter.graph.nodes:
-        if node.op == "get_attr" and node.target == name:
-            if not node < before:
-                first = next(iter(rewriter.graph.nodes))
-                first.prepend(node)
-            return node
-    first = next(iter(rewriter.graph.nodes))
-    made = rewriter.insert_before(first, "get_attr", name, ())
-    return made
+    first: fx.Node = next(node for node in rewriter.graph.nodes if node.op != "placeholder")
+    found: list[fx.Node] = list(rewriter.graph.find_nodes(op="get_attr", target=name))
+    if not found:
+        return rewriter.insert_before(first, "get_attr", name, ())
+    if not found[0] < before:
+        first.prepend(found[0])
+    return found[0]
 
 
 def agree(layer: nn.Module, *, inputs: tuple[int, ...] | None = None, groups: int | None = None) -> None:

@@ -50,9 +50,10 @@ def _shape(plan: Plan, node: fx.Node) -> Arguments:
     kwargs = dict(node.kwargs)
     for key in ("shape", "size"):
         if key in kwargs:
-            return node.args, {**kwargs, key: _sizes(plan, kwargs[key], wanted)}
+            given: Any = kwargs[key]
+            return node.args, {**kwargs, key: _sizes(plan, given, wanted)}
     first = 1 if node.args and isinstance(node.args[0], fx.Node) and isinstance(plan.value(node.args[0]), Labels) else 0
-    rest = node.args[first:]
+    rest = _open(node)[first:]
     if rest and isinstance(rest[0], (tuple, list)):
         return (*node.args[:first], _sizes(plan, rest[0], wanted), *rest[1:]), kwargs
     return (*node.args[:first], *_sizes(plan, rest, wanted)), kwargs
@@ -93,7 +94,7 @@ def _narrow(plan: Plan, node: fx.Node) -> Arguments:
 
 def _getitem(plan: Plan, node: fx.Node) -> Arguments:
     """Slices and integers along a dimension that shrinks point at where their channels are now."""
-    source, index, *rest = node.args
+    source, index, *rest = _open(node)
     labels = plan.value(source) if isinstance(source, fx.Node) else None
     if not isinstance(labels, Labels):
         return node.args, node.kwargs
@@ -133,7 +134,7 @@ def _kept(plan: Plan, labels: Labels, dim: int) -> list[int] | None:
 
 def _pad(plan: Plan, node: fx.Node) -> Arguments:
     """Padding of a channel dimension shrinks with what was padded."""
-    source, amounts, *rest = node.args
+    source, amounts, *rest = _open(node)
     before, after = plan.value(source), plan.value(node)
     ndim = len(after.shape)
     made = list(amounts)
@@ -183,6 +184,11 @@ def _attention(plan: Plan, node: fx.Node) -> Arguments:
     if plan.shape(query)[-1] == query.shape[-1] or node.kwargs.get("scale") is not None:
         return node.args, node.kwargs
     return node.args, {**node.kwargs, "scale": 1 / math.sqrt(query.shape[-1])}
+
+
+def _open(node: fx.Node) -> tuple[Any, ...]:
+    """A node's positional arguments; fx's own type for them says too little to work with."""
+    return node.args
 
 
 def _argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:

@@ -91,37 +91,31 @@ class _Record:
 
     @classmethod
     def of(cls, node: fx.Node) -> _Record:
-        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda source: _Reference(source.name))
         target = _qualified(node.target) if node.op == "call_function" else node.target
-        return cls(node.name, node.op, target, _thaw(args), _thaw(kwargs), dict(node.meta))
+        return cls(node.name, node.op, target, _refer(node.args), _refer(dict(node.kwargs)), dict(node.meta))
 
 
-def _thaw(value: Any) -> Any:
-    """fx's immutable containers as ordinary ones."""
+def _refer(value: Any) -> Any:
+    """A node's argument with names for the nodes in it, and ordinary containers instead of fx's."""
+    if isinstance(value, fx.Node):
+        return _Reference(value.name)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(_thaw, value))
+        return type(value)(*map(_refer, value))
     if isinstance(value, (list, tuple)):
-        return (list if isinstance(value, list) else tuple)(map(_thaw, value))
+        return (list if isinstance(value, list) else tuple)(map(_refer, value))
     if isinstance(value, dict):
-        return {key: _thaw(item) for key, item in value.items()}
+        return {key: _refer(item) for key, item in value.items()}
+    if isinstance(value, slice):
+        return slice(*map(_refer, (value.start, value.stop, value.step)))
     return value
 
 
 def _qualified(target: Any) -> tuple[str, str] | Any:
     """Where to import a function from, where pickle itself does not know it."""
     name = getattr(target, "__name__", "")
-    for place in (
-        torch,
-        torch.nn.functional,
-        torch._C._nn,
-        torch._C._special,
-        torch._C._fft,
-        torch._C._linalg,
-    ):
+    for place in (torch, torch.nn.functional, torch.special, torch.fft, torch.linalg, operator):
         if getattr(place, name, None) is target:
             return (place.__name__, name)
-    if getattr(operator, name, None) is target:
-        return ("operator", name)
     return target
 
 

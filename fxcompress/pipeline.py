@@ -106,19 +106,23 @@ class Pass(ABC):
         """Transform ``module``, in place or not, and return the result."""
 
     def ensures(self, module: TracedModule, context: Context) -> None:
-        """Raise if the result is not what the pass promises."""
+        """Raise if the result is not what the pass promises; nothing more than a well-formed graph by default."""
+        check(module)
 
     def reference(self, module: TracedModule, context: Context) -> TracedModule:
         """What the result must equal where the pass preserves the function: by default the module as it came."""
         return copy.deepcopy(module)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FunctionPass(Pass):
     """A function on a GraphModule as a pass; see :func:`graph_pass`."""
 
     function: Callable[[fx.GraphModule], fx.GraphModule | None]
-    keeps: bool = False
+
+    def __repr__(self) -> str:
+        claim = "preserves=True" if self.preserves else ""
+        return f"graph_pass({claim})({self.name})"
 
     @property
     def name(self) -> str:
@@ -164,7 +168,7 @@ def graph_pass(function: Any = None, *, preserves: bool = False) -> Any:
     return kind(function)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class _PreservingFunctionPass(FunctionPass):
     preserves: ClassVar[bool] = True
 
@@ -210,14 +214,15 @@ class Snapshot:
     def differs(self, module: TracedModule) -> bool:
         """Whether the module now prints differently, or holds other tensors or other values."""
         now = Snapshot(module)
-        return self.graph != now.graph or self.state.keys() != now.state.keys() or any(
-            version != now.state[name][1] if tensor is now.state[name][0] else not _identical(tensor, now.state[name][0])
-            for name, (tensor, version) in self.state.items()
-        )
+        if self.graph != now.graph or self.state.keys() != now.state.keys():
+            return True
+        return not all(_same(old, now.state[name]) for name, old in self.state.items())
 
 
-def _identical(left: torch.Tensor, right: torch.Tensor) -> bool:
-    return left.dtype == right.dtype and left.shape == right.shape and torch.equal(left, right)
+def _same(old: tuple[torch.Tensor, int], new: tuple[torch.Tensor, int]) -> bool:
+    if old[0] is new[0]:
+        return old[1] == new[1]
+    return old[0].dtype == new[0].dtype and old[0].shape == new[0].shape and torch.equal(old[0], new[0])
 
 
 def _rounding(module: TracedModule) -> float:
@@ -254,7 +259,6 @@ def run_pass(item: Pass, module: TracedModule, context: Context) -> PassResult:
         before = Snapshot(module)
         reference = item.reference(module, context) if check_claim else None
         result = item.run(module, context)
-        check(result)
         item.ensures(result, context)
         gap = None if reference is None else _check_claim(item, reference, result, context)
     except FxCompressError as error:

@@ -47,7 +47,7 @@ class Call:
     kwargs: dict[str, Any]
 
 
-class Inexpressible(GraphError):
+class InexpressibleError(GraphError):
     """A node that cannot be rewritten for a live set."""
 
     def __init__(self, node: fx.Node, problem: str) -> None:
@@ -149,7 +149,8 @@ class Plan:
         if node.op == "call_method" and node.target == "size" and isinstance(node.args[0], fx.Node):
             labels = self.value(node.args[0])
             dim = node.args[1]
-            assert isinstance(labels, Labels) and isinstance(dim, int)
+            assert isinstance(labels, Labels)
+            assert isinstance(dim, int)
             return dim % len(labels.shape) not in labels.varying()
         return any(self._grows(source) for source in node.all_input_nodes)
 
@@ -186,7 +187,7 @@ class Plan:
         return row.rewrite(self, node)
 
     def live_arguments(self, node: fx.Node) -> tuple[Any, Any] | None:
-        """New literals for a node that reads live inputs inside a graph whose sizes are dense; None where none change."""
+        """New literals for a node that reads live inputs in a graph whose sizes are dense; None where none change."""
         row = LITERALS.get(_name(node))
         made = None if row is None else row.rewrite(self, node)
         return None if made is None or made == (node.args, node.kwargs) else made
@@ -273,11 +274,11 @@ class Plan:
         before, after = self.value(start), self.value(node)
         dims = {dim for cut in [*(self.cuts(before) or ()), *(self.cuts(after) or ())] for dim in cut.dims}
         if len(dims) != 1:
-            raise Inexpressible(node, "rearranges channels over several dimensions")
+            raise InexpressibleError(node, "rearranges channels over several dimensions")
         (dim,) = dims
         rest = [shape[:dim] + shape[dim + 1 :] for shape in (before.shape, after.shape)]
         if rest[0] != rest[1]:
-            raise Inexpressible(node, "mixes channels with other dimensions")
+            raise InexpressibleError(node, "mixes channels with other dimensions")
         size = before.shape[dim]
         positions = torch.arange(math.prod(before.shape)).reshape(before.shape)
         value: Any = positions
@@ -289,14 +290,14 @@ class Plan:
         stride = math.prod(before.shape[dim + 1 :])
         order = value.movedim(dim, 0).reshape(value.shape[dim], -1)[:, 0] // stride % size
         if not torch.equal(value, positions.index_select(dim, order)):
-            raise Inexpressible(node, "moves channels and other dimensions at once")
+            raise InexpressibleError(node, "moves channels and other dimensions at once")
         chosen = _kept(order, self.cuts(after), dim)
         kept = _kept(torch.arange(size), self.cuts(before), dim)
         place = torch.full((size,), -1)
         place[kept] = torch.arange(len(kept))
         index = place[chosen]
         if (index < 0).any():
-            raise Inexpressible(node, "reads a channel that would go")
+            raise InexpressibleError(node, "reads a channel that would go")
         return Gather(start, dim, index, len(kept))
 
 
@@ -322,7 +323,7 @@ def settle(
             for node in module.graph.nodes:
                 if node.op not in ("placeholder", "get_attr"):
                     plan.step(node)
-        except Inexpressible as problem:
+        except InexpressibleError as problem:
             back = np.zeros(len(live), dtype=bool)
             values = [plan.value(node) for node in (problem.node, *problem.node.all_input_nodes)]
             for labels in (leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Labels)):

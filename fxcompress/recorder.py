@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import base_types as BASE_TYPES
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -23,15 +24,20 @@ from fxcompress.sizes import TRACED, Expression, TracedInt, plain
 
 #: Calls whose *result* is decided by values, so that what Python does next cannot be recorded.
 VALUE_READS = frozenset(
-    ["item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__complex__", "__array__", "__contains__", "equal", "allclose", "is_nonzero", "nonzero", "argwhere", "unique", "unique_consecutive", "masked_select", "bincount"]
+    """
+    item tolist numpy __bool__ __int__ __float__ __index__ __complex__ __array__ __contains__ equal allclose
+    is_nonzero nonzero argwhere unique unique_consecutive masked_select bincount
+    """.split()
 )
 _SIZES = frozenset(("size", "shape", "numel", "nelement"))
 _REFLECTED = frozenset(
-    f"__r{name}__" for name in ["add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift"]
+    f"__r{name}__" for name in "add sub mul div truediv floordiv mod pow matmul and or xor lshift rshift".split()
 )
 _SHAPED_LIKE = frozenset(("view_as", "reshape_as", "expand_as"))
 _RANDOM = frozenset(
-    ["rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "bernoulli", "multinomial", "normal"]
+    """
+    rand randn randint randperm rand_like randn_like randint_like bernoulli multinomial normal
+    """.split()
 )
 _SKIPPED_FOLDERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
@@ -265,7 +271,7 @@ class Recorder(TorchFunctionMode):
             return {key: self.argument(item) for key, item in value.items()}
         if isinstance(value, slice):
             return slice(*map(self.argument, (value.start, value.stop, value.step)))
-        if value is None or value is Ellipsis or isinstance(value, fx.node.base_types):
+        if value is None or value is Ellipsis or isinstance(value, BASE_TYPES):
             return value
         if isinstance(value, torch.Generator):
             return None
@@ -285,7 +291,8 @@ class Recorder(TorchFunctionMode):
         source, *dims = made.operands
         for user in source.users:
             if user.op == "call_method" and user.target == made.function and user.args == (source, *dims):
-                return user  # already asked for
+                known: fx.Node = user  # already asked for
+                return known
         with self.graph.inserting_after(source):
             node = self.graph.call_method(str(made.function), (source, *dims))
         self._dynamic.add(node)

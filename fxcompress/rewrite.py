@@ -122,12 +122,13 @@ class Rewriter:
         """Replace the tensor of a parameter or buffer, under all its names; parameters stay parameters."""
         holder, leaf = self.owner(name)
         old = getattr(holder, leaf)
-        new = (
-            nn.Parameter(tensor.detach(), requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
-        )
+        new = tensor
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(tensor.detach(), requires_grad=old.requires_grad)
         for module in self.module.modules():  # tied ones stay tied
-            for table in (module._parameters, module._buffers):
-                table.update({name: new for name, other in table.items() if other is old})
+            for table in (vars(module)["_parameters"], vars(module)["_buffers"]):
+                for key in [key for key, other in table.items() if other is old]:
+                    table[key] = new
         self.edits += 1
 
     def add_buffer(self, name: str, tensor: Tensor, *, persistent: bool) -> None:

@@ -32,7 +32,10 @@ _OPENED = (
 )
 #: Functions whose integers are sizes, where a literal may stand for the batch.
 _SHAPED = frozenset(
-    ["view", "reshape", "expand", "repeat", "tile", "unflatten", "split", "narrow", "arange", "zeros", "ones", "full", "empty", "rand", "randn", "new_zeros", "new_ones", "new_full", "new_empty", "broadcast_to"]
+    """
+    view reshape expand repeat tile unflatten split narrow arange zeros ones full empty rand randn new_zeros
+    new_ones new_full new_empty broadcast_to
+    """.split()
 )
 
 
@@ -78,7 +81,7 @@ def _trace(model: nn.Module, inputs: Inputs) -> TracedModule:
 
 
 def _copied(model: nn.Module) -> nn.Module:
-    """A deep copy; tensors that hooks compute from parameters (pruned or weight-normalised ones) are copied by value."""
+    """A deep copy; tensors that hooks compute from parameters (pruned, weight-normalised) are copied by value."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         for value in vars(module).values():

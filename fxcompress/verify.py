@@ -158,10 +158,10 @@ def _first_difference(
     if not isinstance(expected, TracedModule) or not isinstance(found, TracedModule):
         return None
     right, left = _Recording(expected), _Recording(found)
-    for recording in (right, left):
+    for recording, module in ((right, expected), (left, found)):
         fresh = inputs.map(Tensor.clone)
         try:
-            recording.run(*positional(recording.module, fresh))
+            recording.run(*positional(module, fresh))
         except RuntimeError:
             break  # what ran before the failure is compared all the same
     for node in found.graph.nodes:

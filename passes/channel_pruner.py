@@ -102,7 +102,7 @@ class ChannelPruner(Pass):
         kept = settle(module, channels, wanted, rank)
         back = int(kept[gone].sum())
         if back:
-            context.notes.append(f"{self.name}: {back} channels stay so that coupled rows keep equal numbers")
+            context.notes.append(f"{back} channels stay so that coupled rows keep equal numbers")
         lay(module, masking.with_live(channels, kept), groups, self.name)
         return module
 
@@ -124,9 +124,7 @@ class ChannelPruner(Pass):
             wanted = {name: sparsities.get(name, 0.0) for name in group.layers}
             smallest = min(wanted.values())
             if smallest != max(wanted.values()):
-                context.notes.append(
-                    f"{self.name}: the layers of group {group.name} disagree ({wanted}); taking {smallest}"
-                )
+                context.notes.append(f"the layers of group {group.name} disagree ({wanted}); taking {smallest}")
             chosen.append((group, smallest))
         return chosen
 

@@ -54,7 +54,7 @@ class FoldBatchNorm(Pass):
                 if producer is not None:
                     folded.append(_fold(rewriter, producer, node))
         if folded:
-            context.notes.append(f"{self.name}: folded {', '.join(folded)}")
+            context.notes.append(f"folded {', '.join(folded)}")
         norms = {name for name in masking.elements if name not in dict(module.named_parameters())}
         for name in norms:
             del masking.elements[name]
@@ -94,7 +94,9 @@ def _fold(rewriter: Rewriter, producer: fx.Node, node: fx.Node) -> str:
     """Fold one pair; returns a line for the notes."""
     module = rewriter.module
     layer, norm = module.get_submodule(str(producer.target)), module.get_submodule(str(node.target))
-    assert isinstance(norm, _NORMS) and norm.running_mean is not None and norm.running_var is not None
+    assert isinstance(norm, _NORMS)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     weight: Tensor = layer.get_parameter("weight")
     with torch.no_grad():
         scale = torch.rsqrt(norm.running_var + norm.eps)

@@ -29,8 +29,9 @@ def contract(
         inner = [f for f in factors if summed & set(dims_of(f))]
         ended = ended or bool(inner)
         if labels.const and not all(other.const for other in consts):
-            ledger.consume(inner)
-            ledger.produce(f for f in factors if not summed & set(dims_of(f)))
+            outer = [f for f in factors if not summed & set(dims_of(f))]
+            ledger.connect(inner, outer)
+            ledger.produce(outer)
     kept = join(ledger, (left, right), "it is summed with a tensor without channels of its own")
     for factor in {id(f): f for f in [*left[1], *right[1]] if summed & set(dims_of(f))}.values():
         ledger.pin(factor, set(dims_of(factor)) - summed or set(), "its rows are not channels after the sum")
@@ -187,7 +188,6 @@ def _grouped(
             ledger.freeze([out], "its input has no channels of its own")
         else:
             ledger.unite(entering.reshape(groups, 1), per_group)
-            ledger.consume([entering] if per_group.shape[1] > 1 else [])
             if per_group.shape[1] > 1:
                 ledger.constrain(per_group)
         return [out]
@@ -198,7 +198,7 @@ def _grouped(
     if entering is None:
         ledger.freeze(columns, "its input has no channels of its own")
         return [out]
-    ledger.consume([entering])
+    ledger.connect([entering], [out])
     sources = entering.reshape(groups, -1)
     ledger.constrain(sources, pinned=(0,))
     taken = sources.repeat_interleave(per_group.shape[1], 0)  # (outputs, inputs / groups)

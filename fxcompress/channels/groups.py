@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +13,9 @@ import numpy as np
 from rich.table import Table
 from torch import nn
 
-from fxcompress.channels.labels import BoolArray, IntArray
+from fxcompress.channels.labels import BoolArray, IntArray, dims_of
 from fxcompress.channels.ledger import Axis
-from fxcompress.channels.propagate import propagate
+from fxcompress.channels.propagate import WHOLE, propagate
 from fxcompress.channels.solve import Channels, solve
 from fxcompress.cost import as_text
 from fxcompress.errors import InputError
@@ -106,7 +107,6 @@ class ChannelGroups:
         """Groups as nodes (``width``, ``removable``, ``reason``, ``layers``); an edge where a layer reads one group
         and produces another (``layer``)."""
         graph: nx.DiGraph[str] = nx.DiGraph()
-        by_layer: dict[str, list[str]] = {}
         for group in self._groups:
             graph.add_node(
                 group.name,
@@ -115,16 +115,15 @@ class ChannelGroups:
                 reason=group.reason,
                 layers=group.layers,
             )
-            for layer in group.layers:
-                by_layer.setdefault(layer, []).append(group.name)
         owner = self._owners()
-        for labels, _ in self.channels.facts.ledger.consumed:
-            sources = np.unique(owner[self.channels.component[labels]])
-            for axis in self._axes_of(labels):
-                layer = axis.name.rpartition(".")[0]
-                for target in by_layer.get(layer, ()):
-                    for source in sources[sources >= 0]:
-                        graph.add_edge(self._groups[source].name, target, layer=layer)
+        for consumed, produced in self.channels.facts.ledger.layers:
+            sources, targets = (
+                set(owner[self.channels.component[labels]].tolist()) - {-1} for labels in (consumed, produced)
+            )
+            layer = self._axes_of(produced)[0].name.rpartition(".")[0]
+            for source, target in itertools.product(sorted(sources), sorted(targets)):
+                if source != target:
+                    graph.add_edge(self._groups[source].name, self._groups[target].name, layer=layer)
         return graph
 
     def explain(self, name: str, other: str | None = None) -> str:
@@ -137,8 +136,8 @@ class ChannelGroups:
         Raises:
             InputError: nothing of that name has channels.
         """
-        lines = []
-        for group in self._groups_of(name):
+        lines = self._own_freezes(name)
+        for group in [] if lines else self._groups_of(name):
             paths = self._couplings(group)
             lines.append(str(group))
             starts = [s for s in group.slices if name in (s.layer, s.parameter)] or list(group.slices[:1])
@@ -151,6 +150,18 @@ class ChannelGroups:
         if other is not None and not any(line.startswith("  with") for line in lines):
             lines.append(f"  {name} and {other} share no channel")
         return "\n".join(lines)
+
+    def _own_freezes(self, name: str) -> list[str]:
+        """Why a layer that produces no group has no channels: it is one operator, or opaque."""
+        if any(name in (group.name, *group.layers) for group in self._groups):
+            return []
+        ledger = self.channels.facts.ledger
+        return [
+            f"{name} is frozen at {freeze.node}: {freeze.reason}"
+            for freeze in ledger.freezes
+            if any(axis.name.startswith(f"{name}.") for axis in self._axes_of(freeze.labels))
+            and freeze.reason.endswith(WHOLE)
+        ][:1]
 
     def __rich__(self) -> Table:
         table = Table(title=f"{len(self)} channel groups, {self.removable} removable channels")
@@ -228,10 +239,10 @@ def _path(graph: nx.Graph[str], start: str, end: str) -> str:
     if start == end:
         return start
     try:
-        nodes = nx.shortest_path(graph, start, end)
+        nodes: list[str] = nx.shortest_path(graph, start, end)
     except (nx.NetworkXNoPath, nx.NodeNotFound):
         return f"{start} and {end} by way of a constraint"
-    steps = [f" =({graph.edges[a, b]['node']})= {b}" for a, b in zip(nodes, nodes[1:], strict=False)]
+    steps = [f" =({graph.edges[a, b]['node']})= {b}" for a, b in itertools.pairwise(nodes)]
     return nodes[0] + "".join(steps)
 
 
@@ -299,11 +310,13 @@ def _members(channels: Channels, sets: list[IntArray]) -> list[tuple[tuple[str, 
     for index, chosen in enumerate(sets):
         owner[chosen] = index
     found: list[list[tuple[str, int]]] = [[] for _ in sets]
-    for axis in channels.facts.ledger.axes:
-        if axis.kind != "made":
-            for index in np.unique(owner[channels.component[axis.start : axis.start + axis.size]]):
+    for name, labels in channels.facts.state.items():
+        for (
+            factor
+        ) in labels.factors:  # columns of a grouped weight differ from row to row: the last dimension is theirs
+            for index in np.unique(owner[channels.component[factor.numpy()]]):
                 if index >= 0:
-                    found[index].append((axis.name, axis.dim))
+                    found[index].append((name, dims_of(factor)[-1]))
     return list(map(tuple, found))
 
 

@@ -92,7 +92,7 @@ class Ledger:
     freezes: list[Freeze] = field(default_factory=list)
     constraints: list[Constraint] = field(default_factory=list)
     produced: list[IntArray] = field(default_factory=list)
-    consumed: list[tuple[IntArray, str]] = field(default_factory=list)
+    layers: list[tuple[IntArray, IntArray]] = field(default_factory=list)
     live_only: set[str] = field(default_factory=set)
     node: str = ""
     next_label: int = 1
@@ -147,6 +147,8 @@ class Ledger:
         """These labels are rows of a weight that produces channels: they are what gets scored."""
         self.produced.extend(np.unique(factor.numpy()) for factor in factors)
 
-    def consume(self, factors: Iterable[Tensor]) -> None:
-        """These labels are columns of a weight that consumes channels."""
-        self.consumed.extend((np.unique(factor.numpy()), self.node) for factor in factors)
+    def connect(self, consumed: Iterable[Tensor], produced: Iterable[Tensor]) -> None:
+        """A weight reads these channels and produces those."""
+        columns, rows = ([np.unique(factor.numpy()) for factor in factors] for factors in (consumed, produced))
+        if columns and rows:
+            self.layers.append((np.concatenate(columns), np.concatenate(rows)))

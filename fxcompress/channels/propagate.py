@@ -41,8 +41,17 @@ class Facts:
 
 
 _MOVES = frozenset(
-    ["view", "_unsafe_view", "reshape", "_reshape_alias", "expand", "permute", "transpose", "t", "numpy_T", "select", "slice", "split", "split_with_sizes", "unbind", "squeeze", "unsqueeze", "unfold", "roll", "flip", "repeat", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "alias", "detach", "clone", "native_channel_shuffle", "narrow", "movedim", "contiguous", "index", "index_select", "constant_pad_nd", "chunk"]
+    """
+    view _unsafe_view reshape _reshape_alias expand permute transpose t numpy_T select slice split
+    split_with_sizes unbind squeeze unsqueeze unfold roll flip repeat pixel_shuffle pixel_unshuffle
+    channel_shuffle alias detach clone native_channel_shuffle narrow movedim contiguous index index_select
+    constant_pad_nd chunk
+    """.split()
 )
+
+
+#: Why nothing inside an opaque module, or a layer with an operator of its own, can be removed.
+WHOLE = "is one operator with all its channels"
 
 
 class _Watch(TorchDispatchMode):
@@ -159,9 +168,9 @@ class _Interpreter(fx.Interpreter):
         if node.op != "call_module":
             return ""
         if str(node.target) in self.opaque:
-            return f"{node.target} is opaque"
+            return f"{node.target} {WHOLE}"
         layer = self.fetch_attr(str(node.target))
-        return "" if understood(layer) else f"a {type(layer).__name__} is one operator with all its channels"
+        return "" if understood(layer) else f"{type(layer).__name__} {WHOLE}"
 
     def _freeze(self, node: fx.Node, reason: str) -> None:
         for labels in _labels_in([self.values[source.name] for source in node.all_input_nodes]):

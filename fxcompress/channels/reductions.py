@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -111,7 +111,7 @@ def batch_norm(call: Call) -> Any:
 def _affine(call: Call, labels: Labels, dim: int) -> list[Tensor]:
     """Join an input with per-channel parameters that lie along ``dim`` (and, for LayerNorm, the ones before)."""
     ndim = len(labels.shape)
-    operands = [(labels.shape, labels.factors)]
+    operands: list[tuple[tuple[int, ...], Sequence[Tensor]]] = [(labels.shape, labels.factors)]
     for tensor in call.tensors()[1:]:
         item = call.of(tensor)
         behind = (1,) * (ndim - 1 - dim)

@@ -114,7 +114,7 @@ def pointwise(call: Call) -> Any:
 
 def movement(call: Call) -> Any:
     """The operator itself, run on every factor of its first argument."""
-    (name, source), *rest = call.arguments.items()
+    (_, source), *rest = call.arguments.items()
     labels = call.of(source)
     parts: list[list[Tensor]] = []
     for factor in labels.expanded():
@@ -125,9 +125,9 @@ def movement(call: Call) -> Any:
     for i in range(len(call.result) if many else 1):
         factors = []
         for part in parts:
-            factor = canonical(part[i])
-            if factor is not None:
-                factors.append(factor)
+            varying = canonical(part[i])
+            if varying is not None:
+                factors.append(varying)
             elif part[i].numel():
                 call.ledger.freeze([part[i].reshape(-1)[:1]], "it is picked out on its own")
         made.append(call.made(factors, i if many else None, labels.direct))

@@ -102,7 +102,7 @@ def _bring_back(constraint: Constraint, live: BoolArray, component: IntArray, ra
     """Components to bring back so that the rows of a constraint become equal (all of them, if no rows are found)."""
     everything = np.concatenate([component[factor.numpy().reshape(-1)] for factor in constraint.labels.factors])
     everything = np.unique(everything)
-    dead = everything[~live[everything]]
+    dead: IntArray = everything[~live[everything]]
     if len(constraint.labels.factors) != 1:
         return dead
     rows = constraint.rows()
@@ -209,7 +209,7 @@ def _blocks(labels: Labels, node: str) -> Iterator[Constraint]:
 
 
 def _constraints(facts: Facts, graph: fx.Graph, component: IntArray, soft: frozenset[str]) -> tuple[Constraint, ...]:
-    """What rules asked for, and that every value which is not soft keeps a shape and is not empty; without duplicates."""
+    """What rules asked for, and that every value that is not soft keeps a shape and an element; no duplicates."""
     found = list(facts.ledger.constraints)
     for name, labels in facts.state.items():
         found += [block for block in _blocks(labels, name) if _multi(block.labels)]

@@ -1,0 +1,105 @@
+"""The examples do what they say, and the code in the documentation runs."""
+
+import ast
+import os
+import re
+import runpy
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import model_zoo  # noqa: F401  torchvision is importable after it
+import pytest
+import torch
+from torch import nn
+
+import fxcompress
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES, DOCS = ROOT / "examples", ROOT / "docs"
+
+
+# ---- quickstart ------------------------------------------------------------------------------------------------------
+
+
+def test_quickstart() -> None:
+    """One epoch of it. It exits with a message if the removed network is not faster, or not equal to the masked one."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    settings = {"FXCOMPRESS_QUICK": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "COLUMNS": "100"}
+    ran = subprocess.run(
+        [sys.executable, "-W", "error", EXAMPLES / "quickstart.py"],
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "accuracies, so that they are not checked" in ran.stdout  # of a quick run only
+    rows = {words[0]: words for line in ran.stdout.splitlines() if (words := line.split())}
+    assert rows["dense"][2:4] == ["261,770", "5,497,120"]
+    assert rows["removed"][2:4] == ["44,042", "910,144"]
+    assert rows["removed"][1] == rows["masked,"][2], "masked and removed classify differently"
+
+
+# ---- custom_pass -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["DeviationPruner", "drop_repeated_relus"])
+def test_a_custom_pass_takes_less_than_ten_lines(name: str) -> None:
+    tree = ast.parse((EXAMPLES / "custom_pass.py").read_text())
+    (found,) = [n for n in tree.body if isinstance(n, (ast.ClassDef, ast.FunctionDef)) and n.name == name]
+    first = min([found.lineno, *(decorator.lineno for decorator in found.decorator_list)])
+    assert found.end_lineno is not None
+    assert found.end_lineno - first + 1 < 10
+
+
+def test_custom_pass(capsys: pytest.CaptureFixture[str]) -> None:
+    example = runpy.run_path(str(EXAMPLES / "custom_pass.py"))
+    small = example["main"]()
+    history = [(step.name, step.modified, step.difference is not None) for step in small.meta["history"]]
+    expected = [("drop_repeated_relus", True, True), ("DeviationPruner", True, False), ("Speedup", True, True)]
+    assert history == expected
+    printed = capsys.readouterr().out
+    assert all(name in printed for name, *_ in expected)
+
+    kinds = [type(small.get_submodule(n.target)) for n in small.graph.nodes if n.op == "call_module"]
+    assert kinds.count(nn.ReLU) == 5  # of 7: two blocks ended in a ReLU and were followed by one
+    assert not any(a is b is nn.ReLU for a, b in pairwise(kinds))
+    assert {m.out_channels for m in small.modules() if isinstance(m, nn.Conv2d)} == {16}
+    x = torch.randn(5, 3, 9, 9)
+    assert small(x).shape == (5, 10)
+
+
+def test_custom_criterion_chooses_by_its_score() -> None:
+    example = runpy.run_path(str(EXAMPLES / "custom_pass.py"))
+    model, x = example["Network"]().eval(), torch.randn(2, 3, 8, 8)
+    masked = fxcompress.compress(model, [example["DeviationPruner"](0.5)], example_inputs=x)
+    deviation = model.get_parameter("2.conv1.weight").flatten(1).std(dim=1)
+    kept = fxcompress.masks(masked)["2.conv1.bias"].nonzero().flatten()
+    assert kept.tolist() == deviation.topk(16).indices.sort().values.tolist()
+
+
+# ---- documentation ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/index.md", "docs/passes.md", "docs/custom-passes.md", "docs/groups.md"]
+)
+def test_python_code_on_a_page_runs(page: str) -> None:
+    """The blocks of a page run one after the other."""
+    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+    assert blocks
+    exec(compile("\n".join(blocks), page, "exec"), {"__name__": "page"})
+
+
+@pytest.mark.parametrize("page", ["README.md", *(p.relative_to(ROOT).as_posix() for p in DOCS.glob("*.md"))])
+def test_links_on_a_page_lead_somewhere(page: str) -> None:
+    for link in re.findall(r"\]\(([^)#]+)", (ROOT / page).read_text()):
+        assert "://" in link or ((ROOT / page).parent / link).exists(), link
+
+
+def test_groups_page_is_what_the_script_prints() -> None:
+    printed = runpy.run_path(str(DOCS / "make_groups.py"))["page"]()
+    assert printed in (DOCS / "groups.md").read_text(), "run: PYTHONPATH=tests python docs/make_groups.py"
+    assert "Removable: 2,880 channels." in printed
