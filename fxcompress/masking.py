@@ -8,8 +8,7 @@ products of activations) read the live channels only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +21,7 @@ from fxcompress.channels.labels import BoolArray, Cut, Labels, dims_of
 from fxcompress.channels.solve import Channels
 from fxcompress.errors import GraphError
 from fxcompress.layers import close_layer, is_open, open_layer
-from fxcompress.module import MASKS, TracedModule, copy_graph
+from fxcompress.module import MASKS, TracedModule, copy_graph, evaluating
 from fxcompress.nodes import apply_mask, restore_live, select_live
 from fxcompress.plan import Plan
 from fxcompress.rewrite import Rewriter, rewriting
@@ -127,18 +126,6 @@ def lift(module: TracedModule) -> Masking:
     module.graph = copy_graph(module.graph)  # names that the mask nodes had are free again
     module.meta.pop("dead", None)
     return masking
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """The module in eval mode; every submodule's mode as before afterwards."""
-    modes = [(item, item.training) for item in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for item, mode in modes:
-            item.training = mode
 
 
 def lay(module: TracedModule, masking: Masking, groups: ChannelGroups | None, author: str) -> None:

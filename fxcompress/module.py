@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import importlib
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +55,18 @@ class TracedModule(fx.GraphModule):
         for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "training"):
             tree.__dict__[name] = self.__dict__[name]
         return _rebuild, (tree, [_Record.of(node) for node in self.graph.nodes], self.meta)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """The module in eval mode; every submodule's mode as before afterwards."""
+    modes = [(item, item.training) for item in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for item, mode in modes:
+            item.training = mode
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:

@@ -23,7 +23,7 @@ from fxcompress.channels.labels import BoolArray, Cut, Labels, cut_shape, cut_te
 from fxcompress.channels.solve import Channels, source_of
 from fxcompress.errors import GraphError
 from fxcompress.literals import LITERALS, Scaled
-from fxcompress.module import TracedModule
+from fxcompress.module import TracedModule, evaluating
 from fxcompress.rewrite import describe
 
 
@@ -320,9 +320,10 @@ def settle(
         live = channels.repair(live, rank)
         plan = Plan(module, channels, live)
         try:
-            for node in module.graph.nodes:
-                if node.op not in ("placeholder", "get_attr"):
-                    plan.step(node)
+            with evaluating(module):
+                for node in module.graph.nodes:
+                    if node.op not in ("placeholder", "get_attr"):
+                        plan.step(node)
         except InexpressibleError as problem:
             back = np.zeros(len(live), dtype=bool)
             values = [plan.value(node) for node in (problem.node, *problem.node.all_input_nodes)]

@@ -12,8 +12,7 @@ from fxcompress.channels.groups import ChannelGroups
 from fxcompress.channels.labels import BoolArray, Labels, cut_tensor
 from fxcompress.layers import agree
 from fxcompress.literals import Scaled, live_groups
-from fxcompress.masking import evaluating
-from fxcompress.module import TracedModule
+from fxcompress.module import TracedModule, evaluating
 from fxcompress.nodes import scale_size, select_live
 from fxcompress.plan import Call, Gather, Plan
 from fxcompress.rewrite import Rewriter, rewriting

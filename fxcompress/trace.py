@@ -222,14 +222,14 @@ def _instrumented(model: nn.Module, recorder: Recorder, opaque: set[str]) -> Ite
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         for path, module in modules:
-            if path in opaque or is_leaf(module):
+            if path in opaque or (path and is_leaf(module)):  # the model itself is always written out
                 module.__dict__["forward"] = _leaf_forward(recorder, path, module.forward)
                 continue
             forward = module.forward
             if isinstance(module, nn.MultiheadAttention):
                 forward = functools.partial(multihead_attention, module)
             module.__dict__["forward"] = _scoped_forward(recorder, path, forward)
-            if not any(path.startswith(f"{name}.") for name in opaque):
+            if not is_leaf(module) and not any(path.startswith(f"{name}.") for name in opaque):
                 module.__dict__["training"] = TrainingFlag(module.training)
         yield
     finally:
@@ -420,7 +420,7 @@ def _assemble(work: nn.Module, recorder: Recorder, opaque: set[str], batched: tu
         if id(module) in made:
             return made[id(module)]
         path = canonical[id(module)]
-        if path in opaque or is_leaf(module):
+        if path in opaque or (path and is_leaf(module)):
             made[id(module)] = module
             return module
         holder = made[id(module)] = Holder()

@@ -13,8 +13,7 @@ from torch.utils import _pytree as pytree
 
 from fxcompress.errors import VerificationError
 from fxcompress.inputs import Inputs, other_batch, positional
-from fxcompress.masking import evaluating
-from fxcompress.module import TracedModule
+from fxcompress.module import TracedModule, evaluating
 
 #: Models with fewer bytes of state than this are compared in float64.
 SMALL = 2**29

@@ -18,13 +18,14 @@ import fxcompress
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES, DOCS = ROOT / "examples", ROOT / "docs"
+PAGES_WITH_CODE = ["README.md", *(f"docs/{name}.md" for name in ("index", "passes", "custom-passes", "groups"))]
 
 
 # ---- quickstart ------------------------------------------------------------------------------------------------------
 
 
 def test_quickstart() -> None:
-    """One epoch of it. It exits with a message if the removed network is not faster, or not equal to the masked one."""
+    """With hardly any training. It exits with a message if the removed network is not faster, or not equal to the masked one."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     settings = {"FXCOMPRESS_QUICK": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "COLUMNS": "100"}
     ran = subprocess.run(
@@ -83,14 +84,22 @@ def test_custom_criterion_chooses_by_its_score() -> None:
 # ---- documentation ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "docs/index.md", "docs/passes.md", "docs/custom-passes.md", "docs/groups.md"]
-)
+def python_of(page: str) -> str:
+    """The ```python blocks of a page, on the lines where they stand."""
+    lines, inside = [], False
+    for line in (ROOT / page).read_text().splitlines():
+        fence = line.startswith("```")
+        inside = line == "```python" or (inside and not fence)
+        lines.append(line if inside and not fence else "")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("page", PAGES_WITH_CODE)
 def test_python_code_on_a_page_runs(page: str) -> None:
     """The blocks of a page run one after the other."""
-    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
-    assert blocks
-    exec(compile("\n".join(blocks), page, "exec"), {"__name__": "page"})
+    source = python_of(page)
+    assert source.strip()
+    exec(compile(source, ROOT / page, "exec"), {"__name__": "page"})
 
 
 @pytest.mark.parametrize("page", ["README.md", *(p.relative_to(ROOT).as_posix() for p in DOCS.glob("*.md"))])

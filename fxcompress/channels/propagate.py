@@ -20,7 +20,7 @@ from fxcompress.channels.operators import operator_name, read_arguments, rule_fo
 from fxcompress.channels.rules import Call
 from fxcompress.inputs import Inputs, positional
 from fxcompress.layers import understood
-from fxcompress.module import TracedModule
+from fxcompress.module import TracedModule, evaluating
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,9 @@ _MOVES = frozenset(
 
 #: Why nothing inside an opaque module, or a layer with an operator of its own, can be removed.
 WHOLE = "is one operator with all its channels"
+
+
+_RECURRENT = frozenset(f"{kind}{form}" for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu") for form in ("", "_cell"))
 
 
 class _Watch(TorchDispatchMode):
@@ -165,6 +168,8 @@ class _Interpreter(fx.Interpreter):
 
     def _closed(self, node: fx.Node) -> str:
         """Why labels do not enter a node's module; empty where they do."""
+        if getattr(node.target, "__name__", "") in _RECURRENT:
+            return f"{getattr(node.target, '__name__', '')} {WHOLE}"
         if node.op != "call_module":
             return ""
         if str(node.target) in self.opaque:
@@ -175,7 +180,7 @@ class _Interpreter(fx.Interpreter):
     def _freeze(self, node: fx.Node, reason: str) -> None:
         for labels in _labels_in([self.values[source.name] for source in node.all_input_nodes]):
             self.watch.ledger.freeze(labels.factors, reason)
-        for tensor in self.fetch_attr(str(node.target)).parameters():
+        for tensor in self.fetch_attr(str(node.target)).parameters() if node.op == "call_module" else ():
             self.watch.ledger.freeze(self.watch.of(tensor).factors, reason)
 
     def _describe(self, value: Any) -> Any:
@@ -203,15 +208,9 @@ def propagate(module: TracedModule, inputs: Inputs) -> Facts:
         watch.table[tensor] = Labels(tuple(tensor.shape), factors, const=True, direct=True)
         watch.parameters[id(tensor)] = name
     interpreter = _Interpreter(module, watch, module.meta["opaque"])
-    modes = [(item, item.training) for item in module.modules()]
     fresh = inputs.map(Tensor.clone)
-    try:
-        module.eval()
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), watch:
-            interpreter.run(*positional(module, fresh))
-    finally:
-        for item, mode in modes:
-            item.training = mode
+    with evaluating(module), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), watch:
+        interpreter.run(*positional(module, fresh))
     labels = {name: watch.of(tensor) for name, tensor in state}
     values = interpreter.values
     for node in module.graph.nodes:

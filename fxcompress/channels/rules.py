@@ -66,19 +66,20 @@ def join(ledger: Ledger, operands: Sequence[tuple[tuple[int, ...], Sequence[Tens
     Elements that meet are one channel. Where an operand extends along a labelled dimension without labels of its own,
     nothing may be cut there. Returns the distinct factors that remain.
     """
-    for i, (_, factors) in enumerate(operands):
-        for factor in factors:
-            dense = {
-                dim
-                for j, (shape, others) in enumerate(operands)
-                if j != i
-                for dim in dims_of(factor)
-                if shape[dim] > 1 and not any(other.shape[dim] > 1 for other in others)
-            }
-            if dense:
-                ledger.pin(factor, dense, reason)
+    sides = [(shape, list(factors)) for shape, factors in operands]
+    frozen = True
+    while frozen:  # what is frozen is dense from here on, which may freeze more: every round takes a factor away
+        pins = [(i, f, dense) for i, (_, fs) in enumerate(sides) for f in fs if (dense := _dense_dims(sides, i, f))]
+        frozen = False
+        for i, factor, dense in pins:
+            if dense == set(dims_of(factor)):
+                ledger.freeze([factor], reason)
+                sides[i] = (sides[i][0], [other for other in sides[i][1] if other is not factor])
+                frozen = True
+    for _, factor, dense in pins:
+        ledger.pin(factor, dense, reason)
     kept: list[Tensor] = []
-    for _, factors in operands:
+    for _, factors in sides:
         for dims in dict.fromkeys(map(dims_of, factors)):
             mine = [factor for factor in factors if dims_of(factor) == dims]
             same = [factor for factor in kept if dims_of(factor) == dims]
@@ -92,6 +93,17 @@ def join(ledger: Ledger, operands: Sequence[tuple[tuple[int, ...], Sequence[Tens
             if not same:
                 kept += mine
     return [f for f in kept if not any(f is not g and set(dims_of(f)) < set(dims_of(g)) for g in kept)]
+
+
+def _dense_dims(sides: Sequence[tuple[tuple[int, ...], Sequence[Tensor]]], mine: int, factor: Tensor) -> set[int]:
+    """Dimensions of a factor of side ``mine`` along which another side extends without labels."""
+    return {
+        dim
+        for i, (shape, others) in enumerate(sides)
+        if i != mine
+        for dim in dims_of(factor)
+        if shape[dim] > 1 and not any(other.shape[dim] > 1 for other in others)
+    }
 
 
 def pointwise(call: Call) -> Any:

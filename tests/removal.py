@@ -1,0 +1,166 @@
+"""Pruning a generated network and removing what was masked: the property, and which rewrites that took."""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from fxcompress import TracedModule, compress, masks, trace
+from fxcompress.nodes import select_live
+from fxcompress.passes import RandomFilterPruner, Speedup
+from fxcompress.testing import Spec, inputs, network
+
+PRUNERS = st.builds(
+    RandomFilterPruner,
+    sparsity=st.sampled_from((0.2, 0.5, 0.8)),
+    scope=st.sampled_from(("layer", "layer", "global")),
+    round_to=st.sampled_from((1, 1, 1, 2, 4)),
+    seed=st.integers(0, 99),
+)
+
+
+def relative_gap(expected: Any, found: Any) -> float:
+    """The largest ``max abs(a - b) / max abs(a)`` over outputs of the same shapes."""
+    worst = 0.0
+    for a, b in zip(pytree.tree_leaves(expected), pytree.tree_leaves(found), strict=True):
+        assert a.shape == b.shape, f"{tuple(a.shape)} became {tuple(b.shape)}"
+        assert a.isfinite().all()
+        worst = max(worst, ((a - b).abs().max() / a.abs().max().clamp_min(1e-30)).item())
+    return worst
+
+
+def check_removal(spec: Spec, pruner: RandomFilterPruner, training: bool = False) -> TracedModule:
+    """Prune at random and remove, both verified by `compress`; then compare again, at batch sizes of our own.
+
+    Every parameter of the removed network must hold exactly the elements that its mask kept, in their order.
+    """
+    model = network(spec).train(training)
+    masked = compress(model, [pruner], example_inputs=inputs(spec))
+    removed = compress(masked, [Speedup()], example_inputs=inputs(spec))
+    kept, after = masks(masked), dict(removed.named_parameters(remove_duplicate=False))
+    for name, parameter in model.named_parameters():
+        expected = parameter[kept[name]] if name in kept else parameter.reshape(-1)
+        assert torch.equal(after[name].reshape(-1), expected), f"{name} is not what its mask kept"
+    one, two = masked.eval().double(), removed.eval().double()
+    with torch.no_grad():
+        for batch in (1, 5):
+            (x,) = inputs(spec, batch)
+            gap = relative_gap(one(x.double()), two(x.double()))
+            assert gap <= 1e-9, f"masked and removed differ by {gap:.3g} at batch {batch}"
+    return removed
+
+
+# ---- which rewrites a removal took -----------------------------------------------------------------------------
+
+
+class _Shapes(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            self.shapes[n.name] = tuple(value.shape)
+        return value
+
+
+def shapes(module: fx.GraphModule, example: tuple[Tensor, ...]) -> dict[str, tuple[int, ...]]:
+    """The shape of every node's value, by name."""
+    interpreter = _Shapes(module)
+    with torch.no_grad():
+        interpreter.run(*example)
+    return interpreter.shapes
+
+
+def function_name(node: fx.Node) -> str:
+    """The name of the function or method that a node calls."""
+    if node.op == "call_method":
+        return str(node.target)
+    return getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+
+
+def _literals(node: fx.Node) -> list[Any]:
+    leaves = pytree.tree_leaves((node.args, dict(node.kwargs)), is_leaf=lambda leaf: isinstance(leaf, slice))
+    return [str(leaf) for leaf in leaves if not isinstance(leaf, fx.Node)]
+
+
+#: Rewritten literals, by the name of the function.
+_LITERALS = {
+    "view or reshape": "view reshape view_as unflatten expand",
+    "split or slice": "split chunk split_with_sizes getitem narrow",
+    "zero padding": "pad new_zeros zeros zeros_like",
+    "attention": "scaled_dot_product_attention",
+}
+#: Nodes whose value got smaller, by the name of the function.
+_SHRUNK = {
+    "concatenation": "cat concat stack",
+    "addition": "add iadd sum",
+    "zero padding": "pad new_zeros zeros zeros_like",
+    "split or slice": "split chunk getitem narrow",
+    "pooling": "max_pool2d avg_pool2d adaptive_avg_pool2d mean interpolate",
+    "matrix product": "matmul bmm einsum linear",
+}
+
+
+def rewrites(spec: Spec, pruner: RandomFilterPruner) -> Counter[str]:
+    """How often each kind of rewrite was needed to prune a network and remove what was masked."""
+    model, example = network(spec).eval(), inputs(spec)
+    dense = trace(model, example)
+    masked = compress(dense, [pruner], example_inputs=example, verify=False)
+    removed = compress(masked, [Speedup()], example_inputs=example, verify=False)
+    found: Counter[str] = Counter()
+    found["live-only statistics"] += sum(node.target is select_live for node in masked.graph.nodes)
+    found["gather"] += sum(node.target is select_live for node in removed.graph.nodes)
+    _count_parameters(found, dense, removed)
+    before, after = shapes(dense, example), shapes(removed, example)
+    old = {node.name: node for node in dense.graph.nodes}
+    for node in removed.graph.nodes:
+        if node.name not in old:
+            continue
+        name = function_name(node)
+        if _literals(node) != _literals(old[node.name]):
+            found.update(kind for kind, names in _LITERALS.items() if name in names.split())
+        if after.get(node.name) != before.get(node.name):
+            found.update(kind for kind, names in _SHRUNK.items() if name in names.split())
+    return +found
+
+
+def _count_parameters(found: Counter[str], dense: nn.Module, removed: nn.Module) -> None:
+    for name, parameter in dense.named_parameters():
+        before, after = parameter.shape, removed.get_parameter(name).shape
+        if before == after:
+            continue
+        path, _, leaf = name.rpartition(".")
+        layer = dense.get_submodule(path)
+        if not path:
+            found["parameter outside layers"] += 1
+        for kinds, count in _LAYERS:
+            if isinstance(layer, kinds) and leaf == "weight":
+                found.update(count(layer, before, after))
+
+
+def _convolution(layer: nn.Module, before: torch.Size, after: torch.Size) -> list[str]:
+    assert isinstance(layer, nn.modules.conv._ConvNd)
+    if layer.transposed:
+        return ["transposed convolution"]
+    if layer.groups > 1:
+        return ["depthwise convolution" if layer.weight.shape[1] == 1 else "grouped convolution"]
+    return [kind for kind, d in (("convolution out", 0), ("convolution in", 1)) if before[d] != after[d]]
+
+
+def _linear(_: nn.Module, before: torch.Size, after: torch.Size) -> list[str]:
+    return [kind for kind, d in (("linear out", 0), ("linear in", 1)) if before[d] != after[d]]
+
+
+_Count = Callable[[nn.Module, torch.Size, torch.Size], list[str]]
+_LAYERS: list[tuple[tuple[type[nn.Module], ...], _Count]] = [
+    ((nn.modules.conv._ConvNd,), _convolution),
+    ((nn.Linear,), _linear),
+    ((nn.modules.batchnorm._BatchNorm,), lambda *_: ["batch norm"]),
+    ((nn.LayerNorm, nn.GroupNorm), lambda *_: ["layer or group norm"]),
+]
