@@ -1,11 +1,7 @@
 """Train a small network, mask 60 % of its channels, fine-tune, remove them for real, and compare.
 
-Run it with
-
-    python examples/quickstart.py
-
-The data are the 1,797 handwritten digits (8x8 pixels) that come with scikit-learn. The network has what
-makes pruning channels hard: residual sums, depthwise convolutions, squeeze-excite gates. Nobody tells
+`make demo` runs this. The data are the 1,797 handwritten digits (8x8 pixels) that come with scikit-learn. The network
+has what makes pruning channels hard: residual sums, depthwise convolutions, squeeze-excite gates. Nobody tells
 fxcompress about them. With FXCOMPRESS_QUICK=1 it hardly trains, to see that everything runs.
 """
 
@@ -123,20 +119,20 @@ def file_size(model: nn.Module) -> int:
     return file.tell()
 
 
-def latencies(models: Iterable[nn.Module], batch: Tensor) -> list[float]:
+def latencies(models: Iterable[nn.Module], batch: Tensor, rounds: int) -> list[float]:
     """Median seconds of a forward pass. The models take turns, so that a busy moment slows all of them."""
     once = partial(fxcompress.latency, example_inputs=batch, threads=1, min_run_time=0.2)
-    rounds = [[once(model).median for model in models] for _ in range(5)]
-    return [median(times) for times in zip(*rounds, strict=True)]
+    measured = [[once(model).median for model in models] for _ in range(rounds)]
+    return [median(times) for times in zip(*measured, strict=True)]
 
 
 def main(quick: bool = False) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     images, labels, test_images, test_labels = digits()
-    epochs = 8
+    epochs, rounds = 8, 7
     if quick:
-        images, labels, epochs = images[:320], labels[:320], 1
+        images, labels, epochs, rounds = images[:320], labels[:320], 1, 2
 
     print(f"1. Train the dense network; epochs: {epochs}.")
     dense = Network()
@@ -154,7 +150,7 @@ def main(quick: bool = False) -> None:
 
     models = {"dense": dense, "masked, tuned": masked, "removed": removed}
     batch = test_images[:64]
-    times = dict(zip(models, latencies(models.values(), batch), strict=True))
+    times = dict(zip(models, latencies(models.values(), batch, rounds), strict=True))
     scores = {name: accuracy(model, test_images, test_labels) for name, model in models.items()}
     table = Table("", "accuracy", "params", "MACs", "file", "latency", "speed", box=box.SIMPLE)
     for name, model in models.items():

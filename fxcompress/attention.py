@@ -38,7 +38,7 @@ def multihead_attention(
     heads = (mha.num_heads, mha.head_dim)
     q, k, v = (t.view(t.size(0), t.size(1), *heads).transpose(1, 2) for t in (q, k, v))
     weights = None
-    dropout = mha.dropout * mha.training if mha.dropout else 0.0
+    dropout = mha.training * mha.dropout if mha.dropout else 0.0  # in this order: the flag is traced
     if need_weights:
         scores = q @ k.transpose(-2, -1) * (1 / math.sqrt(mha.head_dim))
         weights = torch.softmax(scores if mask is None else scores + mask, dim=-1)

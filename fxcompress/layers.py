@@ -95,12 +95,11 @@ def close_layer(rewriter: Rewriter, node: fx.Node) -> None:
 
 def parameter_node(rewriter: Rewriter, name: str, *, before: fx.Node) -> fx.Node:
     """The ``get_attr`` node of a parameter, early enough for ``before``; one for the whole graph."""
-    first: fx.Node = next(node for node in rewriter.graph.nodes if node.op != "placeholder")
     found: list[fx.Node] = list(rewriter.graph.find_nodes(op="get_attr", target=name))
     if not found:
-        return rewriter.insert_before(first, "get_attr", name, ())
+        return rewriter.insert_before(before, "get_attr", name, ())
     if not found[0] < before:
-        first.prepend(found[0])
+        before.prepend(found[0])
     return found[0]
 
 

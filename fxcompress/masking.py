@@ -181,8 +181,8 @@ def _parameter_masks(module: TracedModule, plan: Plan) -> dict[str, Tensor]:
 def _mask_parameters(rewriter: Rewriter, elements: Mapping[str, Tensor], behind: set[str]) -> None:
     """Open the layers that hold masked parameters and multiply the masks in (``behind``: layers masked behind)."""
     module = rewriter.module
-    holders = {name.rpartition(".")[0] for name in elements}
     names = _aliases(module)
+    holders = _holders(module, elements)
     for node in list(module.graph.nodes):
         if node.op == "call_module" and str(node.target) in holders:
             open_layer(rewriter, node)
@@ -212,6 +212,11 @@ def _aliases(module: nn.Module) -> dict[str, str]:
     }
 
 
+def _holders(module: nn.Module, names: Mapping[str, Tensor]) -> set[str]:
+    """The modules that hold these parameters, under any of their names."""
+    return {alias.rpartition(".")[0] for alias, name in _aliases(module).items() if name in names}
+
+
 class _Inserter:
     """Puts the nodes that a channel mask needs besides the masks of parameters."""
 
@@ -223,7 +228,7 @@ class _Inserter:
 
     def channels(self) -> None:
         live_only = self.plan.channels.facts.ledger.live_only
-        holders = {name.rpartition(".")[0] for name in self.elements}
+        holders = _holders(self.module, self.elements)
         for node in list(self.module.graph.nodes):
             if node.name in live_only and self.plan.touched(node):
                 self._live_only(node)

@@ -261,6 +261,8 @@ def run_pass(item: Pass, module: TracedModule, context: Context) -> PassResult:
         result = item.run(module, context)
         item.ensures(result, context)
         gap = None if reference is None else _check_claim(item, reference, result, context)
+        if item.preserves and context.verify and context.inputs is None:
+            context.notes.append("the claim to preserve the function was not checked: there are no example inputs")
     except FxCompressError as error:
         error.add_note(f"while running {item!r}")
         raise

@@ -82,7 +82,8 @@ class LevelPruner(Pass):
     def _masks(self, scores: dict[str, Tensor], layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
         if self.pattern is not None:
             kept, of = self._parse_pattern()
-            return {name: n_of_m(score, kept, of) for name, score in scores.items()}
+            dims = {name: _input_dim(layers[name.rpartition(".")[0]]) for name in scores}
+            return {name: n_of_m(score, kept, of, dims[name]) for name, score in scores.items()}
         blocks = {name: _to_blocks(score, self.block) for name, score in scores.items()}
         assert self.sparsity is not None
         wanted = Sparsity.parse(self.sparsity).sparsities(layers)
@@ -105,15 +106,20 @@ class LevelPruner(Pass):
         return int(kept), int(of)
 
 
-def n_of_m(score: Tensor, kept: int, of: int) -> Tensor:
-    """True for the ``kept`` largest of every ``of`` consecutive elements along dimension 1; ties by index."""
-    along = score.movedim(1, -1)
+def _input_dim(layer: nn.Module) -> int:
+    """The dimension of a weight that its inputs lie along."""
+    return 0 if isinstance(layer, nn.modules.conv._ConvTransposeNd) else 1
+
+
+def n_of_m(score: Tensor, kept: int, of: int, dim: int) -> Tensor:
+    """True for the ``kept`` largest of every ``of`` consecutive elements along ``dim``; ties by index."""
+    along = score.movedim(dim, -1)
     short = -along.shape[-1] % of
     padded = torch.nn.functional.pad(along, (0, short), value=-math.inf)
     runs = padded.reshape(*along.shape[:-1], -1, of)
     order = runs.argsort(dim=-1, descending=True, stable=True)
     mask = torch.zeros_like(runs, dtype=torch.bool).scatter(-1, order[..., :kept], True)
-    return mask.reshape(padded.shape)[..., : along.shape[-1]].movedim(-1, 1).contiguous()
+    return mask.reshape(padded.shape)[..., : along.shape[-1]].movedim(-1, dim).contiguous()
 
 
 def _weights(module: TracedModule) -> dict[str, Tensor]:

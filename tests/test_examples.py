@@ -25,7 +25,7 @@ PAGES_WITH_CODE = ["README.md", *(f"docs/{name}.md" for name in ("index", "passe
 
 
 def test_quickstart() -> None:
-    """With hardly any training. It exits with a message if the removed network is not faster, or not equal to the masked one."""
+    """With hardly any training. It fails if the removed network is not faster, or not equal to the masked one."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     settings = {"FXCOMPRESS_QUICK": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "COLUMNS": "100"}
     ran = subprocess.run(

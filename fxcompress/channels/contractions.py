@@ -216,4 +216,6 @@ def _regroup(call: Call, taken: Tensor) -> bool:
         return False
     mine = taken.reshape(tuple(taken.shape) + (1,) * (weight.dim() - 2))
     kept = tuple(f for f in labels.factors if dims_of(f) != (1,))
-    return bool(call.relabel(weight, Labels(labels.shape, (*kept, mine), labels.const, labels.direct)))
+    return bool(
+        call.relabel(weight, Labels(labels.shape, (*kept, mine), labels.const, labels.direct, rows=frozenset({0})))
+    )

@@ -287,7 +287,7 @@ def _groups(channels: Channels) -> Iterator[Group]:
         chosen, at = np.unique(parts[keys[parts] == key], return_index=True)
         sets.append(chosen[np.argsort(at, kind="stable")])
     members = _members(channels, sets)
-    reasons, row_keys = _reasons(channels), _row_keys(channels)
+    reasons, tables = _reasons(channels), _row_tables(channels)
     taken: dict[str, int] = {}
     for key, chosen, member in zip(order, sets, members, strict=True):
         mine = keys[parts] == key
@@ -299,7 +299,7 @@ def _groups(channels: Channels) -> Iterator[Group]:
             name = f"{name}[{taken[name] - 1}]"
         removable = not channels.frozen[chosen[0]]
         reason = "" if removable else reasons.get(int(chosen[0]), "its row cannot be cut")
-        row_of = _numbered(row_keys[chosen])
+        row_of = _rows(tables, chosen)
         rows = int(row_of.max()) + 1
         yield Group(name, len(chosen), member, removable, reason, rows, layers, chosen, slices, row_of)
 
@@ -351,9 +351,9 @@ def _slices(channels: Channels, chosen: IntArray, labels: IntArray, axis_of: Int
     return tuple(made)
 
 
-def _row_keys(channels: Channels) -> IntArray:
-    """For every component a number that is equal for components in the same row of every constraint."""
-    keys = np.zeros(len(channels.component), dtype=np.int64)
+def _row_tables(channels: Channels) -> list[IntArray]:
+    """For every constraint with several rows, the number of the row that each component lies in (0: in none)."""
+    tables = []
     for constraint in channels.constraints:
         rows = constraint.rows()
         if rows is None or len(rows) < 2:
@@ -361,12 +361,27 @@ def _row_keys(channels: Channels) -> IntArray:
         lines = channels.component[rows]
         if (lines.min(axis=1) == lines.max(axis=1)).all():
             continue  # rows of one channel each go whole
-        row = np.zeros(len(keys), dtype=np.int64)
+        row = np.zeros(len(channels.component), dtype=np.int64)
         for number in range(len(lines) - 1, -1, -1):  # a channel in several rows counts for the first
             row[lines[number]] = number + 1
-        with np.errstate(over="ignore"):
-            keys = keys * np.int64(1_000_003) + row
-    return keys
+        tables.append(row)
+    return tables
+
+
+def _rows(tables: list[IntArray], chosen: IntArray) -> IntArray:
+    """For each channel the number of its row, in the rows of all constraints at once if those are equally long, else
+    in those of the first constraint whose rows are: the rest is repaired when channels have been chosen."""
+    mine = [table[chosen] for table in tables]
+    mine = [row for row in mine if row.min() != row.max()]
+    joint = np.zeros(len(chosen), dtype=np.int64)
+    with np.errstate(over="ignore"):
+        for row in mine:
+            joint = joint * np.int64(1_000_003) + row
+    for keys in (joint, *mine):
+        numbers = _numbered(keys)
+        if len(set(np.bincount(numbers).tolist())) == 1:
+            return numbers
+    return np.zeros(len(chosen), dtype=np.int64)
 
 
 def _numbered(keys: IntArray) -> IntArray:

@@ -50,7 +50,7 @@ class Freeze:
 
 @dataclass(frozen=True)
 class Constraint:
-    """The live elements of ``labels`` must form a rectangle or equal rows; ``pinned`` dimensions are never cut."""
+    """The live elements of ``labels`` must form a rectangle or equal rows; ``pinned`` dimensions stay whole."""
 
     labels: Labels
     pinned: frozenset[int]
@@ -64,7 +64,7 @@ class Constraint:
         if len(self.labels.factors) != 1:
             return None
         (factor,) = self.labels.factors
-        free = [dim for dim in dims_of(factor) if dim not in self.pinned]
+        free = [dim for dim in dims_of(factor) if dim not in self.labels.rows]
         if not free:
             return factor.numpy().reshape(-1, 1)
         column = column_of(factor, free)
@@ -80,7 +80,7 @@ class Constraint:
             if (counts == counts[0]).all():
                 factor = factor.take(np.sort(first), axis=dim)
         made = torch.from_numpy(np.ascontiguousarray(factor))
-        return Constraint(Labels(tuple(made.shape), (made,)), self.pinned, self.node)
+        return Constraint(Labels(tuple(made.shape), (made,), rows=self.labels.rows), self.pinned, self.node)
 
 
 @dataclass
@@ -137,11 +137,12 @@ class Ledger:
         if dims == frozenset(dims_of(factor)):
             self.freeze([factor], reason)
         elif dims:
-            self.constraints.append(Constraint(Labels(tuple(factor.shape), (factor,)), dims, self.node))
+            self.constrain(factor, dims)
 
     def constrain(self, factor: Tensor, pinned: Iterable[int] = ()) -> None:
         """The live part of a factor must have a shape: a rectangle, or rows of equal length."""
-        self.constraints.append(Constraint(Labels(tuple(factor.shape), (factor,)), frozenset(pinned), self.node))
+        labels = Labels(tuple(factor.shape), (factor,), rows=frozenset(pinned))
+        self.constraints.append(Constraint(labels, frozenset(pinned), self.node))
 
     def produce(self, factors: Iterable[Tensor]) -> None:
         """These labels are rows of a weight that produces channels: they are what gets scored."""

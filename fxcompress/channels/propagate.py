@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -163,6 +163,9 @@ class _Interpreter(fx.Interpreter):
                 watch.ledger.freeze(labels.factors, "it is an output of the model")
         if n.op in ("call_function", "call_method", "call_module") and watch.moves_only:
             self.moves.add(n.name)
+        for tensor in pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor) and watch.of(tensor).copied:  # the next node is told its size by number
+                watch.table[tensor] = replace(watch.of(tensor), copied=frozenset())
         self.values[n.name] = pytree.tree_map(self._describe, result)
         return result
 
@@ -173,7 +176,7 @@ class _Interpreter(fx.Interpreter):
         if node.op != "call_module":
             return ""
         if str(node.target) in self.opaque:
-            return f"{node.target} {WHOLE}"
+            return f"{node.target} is opaque and {WHOLE}"
         layer = self.fetch_attr(str(node.target))
         return "" if understood(layer) else f"{type(layer).__name__} {WHOLE}"
 

@@ -113,7 +113,8 @@ def pointwise(call: Call) -> Any:
     operands = []
     for tensor in call.tensors():
         labels = call.of(tensor)
-        shape = (1,) * (ndim - tensor.dim()) + tuple(tensor.shape)
+        sizes = [1 if dim in labels.copied else size for dim, size in enumerate(tensor.shape)]
+        shape = (1,) * (ndim - tensor.dim()) + tuple(sizes)
         operands.append((shape, [aligned(factor, ndim) for factor in labels.factors]))
     factors = join(call.ledger, operands, "it meets a tensor without channels of its own")
     if isinstance(call.result, (tuple, list)):
@@ -157,7 +158,11 @@ def view(call: Call) -> Labels:
 def expand(call: Call) -> Labels:
     """Broadcasting adds dimensions in which nothing varies."""
     labels = call.labels("self")
-    return call.made([aligned(f, call.result.dim()) for f in labels.factors], direct=labels.direct)
+    shape = tuple(call.result.shape)
+    before = (1,) * (len(shape) - len(labels.shape)) + labels.shape
+    factors = tuple(aligned(f, len(shape)) for f in labels.factors)
+    copied = frozenset(dim for dim, (old, new) in enumerate(zip(before, shape, strict=True)) if old < new)
+    return Labels(shape, factors, labels.const, labels.direct, copied)
 
 
 def same(call: Call) -> Labels:

@@ -205,7 +205,7 @@ def source_of(node: fx.Node, facts: Facts) -> fx.Node:
 def _blocks(labels: Labels, node: str) -> Iterator[Constraint]:
     for dims, factors in blocks_of(labels):
         shape = tuple(size if d in dims else 1 for d, size in enumerate(labels.shape))
-        yield Constraint(Labels(shape, tuple(factors)), frozenset(), node)
+        yield Constraint(Labels(shape, tuple(factors), rows=labels.rows), frozenset(), node)
 
 
 def _constraints(facts: Facts, graph: fx.Graph, component: IntArray, soft: frozenset[str]) -> tuple[Constraint, ...]:

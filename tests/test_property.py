@@ -1,0 +1,83 @@
+"""Generated networks: what is masked and what is removed compute the same, whatever rewrites that takes."""
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from removal import NETWORKS, PRUNERS, check_removal, rewrites
+
+from fxcompress.passes import RandomFilterPruner
+from fxcompress.testing import Spec, networks
+
+#: Each of these must be needed in at least a tenth of the draws.
+REWRITES = (
+    "addition",
+    "attention",
+    "batch norm",
+    "concatenation",
+    "convolution in",
+    "convolution out",
+    "depthwise convolution",
+    "gather",
+    "grouped convolution",
+    "layer or group norm",
+    "linear in",
+    "linear out",
+    "live-only statistics",
+    "matrix product",
+    "parameter outside layers",
+    "split or slice",
+    "transposed convolution",
+    "view or reshape",
+    "zero padding",
+)
+
+
+@pytest.fixture(autouse=True)
+def _some_channels_stay() -> Iterator[None]:
+    """A warning for users, and none here: a network whose channels are all its outputs', an order with no gather."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* has nothing to prune")
+        warnings.filterwarnings("ignore", message=".*; its channels stay")
+        yield
+
+
+@given(spec=NETWORKS, pruner=PRUNERS, training=st.booleans())
+def test_masked_and_removed_are_equal(spec: Spec, pruner: RandomFilterPruner, training: bool) -> None:
+    check_removal(spec, pruner, training)
+
+
+@pytest.mark.zoo
+@settings(max_examples=max(600, settings.default.max_examples if settings.default else 0))
+@given(spec=st.one_of(NETWORKS, networks()), pruner=PRUNERS, training=st.booleans())
+def test_masked_and_removed_are_equal_in_the_long_run(
+    spec: Spec, pruner: RandomFilterPruner, training: bool
+) -> None:
+    check_removal(spec, pruner, training)
+
+
+def test_every_rewrite_is_drawn() -> None:
+    seen: Counter[str] = Counter()
+    draws = 0
+
+    @settings(
+        max_examples=300,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    @given(spec=NETWORKS, pruner=PRUNERS)
+    def draw(spec: Spec, pruner: RandomFilterPruner) -> None:
+        nonlocal draws
+        draws += 1
+        seen.update(rewrites(spec, pruner).keys())
+
+    draw()
+    assert draws >= 270
+    rare = {kind: f"{seen[kind] / draws:.1%}" for kind in REWRITES if seen[kind] < draws / 10}
+    assert not rare
