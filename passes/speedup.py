@@ -40,6 +40,11 @@ class Speedup(Pass):
     needs_inputs: ClassVar[bool] = True
     idempotent: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        if self.masks is not None and not isinstance(self.masks, Mapping):
+            found = type(self.masks).__name__
+            raise InputError(f"masks is a {found}; expected a mapping of parameter name to bool tensor.")
+
     def requires(self, module: TracedModule, context: Context) -> None:
         """Given masks fit the module's parameters."""
         super().requires(module, context)

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from untouched import picture
 
 import fxcompress
 from fxcompress import FxCompressError, InputError, Pass, SelectionError, TraceError
@@ -24,6 +23,7 @@ from fxcompress.passes import (
     RandomFilterPruner,
     Speedup,
 )
+from fxcompress.testing import portrait
 
 IMAGE = torch.randn(2, 3, 8, 8)
 CHANNEL_PRUNERS = (L1FilterPruner, L2FilterPruner, FPGMPruner, RandomFilterPruner)
@@ -60,10 +60,10 @@ class Untouched:
         self.model = model
 
     def __enter__(self) -> None:
-        self.before = picture(self.model)
+        self.before = portrait(self.model)
 
     def __exit__(self, *_: object) -> None:
-        assert picture(self.model) == self.before
+        assert portrait(self.model) == self.before
 
 
 def fails(error: type[Exception], parts: list[str], model: Any, passes: Any, **options: Any) -> FxCompressError:

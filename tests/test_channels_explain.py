@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from channel_cases import CASES, IMAGE, OUTPUT, conv
 from nets import Net, described
 from torch import Tensor, nn
-from untouched import picture
 
 import fxcompress
 from fxcompress.passes import RandomFilterPruner
+from fxcompress.testing import portrait
 
 
 class Reads(nn.Module):
@@ -139,10 +139,10 @@ def test_groups_are_a_collection_that_prints() -> None:
 
 def test_looking_changes_nothing() -> None:
     net = CASES["squeeze and excite"].net().train()
-    before = picture(net)
+    before = portrait(net)
     groups = fxcompress.channel_groups(net, IMAGE)
     str(groups), groups.graph, groups.explain("a")
-    assert picture(net) == before
+    assert portrait(net) == before
 
 
 def test_masks_hide_no_group() -> None:

@@ -121,16 +121,18 @@ def tied_once(patch: Patch) -> None:
 
 
 def shared_twice(patch: Patch) -> None:
-    """A layer that is called twice is cut for each call."""
+    """A layer that is called twice is cut for each call, at the same positions."""
     right = shrink._cut_tensors
 
     def cut(rewriter: Any, plan: Any) -> None:
         right(rewriter, plan)
         calls = [str(n.target) for n in rewriter.graph.nodes if n.op == "call_module"]
         for name, labels in plan.channels.facts.state.items():
-            if calls.count(name.rpartition(".")[0]) > 1 and plan.cuts(labels):
-                holder, leaf = rewriter.owner(name)
-                rewriter.set_tensor(name, shrink.cut_tensor(getattr(holder, leaf), plan.cuts(labels)))
+            if calls.count(name.rpartition(".")[0]) > 1:
+                tensor = rewriter.module.get_parameter(name).detach()
+                for (dim,), (keep,) in ((cut.dims, cut.keep) for cut in plan.cuts(labels) or ()):
+                    tensor = tensor[(slice(None),) * dim + (keep[keep < tensor.shape[dim]],)]
+                rewriter.set_tensor(name, tensor)
 
     patch.setattr(shrink, "_cut_tensors", cut)
 
@@ -196,12 +198,10 @@ def attributes_kept(patch: Patch) -> None:
 
 def unknown_is_pointwise(patch: Patch) -> None:
     """An operator without a rule is taken for an element-wise one."""
-    for name in ("softmax", "_softmax", "amax", "mean", "sum"):
-        patch.delitem(operators.RULES, name, raising=False)
+    for name in ("_softmax", "flip", "roll"):
+        patch.delitem(operators.RULES, name)
     right = operators.rule_for
-    patch.setattr(
-        "fxcompress.channels.propagate.rule_for", lambda *args: right(*args) or (lambda call: call.made(()))
-    )
+    patch.setattr("fxcompress.channels.propagate.rule_for", lambda *args: right(*args) or rules.pointwise)
 
 
 REMOVAL_BUGS: dict[Callable[[Patch], None], tuple[str, ...]] = {
@@ -219,7 +219,7 @@ REMOVAL_BUGS: dict[Callable[[Patch], None], tuple[str, ...]] = {
     constraint_dropped: ("grouped_conv",),
     running_statistics_kept: ("conv_bn_relu",),
     attributes_kept: ("depthwise_conv", "inverted_residual"),
-    unknown_is_pointwise: ("spatial_gate", "softmax_gate"),
+    unknown_is_pointwise: ("reorder", "softmax_gate"),
 }
 
 

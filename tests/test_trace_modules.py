@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
-from untouched import picture
 
 import fxcompress
 from fxcompress import InputError, TraceError
+from fxcompress.testing import portrait
 
 
 class Block(nn.Module):
@@ -393,23 +393,23 @@ def test_the_callers_model_is_bit_identical_afterwards(training: bool) -> None:
     model = nn.Sequential(Dropping(), nn.Linear(4, 4), Reading(READS["branch"])).train(training)
     model[1].register_forward_hook(lambda module, args, output: output + 1)
     model[0](X).sum().backward()
-    before = picture(model)
+    before = portrait(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         traced = fxcompress.trace(model, X)
-    assert picture(model) == before
+    assert portrait(model) == before
     with torch.no_grad():
         for tensor in [*traced.parameters(), *traced.buffers()]:
             tensor.zero_()
-    assert picture(model) == before
+    assert portrait(model) == before
 
 
 def test_a_forward_that_fails_leaves_the_model_alone() -> None:
     model = nn.Sequential(Dropping(), nn.Linear(5, 4)).train()
-    before = picture(model)
+    before = portrait(model)
     with pytest.raises(InputError, match=r"\(3, 4\).*model\(\*inputs\)"):
         fxcompress.trace(model, X)
-    assert picture(model) == before
+    assert portrait(model) == before
 
 
 # ---- copies -------------------------------------------------------------------------------------------------------
