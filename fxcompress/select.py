@@ -166,7 +166,7 @@ def _matched(role: str, selectors: tuple[Selector, ...], modules: Mapping[str, n
         if isinstance(selector, str):
             matches = {name for name in modules if _covers(selector, name)}
         elif isinstance(selector, type):
-            matches = {name for name, module in modules.items() if isinstance(module, selector)}
+            matches = {name for name, module in modules.items() if _is_a(module, selector)}
         else:
             names.update(name for name, module in modules.items() if selector(name, module))
             continue  # a predicate may well say no to every layer
@@ -174,6 +174,11 @@ def _matched(role: str, selectors: tuple[Selector, ...], modules: Mapping[str, n
             raise _unmatched(role, selector, modules)
         names |= matches
     return frozenset(names)
+
+
+def _is_a(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module is, or stands in a traced model for, one of this type."""
+    return isinstance(module, kind) or issubclass(getattr(module, "kind", type(module)), kind)
 
 
 def _covers(pattern: str, name: str) -> bool:

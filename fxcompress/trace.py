@@ -398,7 +398,11 @@ def _mul_div(size: int, numerator: int, denominator: int) -> int:
 
 
 class Holder(nn.Module):
-    """Stands where one of the caller's modules stood and keeps its parameters, buffers and children."""
+    """Stands where one of the caller's modules stood and keeps its parameters, buffers and children.
+
+    ``kind`` is the torch.nn class that the module was, or derived from, so that passes can select it by type and the
+    caller's own class is not needed to load it.
+    """
 
     kind: type[nn.Module] = nn.Module
 
@@ -424,7 +428,7 @@ def _assemble(work: nn.Module, recorder: Recorder, opaque: set[str], batched: tu
             made[id(module)] = module
             return module
         holder = made[id(module)] = Holder()
-        holder.kind = type(module)
+        holder.kind = next(kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn"))
         for name in ("_parameters", "_buffers", "_non_persistent_buffers_set", "training"):
             holder.__dict__[name] = module.__dict__[name]
         for name, child in module._modules.items():

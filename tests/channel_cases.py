@@ -62,10 +62,10 @@ def gated(net: Net, x: Tensor) -> Tensor:
 class Standardized(nn.Conv2d):
     """Weights that are normalised over everything but the output before each use."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         w = self.weight
         w = (w - w.mean((1, 2, 3), keepdim=True)) / (w.std((1, 2, 3), keepdim=True) + 1e-5)
-        return F.conv2d(x, w, self.bias, self.stride, self.padding)
+        return F.conv2d(input, w, self.bias, self.stride, self.padding)
 
 
 CASES = {

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from fxcompress import TracedModule, compress, masks, trace
 from fxcompress.inputs import Inputs
+from fxcompress.motifs import MOTIFS
 from fxcompress.nodes import select_live
 from fxcompress.passes import RandomFilterPruner, Speedup
 from fxcompress.pipeline import Context, run_pass
@@ -79,6 +80,44 @@ def check_removal(spec: Spec, pruner: RandomFilterPruner, training: bool = False
             gap = relative_gap(one(x.double()), two(x.double()))
             assert gap <= 1e-9, f"masked and removed differ by {gap:.3g} at batch {batch}"
     return removed
+
+
+#: Motifs without a statistic over channels: there a masked model is the model with its weights zeroed.
+PLAIN = tuple(
+    kind
+    for kind in MOTIFS
+    if kind
+    not in (
+        "class_token",  # LayerNorm
+        "group_norm",
+        "layer_norm",
+        "mlp",  # LayerNorm
+        "multihead",  # LayerNorm in one of its forms
+        "reshape_pairs",  # maximum and softmax over pairs of channels
+        "sigmoid_gate",  # glu of an unmasked half
+        "softmax_gate",
+        "spatial_gate",
+        "weight_standardised",
+    )
+)
+
+
+def framed(kinds: tuple[str, ...], max_ops: int = 2) -> st.SearchStrategy[Spec]:
+    """Networks of these kinds between a stem and a head, without which little can go."""
+    return networks(kinds, max_ops=max_ops).map(lambda spec: _framed(spec, (), True))
+
+
+def check_zeroed(spec: Spec, pruner: RandomFilterPruner) -> None:
+    """A masked network computes what a plain copy does whose weights were zeroed by hand."""
+    model, (x,) = network(spec).eval(), inputs(spec, 3)
+    masked = compress(model, [pruner], example_inputs=inputs(spec), verify=False)
+    kept, twin = masks(masked), copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            if name in kept:
+                parameter[~kept[name]] = 0
+        gap = relative_gap(twin.double()(x.double()), masked.double()(x.double()))
+    assert gap <= 1e-9, f"masked and zeroed by hand differ by {gap:.3g}"
 
 
 # ---- which rewrites a removal took -----------------------------------------------------------------------------

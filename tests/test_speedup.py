@@ -1,7 +1,7 @@
 """Removal for real: what is left, what is not touched, and masks that came from elsewhere."""
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -79,7 +79,7 @@ def test_attributes_agree_with_the_weights(name: str) -> None:
     case = CASES[name]
     small = fxcompress.compress(case.net(), [RandomFilterPruner(0.5), Speedup()], example_inputs=case.x)
     for module in small.modules():
-        weight = getattr(module, "weight", None)
+        weight: Any = getattr(module, "weight", None)
         if isinstance(module, nn.modules.conv._ConvTransposeNd):
             assert (module.in_channels, module.out_channels) == (weight.shape[0], weight.shape[1] * module.groups)
         elif isinstance(module, nn.modules.conv._ConvNd):
@@ -88,7 +88,7 @@ def test_attributes_agree_with_the_weights(name: str) -> None:
         elif isinstance(module, nn.Linear):
             assert (module.out_features, module.in_features) == weight.shape
         elif isinstance(module, nn.modules.batchnorm._BatchNorm):
-            assert module.num_features == len(weight) == len(module.running_var)
+            assert module.num_features == len(weight) == len(cast(Tensor, module.running_var))
         elif isinstance(module, nn.GroupNorm):
             assert module.num_channels == len(weight)
             assert module.num_channels % module.num_groups == 0

@@ -87,7 +87,6 @@ SIZED: dict[str, Step] = {
     "size method": lambda net, x: net.conv(x).reshape(x.size(0), 6, x.size(2) * x.size(-1)),
     "unpacked": tokens,
     "numel": lambda net, x: net.conv(x).reshape(x.numel() // 3 * 6),
-    "numel of sizes": lambda net, x: net.conv(x).reshape(len(x), 6, x.shape[2:].numel()),
     "prod": lambda net, x: net.conv(x).reshape(x.shape[0], 6, math.prod(x.shape[2:])),
     "sum of sizes": lambda net, x: torch.zeros(sum(x.shape)),
     "power": lambda net, x: net.conv(x)[..., :1].expand(-1, -1, -1, x.shape[3] ** 2),
@@ -196,7 +195,7 @@ def branches(net: Net, x: Tensor) -> Tensor:
 def flags(net: Net, x: Tensor) -> Tensor:
     if x.is_cuda or x.requires_grad or x.is_sparse or x.device.type != "cpu":
         return x
-    if net.training or torch.jit.is_scripting() or torch.is_grad_enabled() is None:
+    if net.training or torch.jit.is_tracing() or torch.is_grad_enabled() is None:
         return x
     return net.conv(x) if hasattr(net, "conv") and x.is_contiguous() else x
 

@@ -10,7 +10,7 @@ import textwrap
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -277,10 +277,17 @@ def test_parametrized_modules() -> None:
 
 def test_modules_with_hooks() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    model[0].register_forward_hook(lambda module, args, output: output * 2)
+
+    def doubled(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output * 2
+
+    def less(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output - 1
+
+    model[0].register_forward_hook(doubled)
     model[1].register_forward_pre_hook(lambda module, args: (args[0] + 1,))
     model[1].register_forward_hook(lambda module, args, kwargs, out: out + args[0], with_kwargs=True)
-    handle = model.register_forward_hook(lambda module, args, output: output - 1)
+    handle = model.register_forward_hook(less)
     traced = traced_and_equal(model, X, Y)
     assert list(traced.state_dict()) == list(model.state_dict())
     handle.remove()
@@ -391,7 +398,7 @@ def test_a_part_kept_in_eval_mode_stays_so() -> None:
 @pytest.mark.parametrize("training", [False, True])
 def test_the_callers_model_is_bit_identical_afterwards(training: bool) -> None:
     model = nn.Sequential(Dropping(), nn.Linear(4, 4), Reading(READS["branch"])).train(training)
-    model[1].register_forward_hook(lambda module, args, output: output + 1)
+    model[1].register_forward_hook(lambda module, args, output: cast(Tensor, output) + 1)
     model[0](X).sum().backward()
     before = portrait(model)
     with warnings.catch_warnings():
