@@ -94,7 +94,6 @@ PLAIN = tuple(
         "mlp",  # LayerNorm
         "multihead",  # LayerNorm in one of its forms
         "reshape_pairs",  # maximum and softmax over pairs of channels
-        "sigmoid_gate",  # glu of an unmasked half
         "softmax_gate",
         "spatial_gate",
         "weight_standardised",

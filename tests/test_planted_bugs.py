@@ -3,30 +3,28 @@
 A variant is planted by replacing one function of fxcompress. What catches it must hold again without it.
 """
 
-import copy
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
-from removal import PRUNERS, check_removal
+from removal import PRUNERS, check_removal, check_zeroed, framed
 from torch import Tensor, fx, nn
 
-import fxcompress.compress
-from fxcompress import FxCompressError, Pass, TracedModule, graph_pass
-from fxcompress import literals, masking, module, pipeline, plan, shrink
-from fxcompress.channels import contractions, groups, ledger, operators, reductions, rules, solve
+from fxcompress import FxCompressError, Pass, TracedModule, graph_pass, literals, masking, module, pipeline, plan, shrink
+from fxcompress import trace
+from fxcompress.channels import ledger, operators, rules
 from fxcompress.channels.labels import Labels
-from fxcompress.passes import FoldBatchNorm, L1FilterPruner, RandomFilterPruner, Speedup
-from fxcompress.testing import LawBroken, Op, Spec, check_laws, inputs, network, networks
+from fxcompress.passes import FoldBatchNorm, L1FilterPruner, Layer, RandomFilterPruner, Speedup
+from fxcompress.testing import LawBroken, Op, Spec, check_laws, inputs, network
 
 EXAMPLES = 20
 Patch = pytest.MonkeyPatch
+Check = Callable[[Spec, RandomFilterPruner], object]
 
 
 @pytest.fixture(autouse=True)
@@ -36,16 +34,8 @@ def _nothing_to_prune() -> Iterator[None]:
         yield
 
 
-def framed(kinds: tuple[str, ...]) -> st.SearchStrategy[Spec]:
-    """Small networks of these kinds between a stem and a head, without which little can go."""
-    frame = Op("conv_bn_relu", 8), Op("head", 8)
-    return networks(kinds, max_ops=2).map(
-        lambda spec: dataclasses.replace(spec, ops=(frame[0], *spec.ops, frame[1]))
-    )
-
-
 def first_failure(
-    kinds: tuple[str, ...], check: Callable[[Spec, RandomFilterPruner], object]
+    kinds: tuple[str, ...], check: Check
 ) -> tuple[Spec, RandomFilterPruner] | None:
     """The first of `EXAMPLES` networks on which a check fails."""
     failed: list[tuple[Spec, RandomFilterPruner]] = []
@@ -196,6 +186,17 @@ def attributes_kept(patch: Patch) -> None:
     patch.setattr(shrink, "agree", lambda *_, **__: None)
 
 
+def half_a_channel(patch: Patch) -> None:
+    """Norms are masked as parameters only: what BatchNorm's mean shifts goes on."""
+    right = masking._parameter_masks
+
+    def parameter_masks(module: TracedModule, plan: Any) -> dict[str, Tensor]:
+        made = right(module, plan)
+        return {name: ~mask if mask.dim() == 4 and not mask.all() else mask for name, mask in made.items()}
+
+    patch.setattr(masking, "_parameter_masks", parameter_masks)
+
+
 def unknown_is_pointwise(patch: Patch) -> None:
     """An operator without a rule is taken for an element-wise one."""
     for name in ("_softmax", "flip", "roll"):
@@ -208,7 +209,6 @@ REMOVAL_BUGS: dict[Callable[[Patch], None], tuple[str, ...]] = {
     second_user_ignored: ("residual", "skip"),
     wrong_axis: ("residual", "conv_bn_relu"),
     stale_shape: ("attention_explicit", "shuffle"),
-    stale_scale: ("attention_fused",),
     tied_once: ("tied_weights",),
     shared_twice: ("shared_conv",),
     output_missed: ("conv_bn_relu", "residual"),
@@ -221,12 +221,180 @@ REMOVAL_BUGS: dict[Callable[[Patch], None], tuple[str, ...]] = {
     attributes_kept: ("depthwise_conv", "inverted_residual"),
     unknown_is_pointwise: ("reorder", "softmax_gate"),
 }
+MASKING_BUGS: dict[Callable[[Patch], None], tuple[str, ...]] = {
+    stale_scale: ("attention_fused",),
+    half_a_channel: ("residual", "conv_bn_relu"),
+}
+
+
+def planted(
+    plant: Callable[[Patch], None], monkeypatch: Patch, kinds: tuple[str, ...], check: Check
+) -> tuple[Spec, RandomFilterPruner]:
+    """The first network that shows a planted bug."""
+    with monkeypatch.context() as patch:
+        plant(patch)
+        failed = first_failure(kinds, check)
+    assert failed is not None, f"no network of {EXAMPLES} shows it"
+    return failed
 
 
 @pytest.mark.parametrize("plant", REMOVAL_BUGS, ids=lambda plant: plant.__name__)
 def test_removal_catches(plant: Callable[[Patch], None], monkeypatch: Patch) -> None:
-    with monkeypatch.context() as patch:
-        plant(patch)
-        failed = first_failure(REMOVAL_BUGS[plant], check_removal)
-    assert failed is not None, "no network shows it"
+    failed = planted(plant, monkeypatch, REMOVAL_BUGS[plant], check_removal)
     check_removal(*failed)
+
+
+@pytest.mark.parametrize("plant", MASKING_BUGS, ids=lambda plant: plant.__name__)
+def test_weights_zeroed_by_hand_catch(plant: Callable[[Patch], None], monkeypatch: Patch) -> None:
+    """What is wrong in the masked and in the removed model alike."""
+    failed = planted(plant, monkeypatch, MASKING_BUGS[plant], check_zeroed)
+    check_zeroed(*failed)
+
+
+# ---- in passes and the pipeline: a law is broken ---------------------------------------------------------------
+
+
+def flag_always_false(patch: Patch) -> None:
+    patch.setattr(pipeline.Snapshot, "differs", lambda *_: False)
+
+
+def flag_always_true(patch: Patch) -> None:
+    patch.setattr(pipeline.Snapshot, "differs", lambda *_: True)
+
+
+def caller_pruned(patch: Patch) -> None:
+    """`compress` works on what it was given."""
+    patch.setattr("fxcompress.compress.trace", lambda model, _: model)
+
+
+def mode_lost(patch: Patch) -> None:
+    """Running in eval mode for a moment leaves a model there."""
+
+    @contextmanager
+    def evaluating(module: nn.Module) -> Iterator[None]:
+        module.eval()
+        yield
+
+    patch.setattr(masking, "evaluating", evaluating)
+
+
+def provenance_lost(patch: Patch) -> None:
+    """A copy of a graph does not know which nodes are masks."""
+    right = module.copy_graph
+
+    def copy_graph(graph: fx.Graph) -> fx.Graph:
+        made = right(graph)
+        for node in made.nodes:
+            node.meta.clear()
+        return made
+
+    patch.setattr(module, "copy_graph", copy_graph)
+
+
+def pickle_loses_options(patch: Patch) -> None:
+    right = module._Record.of
+
+    def of(node: fx.Node) -> Any:
+        return dataclasses.replace(right(node), kwargs={})
+
+    patch.setattr(module._Record, "of", of)
+
+
+#: The pass that shows it, and the law that it breaks.
+PIPELINE_BUGS: dict[Callable[[Patch], None], tuple[Pass, str]] = {
+    flag_always_false: (L1FilterPruner(0.5), "modified"),
+    flag_always_true: (Speedup(), "modified"),
+    caller_pruned: (L1FilterPruner(0.5), "untouched"),
+    mode_lost: (L1FilterPruner(0.5), "modes"),
+    provenance_lost: (L1FilterPruner(0.5), "idempotent"),
+    pickle_loses_options: (FoldBatchNorm(), "copies"),
+}
+
+
+@pytest.mark.parametrize("plant", PIPELINE_BUGS, ids=lambda plant: plant.__name__)
+def test_laws_catch(plant: Callable[[Patch], None], monkeypatch: Patch) -> None:
+    item, law = PIPELINE_BUGS[plant]
+    broken: list[str] = []
+
+    def check(spec: Spec, pruner: RandomFilterPruner) -> None:
+        model = trace(network(spec), inputs(spec)) if law == "untouched" else network(spec)
+        try:
+            check_laws(item, model, inputs(spec))
+        except LawBroken as error:
+            broken.append(error.law)
+            raise
+
+    spec, pruner = planted(plant, monkeypatch, ("residual", "squeeze_excite"), check)
+    assert broken == [law]
+    check(spec, pruner)
+
+
+# ---- passes that break their word ------------------------------------------------------------------------------
+
+
+@graph_pass(preserves=True)
+def scales_a_weight(module: fx.GraphModule) -> None:
+    with torch.no_grad():
+        next(module.parameters()).mul_(1.001)
+
+
+@graph_pass
+def adds_a_buffer(module: fx.GraphModule) -> None:
+    module.register_buffer("counter", torch.zeros(1))
+
+
+@graph_pass
+def lies_about_its_width(module: fx.GraphModule) -> None:
+    next(layer for layer in module.modules() if isinstance(layer, nn.Conv2d)).out_channels += 1
+
+
+@graph_pass
+def cuts_the_gradient(module: fx.GraphModule) -> None:
+    first = next(node for node in module.graph.nodes if node.op == "call_module")
+    with module.graph.inserting_after(first):
+        detached = module.graph.call_method("detach", (first,))
+    first.replace_all_uses_with(detached, delete_user_cb=lambda user: user is not detached)
+
+
+@graph_pass
+def fixes_the_batch(module: fx.GraphModule) -> None:
+    last = next(reversed(module.graph.nodes))
+    with module.graph.inserting_before(last):
+        made = module.graph.call_method("narrow", (last.args[0], 0, 0, 2))
+    last.args = (made,)
+
+
+@graph_pass
+def writes_into_the_inputs(module: fx.GraphModule) -> None:
+    EXAMPLE[0].mul_(2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Restless(RandomFilterPruner):
+    """Another ranking in every run."""
+
+    def score(self, layer: Layer) -> Tensor:
+        return torch.rand(len(layer.weight), generator=RESTLESS)
+
+
+RESTLESS = torch.Generator().manual_seed(0)
+EXAMPLE = inputs(Spec((), seed=3))
+LIARS: dict[str, tuple[Pass, str]] = {
+    "preserves": (scales_a_weight, "outputs differ by"),
+    "keys": (adds_a_buffer, "counter is new"),
+    "verifies": (lies_about_its_width, "its tensors say"),
+    "verifies the batch": (fixes_the_batch, "expected"),
+    "trains": (cuts_the_gradient, "gets no gradient any more"),
+    "untouched": (writes_into_the_inputs, "inputs.args"),
+    "idempotent": (Restless(0.3), "in the second run"),
+}
+
+
+@pytest.mark.parametrize("law", LIARS)
+def test_a_pass_that_breaks_its_word_is_caught(law: str) -> None:
+    item, message = LIARS[law]
+    spec = Spec((Op("conv_bn_relu", 8), Op("residual", 8), Op("head", 8, 2)), seed=3)
+    with pytest.raises(LawBroken, match=message) as caught:
+        check_laws(item, network(spec), EXAMPLE)
+    assert caught.value.law == law.split()[0]
+    check_laws(FoldBatchNorm(), network(spec), EXAMPLE)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from removal import NETWORKS, PRUNERS, check_removal, rewrites
+from removal import NETWORKS, PLAIN, PRUNERS, check_removal, check_zeroed, framed, rewrites
 
 from fxcompress.passes import RandomFilterPruner
 from fxcompress.testing import Spec, networks
@@ -50,6 +50,11 @@ def test_masked_and_removed_are_equal(spec: Spec, pruner: RandomFilterPruner, tr
     check_removal(spec, pruner, training)
 
 
+@given(spec=framed(PLAIN, max_ops=4), pruner=PRUNERS)
+def test_masked_is_zeroed_by_hand(spec: Spec, pruner: RandomFilterPruner) -> None:
+    check_zeroed(spec, pruner)
+
+
 @pytest.mark.zoo
 @settings(max_examples=max(600, settings.default.max_examples if settings.default else 0))
 @given(spec=st.one_of(NETWORKS, networks()), pruner=PRUNERS, training=st.booleans())
@@ -57,6 +62,13 @@ def test_masked_and_removed_are_equal_in_the_long_run(
     spec: Spec, pruner: RandomFilterPruner, training: bool
 ) -> None:
     check_removal(spec, pruner, training)
+
+
+@pytest.mark.zoo
+@settings(max_examples=max(300, settings.default.max_examples if settings.default else 0))
+@given(spec=framed(PLAIN, max_ops=6), pruner=PRUNERS)
+def test_masked_is_zeroed_by_hand_in_the_long_run(spec: Spec, pruner: RandomFilterPruner) -> None:
+    check_zeroed(spec, pruner)
 
 
 def test_every_rewrite_is_drawn() -> None:

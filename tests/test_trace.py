@@ -195,7 +195,7 @@ def branches(net: Net, x: Tensor) -> Tensor:
 def flags(net: Net, x: Tensor) -> Tensor:
     if x.is_cuda or x.requires_grad or x.is_sparse or x.device.type != "cpu":
         return x
-    if net.training or torch.jit.is_tracing() or torch.is_grad_enabled() is None:
+    if net.training or torch._C._get_tracing_state() is not None or torch.is_grad_enabled() is None:
         return x
     return net.conv(x) if hasattr(net, "conv") and x.is_contiguous() else x
 

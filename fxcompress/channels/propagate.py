@@ -83,8 +83,9 @@ class _Watch(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        silent = self.asleep or func.namespace == "prim" or _restrides(func, args)
         result = func(*args, **kwargs)
-        if self.asleep or func.namespace == "prim":
+        if silent:
             return result
         name, inplace = operator_name(func)
         self.moves_only = self.moves_only and name in _MOVES and not inplace
@@ -136,6 +137,15 @@ class _Watch(TorchDispatchMode):
         for factor in self.of(target).factors:
             if not any(set(dims_of(factor)) <= dims for dims in known):
                 self.ledger.freeze([factor], "it is written into a tensor without channels of its own")
+
+
+def _restrides(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether a call only rewrites the strides of dimensions of size 1 (pooling does, to keep a memory format)."""
+    if func is not torch.ops.aten.as_strided_.default:
+        return False
+    tensor, size, stride = args[:3]
+    moved = any(n > 1 and old != new for n, old, new in zip(size, tensor.stride(), stride, strict=False))
+    return list(size) == list(tensor.shape) and not moved
 
 
 class _Interpreter(fx.Interpreter):
