@@ -429,7 +429,7 @@ def _trainable(case: Case) -> bool:
     """Whether the model itself runs in train mode on the inputs (BatchNorm on one value does not)."""
     try:
         _run(copy.deepcopy(case.before).train(), case.inputs[0])
-    except Exception:  # whatever the user's model raises  # noqa: BLE001
+    except Exception:  # whatever the user's model raises
         return False
     return True
 

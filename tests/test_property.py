@@ -58,9 +58,7 @@ def test_masked_is_zeroed_by_hand(spec: Spec, pruner: RandomFilterPruner) -> Non
 @pytest.mark.zoo
 @settings(max_examples=max(600, settings.default.max_examples if settings.default else 0))
 @given(spec=st.one_of(NETWORKS, networks()), pruner=PRUNERS, training=st.booleans())
-def test_masked_and_removed_are_equal_in_the_long_run(
-    spec: Spec, pruner: RandomFilterPruner, training: bool
-) -> None:
+def test_masked_and_removed_are_equal_in_the_long_run(spec: Spec, pruner: RandomFilterPruner, training: bool) -> None:
     check_removal(spec, pruner, training)
 
 

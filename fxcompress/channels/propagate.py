@@ -57,6 +57,10 @@ WHOLE = "is one operator with all its channels"
 _RECURRENT = frozenset(f"{kind}{form}" for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu") for form in ("", "_cell"))
 
 
+#: Operators with something to say about tensors without labels.
+_MAKES_LABELS = frozenset("zeros ones full empty new_zeros new_ones new_full new_empty expand".split())
+
+
 class _Watch(TorchDispatchMode):
     """Gives every tensor that an operator makes its labels."""
 
@@ -105,8 +109,8 @@ class _Watch(TorchDispatchMode):
             for tensor in tensors:
                 self.ledger.freeze(self.of(tensor).factors, f"nothing is known about {func._schema.name}")
             made: Any = [call.made(()) if isinstance(result, Tensor) else None]
-        elif not tensors or any(self.of(tensor).factors for tensor in tensors) or name.startswith("new_"):
-            made = rule(call) if tensors or name in ("zeros", "ones", "full", "empty") else None
+        elif name in _MAKES_LABELS or any(self.of(tensor).factors for tensor in tensors):
+            made = rule(call)
         else:
             made = None
         self._assign(call, result, made)

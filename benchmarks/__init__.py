@@ -1,0 +1,1 @@
+"""What compressing costs in time, and what it gains."""
