@@ -12,6 +12,7 @@ import copy
 import gc
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import process_time
@@ -70,8 +71,8 @@ def one_round(model: nn.Module, x: Tensor) -> tuple[dict[str, float], nn.Module]
     reference = copy.deepcopy(masked)
     seconds["remove"], removed = timed(lambda: run_pass(remove, masked, context).module)
     seconds["verify"], _ = timed(lambda: verify(reference, removed, Inputs.parse(x)))
-    passes = [prune, remove]
-    seconds["compress"], _ = timed(lambda: fxcompress.compress(model, passes, example_inputs=x, progress=False))
+    whole = partial(fxcompress.compress, model, [prune, remove], example_inputs=x, progress=False)
+    seconds["compress"], _ = timed(whole)
     seconds.update(forward_passes({"dense": model, "removed": removed}, x))
     return seconds, removed
 
@@ -92,7 +93,7 @@ def row(model: nn.Module, removed: nn.Module, x: Tensor, rounds: list[dict[str, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7, help="rounds that are measured, after one that is not")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds that are measured, after one that is not")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -111,10 +112,9 @@ def main() -> None:
         table.add_column(header, justify="right", no_wrap=True)
     for name, model in models.items():
         table.add_row(name, *row(model, results[name], x, found[name]))
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(table)
-    console.print(f"Medians of {options.rounds} rounds; torch {torch.__version__}, one thread, 224x224, batch 1.")
-    console.print("trace to compress: time in forward passes of the dense model. MACs, latency: dense / removed.")
+    note = f"Medians of {options.rounds} rounds; torch {torch.__version__}, one thread, 224x224, batch 1.\n"
+    note += "trace to compress: time in forward passes of the dense model. MACs, latency: dense / removed."
+    Console(width=None if sys.stdout.isatty() else 120).print(table, note)
 
 
 if __name__ == "__main__":

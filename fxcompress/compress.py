@@ -18,7 +18,7 @@ from fxcompress.inputs import Inputs, check_devices, other_batch
 from fxcompress.module import TracedModule
 from fxcompress.pipeline import Context, Pass, PassResult, parse_passes, run_pass
 from fxcompress.report import report
-from fxcompress.trace import trace
+from fxcompress.trace import copied, trace
 from fxcompress.verify import TOLERANCE, difference
 
 
@@ -116,14 +116,9 @@ def _parse_inputs(model: nn.Module, pipeline: Sequence[Pass], example_inputs: An
 
 def _check_trace(model: nn.Module, module: TracedModule, inputs: Inputs) -> None:
     """The traced graph computes what the model does, at the example's batch size and at another where there is one."""
-    twin = copy.deepcopy(model).eval() if model.training else model
-    if model.training and twin.training != module.training:
-        twin.train(model.training)
-    deterministic = not model.training
-    if not deterministic:
-        return  # a trace in train mode is compared pass by pass, in eval mode
+    twin, trial = copied(model), copy.deepcopy(module)
     with torch.no_grad():
-        gap = difference(inputs.run(twin), inputs.run(module))
+        gap = _gap(twin, trial, inputs)
         if not gap <= TOLERANCE[torch.float32]:
             raise TraceError(
                 f"the traced model differs from the model by {gap:.3g} on the example inputs. The forward is not a "
@@ -133,14 +128,24 @@ def _check_trace(model: nn.Module, module: TracedModule, inputs: Inputs) -> None
             return
         other = inputs.rebatched(other_batch(inputs.batch))
         try:
-            expected = other.run(twin)
+            gap = _gap(twin, trial, other)
         except RuntimeError as error:
             module.meta["batched"] = ()
             warnings.warn(f"no batch dimension: the model fails at batch {other.batch} ({error})", stacklevel=3)
             return
-        if not difference(expected, other.run(module)) <= TOLERANCE[torch.float32]:
+        if not gap <= TOLERANCE[torch.float32]:
             module.meta["batched"] = ()
             warnings.warn("no batch dimension: the traced model holds for the example's batch size only", stacklevel=3)
+
+
+def _gap(model: nn.Module, module: TracedModule, inputs: Inputs) -> float:
+    """The relative difference of two models that draw the same random numbers, in whatever mode they are in."""
+    results = []
+    for item in (model, module):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            results.append(inputs.run(item))
+    return difference(*results)
 
 
 def _step(item: Pass, result: PassResult) -> Step:

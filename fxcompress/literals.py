@@ -163,8 +163,7 @@ def _convolution(groups: int) -> Callable[[Plan, fx.Node], Arguments]:
 def _layer_norm(plan: Plan, node: fx.Node) -> Arguments:
     old = _argument(node, 1, "normalized_shape")
     shape = plan.shape(plan.value(_argument(node, 0, "input")))
-    wanted = shape[len(shape) - len(old) :]
-    return _with(node, 1, "normalized_shape", wanted)
+    return _with(node, 1, "normalized_shape", _sizes(plan, old, shape[len(shape) - len(old) :]))
 
 
 def _group_norm(plan: Plan, node: fx.Node) -> Arguments:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import importlib
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
+
+from fxcompress.errors import InputError
 
 MASKS = "_masks"
 
@@ -49,6 +51,23 @@ class TracedModule(fx.GraphModule):
         for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "training"):
             tree.__dict__[name] = copy.copy(self.__dict__[name])
         return TracedModule.build(tree, copy_graph(self.graph), dict(self.meta))
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As in ``nn.Module``, but a masked module refuses other masks than its own.
+
+        Masks decide more of the graph than their buffers hold (which channels statistics run over).
+
+        Raises:
+            InputError: ``state_dict`` holds masks that differ.
+        """
+        for name, buffer in self.named_buffers():
+            given = state_dict.get(name) if name.startswith(f"{MASKS}.") else None
+            if given is not None and not torch.equal(given.to(buffer.device), buffer):
+                raise InputError(
+                    f"{name} in the state_dict differs from this module's mask; expected the same masks, because they "
+                    "are part of the graph. Copy or pickle the masked module itself, or prune again with them."
+                )
+        return super().load_state_dict(state_dict, strict, assign)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         tree = nn.Module()

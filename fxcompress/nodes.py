@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fxcompress.errors import InputError
+
 
 def apply_mask(tensor: Tensor, mask: Tensor) -> Tensor:
     """A parameter or an activation with its masked elements zero; ``mask`` is bool, True = keep, and broadcasts."""
@@ -37,6 +39,19 @@ def restore_live(tensor: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
         return tensor.new_zeros(shape).index_copy(dim, _tiled(index, shape[dim], size), tensor)
     shape[dim] = size
     return tensor.new_zeros(shape).scatter(dim, _rows(index, tensor, dim), tensor)
+
+
+def require_recorded(value: object, name: str, recorded: object) -> None:
+    """An input that is no tensor has been recorded as a constant: another value would need another graph.
+
+    Raises:
+        InputError: the value is another one than when the model was traced.
+    """
+    if value != recorded:
+        raise InputError(
+            f"input {name} is {value!r}; expected {recorded!r}, with which the model was traced: what is no tensor is "
+            "a constant of the graph. Trace the model again with the other value."
+        )
 
 
 def scale_size(size: int, numerator: int, denominator: int) -> int:

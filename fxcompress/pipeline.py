@@ -204,7 +204,7 @@ class Snapshot:
     def __init__(self, module: TracedModule) -> None:
         self.graph = str(module.graph)
         self.state = {
-            name: (tensor, tensor._version)
+            name: (tensor, _digest(tensor))
             for name, tensor in [
                 *module.named_parameters(remove_duplicate=False),
                 *module.named_buffers(remove_duplicate=False),
@@ -219,7 +219,16 @@ class Snapshot:
         return not all(_same(old, now.state[name]) for name, old in self.state.items())
 
 
-def _same(old: tuple[torch.Tensor, int], new: tuple[torch.Tensor, int]) -> bool:
+def _digest(tensor: torch.Tensor) -> tuple[int, int]:
+    """The tensor's version, and the sum of its bits: a write through ``.data`` leaves no new version."""
+    if tensor.is_meta or tensor.is_complex():
+        return tensor._version, 0
+    bits = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    words = bits[: len(bits) // 8 * 8].view(torch.int64)
+    return tensor._version, int(words.sum()) + int(bits[len(words) * 8 :].sum())
+
+
+def _same(old: tuple[torch.Tensor, tuple[int, int]], new: tuple[torch.Tensor, tuple[int, int]]) -> bool:
     if old[0] is new[0]:
         return old[1] == new[1]
     return old[0].dtype == new[0].dtype and old[0].shape == new[0].shape and torch.equal(old[0], new[0])

@@ -69,6 +69,7 @@ class Plan:
         self._cuts: dict[int, tuple[Labels, tuple[Cut, ...] | None]] = {}
         self._numbers: dict[str, Any] = {}
         self._collapsed: set[fx.Node] = set()
+        self._masked = False  # sizes are those of a masked graph: dense
 
     # ---- values ------------------------------------------------------------------------------------------------
 
@@ -132,10 +133,10 @@ class Plan:
         """A size argument that must be ``wanted`` in the live graph: itself, a literal, or a rescaled node."""
         if not isinstance(given, fx.Node):
             return given if given == -1 else wanted
-        have = self.number(given)
+        have = self.value(given) if self._masked else self.number(given)
         if have == wanted:
             return given
-        return Scaled(given, wanted, have) if self._grows(given) else wanted
+        return Scaled(given, wanted, have) if self._grows(given) and not self._masked else wanted
 
     def dense_number(self, given: fx.Node) -> Any:
         """A number that flows into values: it stays what it was in the dense graph."""
@@ -146,12 +147,11 @@ class Plan:
 
     def _grows(self, node: fx.Node) -> bool:
         """Whether a number depends on a size that is not a channel count (the batch, say)."""
-        if node.op == "call_method" and node.target == "size" and isinstance(node.args[0], fx.Node):
+        if node.op == "call_method" and node.target in ("size", "numel") and isinstance(node.args[0], fx.Node):
             labels = self.value(node.args[0])
-            dim = node.args[1]
             assert isinstance(labels, Labels)
-            assert isinstance(dim, int)
-            return dim % len(labels.shape) not in labels.varying()
+            counted = {d % len(labels.shape) for d in node.args[1:] if isinstance(d, int)} or range(len(labels.shape))
+            return not set(counted) <= labels.varying()
         return any(self._grows(source) for source in node.all_input_nodes)
 
     def align(self, name: str, value: Tensor) -> Tensor:
@@ -189,7 +189,9 @@ class Plan:
     def live_arguments(self, node: fx.Node) -> tuple[Any, Any] | None:
         """New literals for a node that reads live inputs in a graph whose sizes are dense; None where none change."""
         row = LITERALS.get(_name(node))
+        self._masked = True
         made = None if row is None else row.rewrite(self, node)
+        self._masked = False
         return None if made is None or made == (node.args, node.kwargs) else made
 
     def step(self, node: fx.Node) -> Call | Gather | None:

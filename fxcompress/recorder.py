@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fxcompress.errors import TraceError
+from fxcompress.nodes import require_recorded
 from fxcompress.sizes import TRACED, Expression, TracedInt, plain
 
 #: Calls whose *result* is decided by values, so that what Python does next cannot be recorded.
@@ -40,6 +41,9 @@ _RANDOM = frozenset(
     """.split()
 )
 _SKIPPED_FOLDERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+
+#: Methods of Tensor by the id of their function: ``x ** 2`` comes past as a function called ``pow``, which it is not.
+_METHODS = {id(getattr(Tensor, name)): name for name in dir(Tensor) if callable(getattr(Tensor, name))}
 
 MODE_HOLDER = "_mode"
 CONSTANTS = "_constants"
@@ -182,7 +186,8 @@ class Recorder(TorchFunctionMode):
     def _call(self, func: Callable[..., Any], name: str, args: Any, kwargs: Any) -> fx.Node:
         if name in _REFLECTED:
             return self.graph.call_function(getattr(operator, f"__{name[3:]}"), (args[1], args[0]))
-        if getattr(Tensor, name, None) is func or getattr(func, "__objclass__", None) is torch._C.TensorBase:
+        name = _METHODS.get(id(func), name)
+        if id(func) in _METHODS or getattr(func, "__objclass__", None) is torch._C.TensorBase:
             if name.startswith("__") and hasattr(operator, name):
                 return self.graph.call_function(getattr(operator, name), args, kwargs)
             return self.graph.call_method(name, args, kwargs)
@@ -230,6 +235,9 @@ class Recorder(TorchFunctionMode):
             self._first_input, self.device = node, value.device
         self._dynamic.add(node)
         self._bind(value, node, set(), fresh=False)
+        if not _has_tensor(value):
+            guard = self.graph.call_function(require_recorded, (node, name, value))
+            guard.meta["mutates"] = True  # it stays although nobody reads it
         self.inputs.update({self._node_of[id(tensor)].name: tensor for tensor in tensors_in(value)})
         return node
 

@@ -4,9 +4,8 @@ While a forward is recorded, ``x.shape`` hands out :class:`TracedInt`: an ``int`
 branches and prints as one) that carries the expression it came from, so that arithmetic on sizes can be
 recorded as nodes and the traced model runs at other batch sizes and resolutions.
 
-What leaves the integers on purpose is a plain number again: ``int(n)``, ``n ** -0.5``, ``math.sqrt(n)``. Those are
-values, and a value keeps what it was when the model was built. (So does ``x.shape.numel()``, which is C; ``x.numel()``
-is traced.)
+What leaves them on purpose is a plain number again: ``int(n)``, ``math.sqrt(n)``. It keeps what it was when the model
+was recorded. (So does ``x.shape.numel()``, which is C; ``x.numel()`` is traced.)
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ class TracedInt(int):
 
 
 class TracedFloat(float):
-    """A true quotient of sizes, on its way to ``ceil`` or ``floor``."""
+    """A quotient or a root of sizes."""
 
     expression: Expression
 
@@ -75,10 +74,7 @@ def _binary(function: Callable[[Any, Any], Any], reflected: bool) -> Callable[[A
         if isinstance(other, bool) or not isinstance(other, (int, float)):
             return NotImplemented
         operands = (other, self) if reflected else (self, other)
-        value = function(*map(plain, operands))
-        if function is operator.pow and not isinstance(value, int):
-            return value  # n ** -0.5 is a value, not a size
-        return _traced(value, Expression(function, *operands))
+        return _traced(function(*map(plain, operands)), Expression(function, *operands))
 
     return method
 

@@ -73,14 +73,14 @@ def trace(model: nn.Module, example_inputs: Any = None) -> TracedModule:
 
 
 def _trace(model: nn.Module, inputs: Inputs) -> TracedModule:
-    work = _copied(model)
+    work = copied(model)
     opaque: set[str] = set()
     recorder = _record_all(model, work, inputs, opaque)
     batched = _settle_batch(model, work, inputs, recorder, opaque)
     return _assemble(work, recorder, opaque, batched)
 
 
-def _copied(model: nn.Module) -> nn.Module:
+def copied(model: nn.Module) -> nn.Module:
     """A deep copy; tensors that hooks compute from parameters (pruned, weight-normalised) are copied by value."""
     memo: dict[int, Any] = {}
     for module in model.modules():

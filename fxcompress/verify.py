@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +76,17 @@ def precise(model: nn.Module) -> nn.Module:
     return made
 
 
+@contextmanager
+def _default(dtype: torch.dtype) -> Iterator[None]:
+    """A default dtype for what a forward makes without naming one."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def _is_dtype(value: Any) -> bool:
     return isinstance(value, (torch.dtype, fx.Node, slice))
 
@@ -118,7 +130,7 @@ def verify(
     bound = TOLERANCE[dtype] if tolerance is None else tolerance
     batches, worst = [inputs.batch], 0.0
     trials = [inputs] + ([inputs.rebatched(other_batch(inputs.batch))] if batched else [])
-    with torch.no_grad(), evaluating(expected), evaluating(found):
+    with torch.no_grad(), evaluating(expected), evaluating(found), _default(dtype):
         for trial in trials:
             gap = difference(trial.run(expected), trial.run(found))
             worst = max(worst, gap)

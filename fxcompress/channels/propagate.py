@@ -61,6 +61,12 @@ _RECURRENT = frozenset(f"{kind}{form}" for kind in ("lstm", "gru", "rnn_tanh", "
 _MAKES_LABELS = frozenset("zeros ones full empty new_zeros new_ones new_full new_empty expand".split())
 
 
+#: Operators that are not finite, or have no finite gradient, at zero: from which of their arguments on.
+_SINGULAR = {"div": 1, "fmod": 1, "remainder": 1} | dict.fromkeys(
+    ("reciprocal", "rsqrt", "sqrt", "log", "log2", "log10", "pow"), 0
+)
+
+
 class _Watch(TorchDispatchMode):
     """Gives every tensor that an operator makes its labels."""
 
@@ -101,6 +107,9 @@ class _Watch(TorchDispatchMode):
         return result
 
     def _apply(self, func: Any, name: str, inplace: bool, arguments: dict[str, Any], result: Any) -> None:
+        risky = list(arguments.values())[_SINGULAR[name] :] if name in _SINGULAR else []
+        if any(isinstance(tensor, Tensor) and self.of(tensor).factors for tensor in risky):
+            self.ledger.live_only.add(self.ledger.node)  # 0 / 0 on a dead channel would poison its consumers
         call = Call(name, func, arguments, result, self.ledger, self.of, self.relabel, self.values_only)
         tensors = call.tensors()
         rule = rule_for(func, name, arguments)
@@ -130,7 +139,7 @@ class _Watch(TorchDispatchMode):
             "arange",
         )
         labels = made if isinstance(made, list) else [made]
-        labels += [None] * (len(results) - len(labels))
+        labels = (labels + [None] * len(results))[: len(results)]
         for tensor, item in zip(results, labels, strict=True):
             if isinstance(tensor, Tensor):
                 self.table[tensor] = item if item is not None else Labels(tuple(tensor.shape), (), const)
