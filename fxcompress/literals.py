@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 from fxcompress.channels.labels import Labels
+from fxcompress.errors import GraphError
+from fxcompress.rewrite import describe
 
 if TYPE_CHECKING:
     from fxcompress.plan import Plan
@@ -21,11 +23,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Scaled:
-    """A size to be computed in the graph: ``node * wanted // have``, because it also counts the batch."""
+    """A size to be computed in the graph, because it also counts the batch or a resolution.
+
+    Attributes:
+        node: the number that it is computed from.
+        numerator, denominator: ``node * numerator // denominator``.
+        wanted: what that is on the example inputs.
+    """
 
     node: fx.Node
+    numerator: int
+    denominator: int
     wanted: int
-    have: int
 
 
 @dataclass(frozen=True)
@@ -90,6 +99,29 @@ def _narrow(plan: Plan, node: fx.Node) -> Arguments:
         return node.args, node.kwargs
     inside = [i for i, old in enumerate(kept) if start <= old < start + length]
     return (source, dim, inside[0] if inside else 0, len(inside)), {}
+
+
+class InexpressibleError(GraphError):
+    """A node that cannot be rewritten for a live set."""
+
+    def __init__(self, node: fx.Node, problem: str) -> None:
+        super().__init__(f"{describe(node)} {problem}, which cannot be rewritten")
+        self.node = node
+
+
+def _setitem(plan: Plan, node: fx.Node) -> Arguments:
+    """A write through an index: where its channels are now must be a plain range."""
+    args, kwargs = _getitem(plan, node)
+    old, new = (i if isinstance(i, tuple) else (i,) for i in (_open(node)[1], args[1]))
+    labels = plan.value(_open(node)[0])
+    for dim, (before, after) in enumerate(zip(old, new, strict=True)):
+        kept = _kept(plan, labels, dim) if isinstance(labels, Labels) else None
+        if kept is None or not isinstance(before, slice) or before == slice(None):
+            continue
+        chosen = range(labels.shape[dim])[before]
+        if [kept[i] for i in range(len(kept))[after]] != [i for i in chosen if i in kept]:
+            raise InexpressibleError(node, "writes into channels that are no range any more")
+    return args, kwargs
 
 
 def _getitem(plan: Plan, node: fx.Node) -> Arguments:
@@ -207,7 +239,8 @@ _ROWS = {
     Literals(_unflatten): "unflatten",
     Literals(_split): "split chunk tensor_split split_with_sizes",
     Literals(_narrow): "narrow",
-    Literals(_getitem): "getitem setitem",
+    Literals(_getitem): "getitem",
+    Literals(_setitem): "setitem",
     Literals(_pad): "pad constant_pad_nd",
     Literals(_convolution(6), takes_sizes=False): """conv1d conv2d conv3d conv_transpose1d conv_transpose2d
         conv_transpose3d""",

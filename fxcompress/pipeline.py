@@ -17,7 +17,7 @@ from fxcompress.errors import FxCompressError, InputError, PassError
 from fxcompress.inputs import Inputs
 from fxcompress.module import TracedModule
 from fxcompress.rewrite import check
-from fxcompress.verify import TOLERANCE, Align, verify
+from fxcompress.verify import Align, tolerance_of, verify
 
 
 @dataclass
@@ -235,7 +235,7 @@ def _same(old: tuple[torch.Tensor, tuple[int, int]], new: tuple[torch.Tensor, tu
 
 
 def _rounding(module: TracedModule) -> float:
-    return max((TOLERANCE.get(p.dtype, 0.0) for p in module.parameters()), default=0.0) or TOLERANCE[torch.float32]
+    return max((tolerance_of(p.dtype) for p in module.parameters() if p.is_floating_point()), default=1e-5)
 
 
 def _check_claim(item: Pass, reference: TracedModule, result: TracedModule, context: Context) -> float:

@@ -22,9 +22,8 @@ from torch.utils import _pytree as pytree
 from fxcompress.channels.labels import BoolArray, Cut, Labels, cut_shape, cut_tensor, plan_cuts
 from fxcompress.channels.solve import Channels, source_of
 from fxcompress.errors import GraphError
-from fxcompress.literals import LITERALS, Scaled
+from fxcompress.literals import LITERALS, InexpressibleError, Scaled
 from fxcompress.module import TracedModule, evaluating
-from fxcompress.rewrite import describe
 
 
 @dataclass(frozen=True)
@@ -45,14 +44,6 @@ class Call:
     target: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-
-
-class InexpressibleError(GraphError):
-    """A node that cannot be rewritten for a live set."""
-
-    def __init__(self, node: fx.Node, problem: str) -> None:
-        super().__init__(f"{describe(node)} {problem}, which cannot be rewritten")
-        self.node = node
 
 
 class Plan:
@@ -136,14 +127,22 @@ class Plan:
         have = self.value(given) if self._masked else self.number(given)
         if have == wanted:
             return given
-        return Scaled(given, wanted, have) if self._grows(given) and not self._masked else wanted
+        return self._scaled(given, wanted, have) if self._grows(given) and not self._masked else wanted
+
+    def _scaled(self, given: fx.Node, wanted: int, have: int) -> Scaled:
+        """``wanted``, computed from a number that is now ``have``; a divisor that counted channels is replaced."""
+        if given.target is operator.floordiv and isinstance(given.args[0], fx.Node) and wanted:
+            whole = self.number(given.args[0])
+            if whole % wanted == 0:
+                return Scaled(given.args[0], 1, whole // wanted, wanted)
+        return Scaled(given, wanted, have, wanted)
 
     def dense_number(self, given: fx.Node) -> Any:
         """A number that flows into values: it stays what it was in the dense graph."""
         have, dense = self.number(given), self.value(given)
         if have == dense:
             return given
-        return Scaled(given, dense, have) if self._grows(given) and isinstance(dense, int) else dense
+        return self._scaled(given, dense, have) if self._grows(given) and isinstance(dense, int) else dense
 
     def _grows(self, node: fx.Node) -> bool:
         """Whether a number depends on a size that is not a channel count (the batch, say)."""
@@ -213,7 +212,14 @@ class Plan:
         if node.name in self.channels.soft:
             self._collapsed.add(node)
             return None
+        if self._written(node):
+            raise InexpressibleError(node, "is written into and would become a copy")
         return self._gather(node)
+
+    def _written(self, node: fx.Node) -> bool:
+        """Whether something writes into a value, or into a view of it."""
+        moves = self.channels.facts.moves
+        return any(user.meta.get("mutates") or (user.name in moves and self._written(user)) for user in node.users)
 
     def _is_index(self, node: fx.Node, source: fx.Node) -> bool:
         return bool(node.args) and source is not node.args[0] and node.target is not torch.cat

@@ -52,8 +52,15 @@ CONSTANTS = "_constants"
 class TrainingFlag(int):
     """``module.training`` while recording: a flag to Python, a node when a recorded call takes it."""
 
+    asked: list[str] | None = None
+
+    def __bool__(self) -> bool:
+        if self.asked is not None:
+            self.asked.append(user_line())
+        return int(self) != 0
+
     def __mul__(self, other: Any) -> Any:
-        return WhileTraining(other, bool(self)) if isinstance(other, float) else int(self) * other
+        return WhileTraining(other, int(self) != 0) if isinstance(other, float) else int(self) * other
 
     __rmul__ = __mul__
 
@@ -109,6 +116,7 @@ class Recorder(TorchFunctionMode):
         self.quiet = 0
         self.known = known
         self.training = model.training
+        self.branches: list[str] = []
         self.device: torch.device | None = None
         self._device_node: fx.Node | None = None
         self._first_input: fx.Node | None = None
@@ -264,7 +272,7 @@ class Recorder(TorchFunctionMode):
         if isinstance(value, TRACED):
             return self._number(value)
         if isinstance(value, TrainingFlag):
-            return self._training_node() if bool(value) == self.training else bool(value)
+            return self._training_node() if int(value) == self.training else int(value) != 0
         if isinstance(value, WhileTraining):
             return self.graph.call_function(operator.mul, (self._training_node(), value.probability))
         if isinstance(value, torch.device) and value == self.device:
@@ -395,7 +403,7 @@ def _is_number(value: Any) -> bool:
 
 def _concrete(value: Any) -> Any:
     if isinstance(value, TrainingFlag):
-        return bool(value)
+        return int(value) != 0
     if isinstance(value, WhileTraining):
         return float(value)
     if isinstance(value, torch.Size):

@@ -68,7 +68,9 @@ def _entering(module: TracedModule, plan: Plan) -> dict[str, tuple[tuple[int, ..
 def _write_call(rewriter: Rewriter, node: fx.Node, call: Call) -> None:
     def settle(item: Any) -> Any:
         if isinstance(item, Scaled):
-            return rewriter.insert_before(node, "call_function", scale_size, (item.node, item.wanted, item.have))
+            return rewriter.insert_before(
+                node, "call_function", scale_size, (item.node, item.numerator, item.denominator)
+            )
         if isinstance(item, slice):
             return slice(*map(settle, (item.start, item.stop, item.step)))
         return item

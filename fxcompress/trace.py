@@ -76,6 +76,12 @@ def _trace(model: nn.Module, inputs: Inputs) -> TracedModule:
     work = copied(model)
     opaque: set[str] = set()
     recorder = _record_all(model, work, inputs, opaque)
+    if recorder.branches:
+        warnings.warn(
+            f"the forward asks for self.training, at {recorder.branches[0]}, and the model is in train mode: the path "
+            "that it takes then is what was recorded. Call model.eval() before, if the result is to run in eval mode.",
+            stacklevel=3,
+        )
     batched = _settle_batch(model, work, inputs, recorder, opaque)
     return _assemble(work, recorder, opaque, batched)
 
@@ -161,7 +167,7 @@ def _record_all(model: nn.Module, work: nn.Module, inputs: Inputs, opaque: set[s
 def _record(model: nn.Module, work: nn.Module, inputs: Inputs, opaque: set[str], known: frozenset[int]) -> Recorder:
     recorder = Recorder(work, known)
     inputs = inputs.map(Tensor.clone)
-    bound = _bind(work, inputs)
+    bound, buffers = _bind(work, inputs), dict(work.named_buffers())
     with _instrumented(work, recorder, opaque), torch.no_grad(), torch.random.fork_rng(devices=[]):
         for name, (value, optional) in bound.items():
             recorder.placeholder(name, value, optional)
@@ -177,6 +183,13 @@ def _record(model: nn.Module, work: nn.Module, inputs: Inputs, opaque: set[str],
             ) from error
         finally:
             _restore_buffers(work, model)
+        replaced = sorted(name for name, buffer in work.named_buffers() if buffer is not buffers.get(name))
+        if replaced:
+            warnings.warn(
+                f"the forward replaces {', '.join(replaced)} by a new tensor, which a graph cannot do: the result "
+                "keeps the value. Write into the buffer in place (copy_, mul_, add_).",
+                stacklevel=4,
+            )
         recorder.output(result)
     return recorder
 
@@ -230,7 +243,8 @@ def _instrumented(model: nn.Module, recorder: Recorder, opaque: set[str]) -> Ite
                 forward = functools.partial(multihead_attention, module)
             module.__dict__["forward"] = _scoped_forward(recorder, path, forward)
             if not is_leaf(module) and not any(path.startswith(f"{name}.") for name in opaque):
-                module.__dict__["training"] = TrainingFlag(module.training)
+                flag = module.__dict__["training"] = TrainingFlag(module.training)
+                flag.asked = recorder.branches if module.training else None
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)

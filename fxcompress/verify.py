@@ -40,6 +40,11 @@ class Verification:
     batches: tuple[int, ...]
 
 
+def tolerance_of(dtype: torch.dtype) -> float:
+    """How far two results may differ that were computed in this dtype."""
+    return TOLERANCE.get(dtype, 16 * torch.finfo(dtype).eps)
+
+
 def difference(expected: Any, found: Any) -> float:
     """``max abs(a - b) / max abs(a)`` over every tensor of two results of the same structure; inf where they differ."""
     left, right = pytree.tree_leaves(expected), pytree.tree_leaves(found)
@@ -122,7 +127,7 @@ def verify(
     """
     size = sum(t.numel() * t.element_size() for t in [*expected.parameters(), *expected.buffers()])
     dtype = torch.float32
-    if size < SMALL and any(t.dtype == torch.float32 for t in expected.parameters()):
+    if size < SMALL and any(t.is_floating_point() and t.dtype != torch.float64 for t in expected.parameters()):
         expected, found, dtype = precise(expected), precise(found), torch.float64
         inputs = inputs.map(lambda t: t.double() if t.is_floating_point() else t)
     elif any(t.dtype == torch.float64 for t in expected.parameters()):

@@ -110,7 +110,7 @@ class ChannelPruner(Pass):
 
     def _choose(self, groups: list[Group], module: TracedModule, context: Context) -> list[tuple[Group, float]]:
         """The removable groups that the selection takes, each with its sparsity."""
-        layers = {name: module.get_submodule(name) for group in groups for name in group.layers}
+        layers = {name: item for name, item in module.named_modules() if any(True for _ in item.parameters(False))}
         Selection(self.include, self.exclude).chosen(layers)  # raises where a selector matches nothing
         included = Selection(self.include).chosen(layers)
         excluded = frozenset() if self.exclude is None else Selection(self.exclude).chosen(layers)

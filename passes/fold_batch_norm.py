@@ -78,6 +78,9 @@ def _producer(node: fx.Node, module: TracedModule, calls: dict[str, int], contex
         or calls[str(source.target)] != 1
     ):
         return None
+    read = {str(other.target).rpartition(".")[0] for other in module.graph.find_nodes(op="get_attr")}
+    if {str(node.target), str(source.target)} & read:
+        return None
     shared = [p for other in module.modules() if other is not layer for p in other._parameters.values()]
     if any(p is layer.weight for p in shared):
         return None  # tied

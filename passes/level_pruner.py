@@ -87,7 +87,7 @@ class LevelPruner(Pass):
         blocks = {name: _to_blocks(score, self.block) for name, score in scores.items()}
         assert self.sparsity is not None
         wanted = Sparsity.parse(self.sparsity).sparsities(layers)
-        if self.scope == "global":
+        if self.scope == "global" and blocks:
             lowest = _lowest(torch.cat([b.reshape(-1) for b in blocks.values()]), next(iter(wanted.values()), 0.0))
             parts = dict(zip(blocks, lowest.split([b.numel() for b in blocks.values()]), strict=True))
         else:

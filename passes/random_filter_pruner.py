@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from fxcompress.module import TracedModule
 from fxcompress.passes.channel_pruner import ChannelPruner, Layer
+from fxcompress.pipeline import Context
 
 
 @dataclass(frozen=True)
@@ -16,14 +18,21 @@ class RandomFilterPruner(ChannelPruner):
     """Uniformly random channel scores, the same for the same seed whatever else is random.
 
     Args:
-        seed: of the scores; each layer draws its own from the seed and its name.
+        seed: of the scores; by default that of the run. Each layer draws its own from the seed and its name.
 
     Inserts masks; guarantees exactly ``int(N * s)`` channels fewer in every group (see :class:`ChannelPruner`).
     """
 
-    seed: int = 0
+    seed: int | None = None
+
+    def run(self, module: TracedModule, context: Context) -> TracedModule:
+        """Score, choose, and mask."""
+        chosen = self if self.seed is not None else replace(self, seed=context.seed)
+        return super(RandomFilterPruner, chosen).run(module, context)
 
     def score(self, layer: Layer) -> Tensor:
         """Random numbers in [0, 1): (channels,)."""
-        seed = (self.seed * 0x9E3779B1 + zlib.crc32(layer.name.encode())) % 2**32  # torch reads 32 bits of a seed
+        seed = (
+            (self.seed or 0) * 0x9E3779B1 + zlib.crc32(layer.name.encode())
+        ) % 2**32  # torch reads 32 bits of a seed
         return torch.rand(layer.weight.shape[0], generator=torch.Generator().manual_seed(seed))

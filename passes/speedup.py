@@ -156,7 +156,8 @@ def _staying(group: Group, staying: BoolArray, flags: Mapping[tuple[str, int], B
     """Why masked channels are not removed."""
     if not group.removable:
         return f"{int(staying.sum())} masked channels of {group.name} stay: {group.reason}"
-    whole = [name for name, dim in group.members if (name, dim) not in flags]
+    buffers = ("running_mean", "running_var")
+    whole = [name for name, dim in group.members if (name, dim) not in flags and not name.endswith(buffers)]
     return (
         f"{int(staying.sum())} masked channels of {group.name} stay: not masked in {', '.join(whole) or 'all slices'}"
     )

@@ -266,7 +266,6 @@ def edit(module: nn.Module) -> None:
         ([[L1FilterPruner(0.5)]], ["passes[0]", "list"]),
         ({L1FilterPruner(0.5): 1}, ["passes is a dict"]),
     ],
-    ids=str,
 )
 def test_a_list_of_passes_that_is_none(passes: Any, parts: list[str]) -> None:
     fails(InputError, parts, fresh(), passes, example_inputs=IMAGE)

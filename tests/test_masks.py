@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from nets import Net
 from scores import Chosen, InOrder, choose
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import fxcompress
 from fxcompress.passes import L1FilterPruner, LevelPruner, RandomFilterPruner, Speedup
@@ -242,6 +242,23 @@ def test_what_is_stored_behind_a_mask_does_not_matter() -> None:
         for name, mask in fxcompress.masks(masked).items():
             masked.get_parameter(name)[~mask] = 1e6
     close(expected, masked(IMAGE.float()))
+
+
+def test_masked_channels_are_zero_behind_a_norm() -> None:
+    """BatchNorm would give them its bias; nobody who looks inside may see that."""
+    _, masked = masked_half()
+    (relu,) = masked.graph.find_nodes(op="call_function", target=F.relu)
+    seen: dict[fx.Node, Any] = {}
+
+    class Watching(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            seen[n] = super().run_node(n)
+            return seen[n]
+
+    Watching(masked).run(IMAGE.float())
+    found = seen[relu.args[0]]
+    assert not found[:, :3].any()
+    assert found[:, 3:].flatten(2).any(2).all()
 
 
 def test_sparsity_is_measured() -> None:

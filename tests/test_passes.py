@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fxcompress
 from fxcompress import InputError
+from fxcompress.masking import Masking, lay
 from fxcompress.passes import (
     ChannelPruner,
     FPGMPruner,
@@ -151,6 +152,23 @@ def test_how_scores_are_combined_matters_between_groups(
     assert dead_of(masked, "c.weight") == alone_dead
 
 
+def test_scores_read_effective_values() -> None:
+    """What an element mask hides does not count: without it output 0 is the largest, with it the smallest."""
+    net = coupled([1, 1, 1], [1, 1, 1], [1, 2, 3])
+    with torch.no_grad():
+        net.c.weight.copy_(torch.tensor([[0.5] * 3, [0.1, 0.1, 0.6], [0.6, 0.1, 0.1]]))
+    x = torch.randn(2, 1)
+    assert dead_of(fxcompress.compress(net, [L1FilterPruner(0.5, include="c")], example_inputs=x), "c.weight") == [1]
+    keep = torch.tensor([[False, False, True], [True] * 3, [True] * 3])
+
+    @fxcompress.graph_pass
+    def hide(module: Any) -> None:
+        lay(module, Masking({"c.weight": keep}), None, "hide")
+
+    masked = fxcompress.compress(net, [hide, L1FilterPruner(0.5, include="c")], example_inputs=x)
+    assert dead_of(masked, "c.weight") == [0]
+
+
 # ---- one ranking over all groups ----------------------------------------------------------------------------------
 
 
@@ -262,7 +280,6 @@ def taken(masked: nn.Module) -> set[str]:
         ({"sparsity": {"body": 0.0, "*": 0.5}}, {"stem", "body.conv", "body.up"}),  # the last match
         ({"sparsity": {"*": 0.5}, "include": "body.up"}, {"body.up"}),
     ],
-    ids=str,
 )
 def test_which_layers_are_taken(options: dict[str, Any], expected: set[str]) -> None:
     pruner = L1FilterPruner(**{"sparsity": 0.5, **options})
@@ -352,7 +369,6 @@ def test_a_criterion_that_is_wrong_is_named(score: Any, part: str) -> None:
         {"scope": "model"}, {"round_to": 0}, {"round_to": 1.5}, {"round_to": True}, {"reduce": "min"},
         {"norm_by": "width"}, {"scope": "global", "sparsity": {"*": 0.5}},
     ],
-    ids=str,
 )  # fmt: skip
 def test_options_are_checked_when_the_pass_is_written(options: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=next(iter(options))):

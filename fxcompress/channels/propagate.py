@@ -146,6 +146,8 @@ class _Watch(TorchDispatchMode):
 
     def _written(self, before: Labels, target: Tensor) -> None:
         """A write into a tensor that others may see: what it did not know before is frozen."""
+        if id(target) in self.parameters:
+            self.ledger.freeze(self.of(target).factors, "the forward writes into it")
         known = [set(dims_of(factor)) for factor in before.factors]
         for factor in self.of(target).factors:
             if not any(set(dims_of(factor)) <= dims for dims in known):
@@ -235,8 +237,12 @@ def propagate(module: TracedModule, inputs: Inputs) -> Facts:
         watch.parameters[id(tensor)] = name
     interpreter = _Interpreter(module, watch, module.meta["opaque"])
     fresh = inputs.map(Tensor.clone)
+    before = [(buffer, buffer._version, buffer.clone()) for buffer in module.buffers()]
     with evaluating(module), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), watch:
         interpreter.run(*positional(module, fresh))
+    for buffer, version, value in before:  # a forward may write into its buffers
+        if buffer._version != version:
+            buffer.copy_(value)
     labels = {name: watch.of(tensor) for name, tensor in state}
     values = interpreter.values
     for node in module.graph.nodes:
