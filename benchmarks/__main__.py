@@ -106,8 +106,7 @@ def main() -> None:
             seconds, results[name] = one_round(model, x)
             if number:  # the first round loads and allocates
                 found[name].append(seconds)
-    table = Table(box=box.SIMPLE)
-    table.add_column("")
+    table = Table("", box=box.SIMPLE)
     for header in ("forward", *STAGES, "MACs", "latency", "in the rounds"):
         table.add_column(header, justify="right", no_wrap=True)
     for name, model in models.items():

@@ -84,15 +84,6 @@ def sparsity(module: nn.Module) -> dict[str, float]:
     return {**fractions, "": gone / total if total else 0.0}
 
 
-def effective(module: nn.Module, name: str) -> Tensor:
-    """A parameter times its mask, detached."""
-    path, _, leaf = name.rpartition(".")
-    parameter: Tensor = getattr(module.get_submodule(path), leaf)
-    holder = getattr(module, MASKS, None)
-    mask = dict(holder.named_buffers()).get(name) if isinstance(holder, nn.Module) else None
-    return parameter.detach() if mask is None else (parameter * mask).detach()
-
-
 def clean(module: TracedModule) -> TracedModule:
     """The module without its mask nodes, changed in place."""
     lift(module)

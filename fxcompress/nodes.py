@@ -55,7 +55,7 @@ def require_recorded(value: object, name: str, recorded: object) -> None:
 
 
 def scale_size(size: int, numerator: int, denominator: int) -> int:
-    """A size that grows with the batch, after channels that it counted are gone."""
+    """``size * numerator // denominator``: a size that counts the batch and channels at once."""
     return size * numerator // denominator
 
 

@@ -193,7 +193,8 @@ class Recorder(TorchFunctionMode):
 
     def _call(self, func: Callable[..., Any], name: str, args: Any, kwargs: Any) -> fx.Node:
         if name in _REFLECTED:
-            return self.graph.call_function(getattr(operator, f"__{name[3:]}"), (args[1], args[0]))
+            forward = "__truediv__" if name == "__rdiv__" else f"__{name[3:]}"
+            return self.graph.call_function(getattr(operator, forward), (args[1], args[0]))
         name = _METHODS.get(id(func), name)
         if id(func) in _METHODS or getattr(func, "__objclass__", None) is torch._C.TensorBase:
             if name.startswith("__") and hasattr(operator, name):

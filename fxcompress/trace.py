@@ -18,6 +18,7 @@ from fxcompress.attention import multihead_attention
 from fxcompress.errors import FxCompressError, InputError, TraceError
 from fxcompress.inputs import Inputs, check_devices, other_batch
 from fxcompress.module import TracedModule
+from fxcompress.nodes import scale_size
 from fxcompress.recorder import CONSTANTS, MODE_HOLDER, Recorder, TrainingFlag, ValueReadError, tensors_in
 
 #: Modules of torch.nn that are written out or traced through: channels, or sizes that change with them, live inside.
@@ -399,13 +400,9 @@ def _write_sizes(graph: fx.Graph, scaled: list[tuple[fx.Node, set[int]]], batch:
             if value == batch:
                 return size
             with graph.inserting_before(node):
-                return graph.call_function(_mul_div, (size, value, batch))
+                return graph.call_function(scale_size, (size, value, batch))
 
         node.args, node.kwargs = rewrite(tuple(node.args)), rewrite(dict(node.kwargs))
-
-
-def _mul_div(size: int, numerator: int, denominator: int) -> int:
-    return size * numerator // denominator
 
 
 # ---- the module that runs the graph --------------------------------------------------------------------------

@@ -54,6 +54,21 @@ def test_what_cannot_be_proven_removable_stays_with_the_reason(step: Any, reason
     assert fxcompress.masks(masked) == {}
 
 
+def test_a_shortcut_padded_with_ones_freezes_what_it_meets() -> None:
+    """Zeros would leave the convolution alone to decide; ones are something that cannot be taken away."""
+    net = Net(
+        lambda n, x: n.b(n.a(x) + F.pad(n.f(x), (0, 0, 0, 0, 2, 2), value=1.0)),
+        a=conv(3, 8), f=conv(3, 4), b=conv(8, 5),
+    )  # fmt: skip
+    groups = [group for group in fxcompress.channel_groups(net, IMAGE) if "a" in group.layers]
+    assert {(group.width, group.removable, frozenset(group.layers)) for group in groups} == {
+        (4, True, frozenset({"a", "f"})),
+        (4, False, frozenset({"a"})),
+    }
+    (reason,) = [group.reason for group in groups if not group.removable]
+    assert "another value than zero" in reason
+
+
 def test_an_opaque_submodule_freezes_what_enters_it() -> None:
     net = Net(lambda n, x: n.c(n.b(n.reads(n.a(x)))), a=conv(3, 8), reads=Reads(), b=conv(8, 4), c=conv(4, 5))
     with pytest.warns(UserWarning, match="reads"):

@@ -215,7 +215,8 @@ def test_state_dict_keys_and_gradients_are_the_models() -> None:
 
 def test_the_mode_at_the_call_decides_which_path_is_recorded() -> None:
     model = Deep().train()
-    traced = fxcompress.trace(model, X)
+    with pytest.warns(UserWarning, match=r"asks for self\.training, at .*test_trace_modules\.py:\d+.*train mode"):
+        traced = fxcompress.trace(model, X)
     assert traced.meta["unreached"] == ()
     assert set(traced.state_dict()) == set(model.state_dict())
     same(model(X), traced(X))

@@ -210,10 +210,3 @@ def cut_tensor(tensor: Tensor, cuts: Sequence[Cut]) -> Tensor:
             sizes[dim] = shape[dim]
             tensor = tensor.gather(dim, index.expand(sizes))
     return tensor
-
-
-def cut_factor(factor: Tensor, labels: Labels, cuts: Sequence[Cut]) -> Tensor:
-    """A factor of a tensor after the cuts: at full size along the cut dimensions, 1 where it does not vary."""
-    touched = {dim for cut in cuts for dim in cut.dims}
-    grown = factor.expand([labels.shape[d] if d in touched else s for d, s in enumerate(factor.shape)])
-    return cut_tensor(grown, cuts)

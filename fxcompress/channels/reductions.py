@@ -197,10 +197,6 @@ def like(call: Call) -> Labels:
 
 
 def factory(call: Call) -> Labels:
-    """A tensor of one constant can have any size: its labels are free."""
-    return Labels(
-        tuple(call.result.shape),
-        call.ledger.fresh(call.ledger.node, call.result.shape, "made"),
-        True,
-        False,
-    )
+    """A tensor of one constant can have any size: its labels are free. It is no constant, as it may be written into."""
+    shape = tuple(call.result.shape)
+    return Labels(shape, call.ledger.fresh(call.ledger.node, shape, "made"))
