@@ -25,17 +25,14 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxcompress.compress import Step, compress
-from fxcompress.generate import Op as Op
-from fxcompress.generate import Spec as Spec
-from fxcompress.generate import inputs as inputs
-from fxcompress.generate import motifs as motifs
-from fxcompress.generate import network as network
-from fxcompress.generate import networks as networks
+from fxcompress.generate import Op, Spec, inputs, motifs, network, networks
 from fxcompress.inputs import Inputs, other_batch
 from fxcompress.module import MASKS, TracedModule
 from fxcompress.pipeline import Context, Pass
 from fxcompress.trace import trace
 from fxcompress.verify import TOLERANCE, precise
+
+__all__ = ["LAWS", "Case", "LawBroken", "Op", "Spec", "check_laws", "inputs", "motifs", "network", "networks"]
 
 
 class LawBroken(AssertionError):  # noqa: N818 - it reads as what it is
@@ -214,6 +211,8 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
 
 def content(tensor: Tensor) -> tuple[Any, ...]:
     """A tensor's dtype, shape and bits."""
+    if tensor.is_meta:
+        return str(tensor.dtype), tuple(tensor.shape), b""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return (
         str(tensor.dtype),

@@ -7,8 +7,8 @@ import torch
 from hypothesis import HealthCheck, settings
 
 _SLOW = (HealthCheck.too_slow,)  # drawing a network builds it
-settings.register_profile("quick", max_examples=30, deadline=None, suppress_health_check=_SLOW)
-settings.register_profile("ci", max_examples=60, deadline=None, suppress_health_check=_SLOW, derandomize=True)
+settings.register_profile("quick", max_examples=12, deadline=None, suppress_health_check=_SLOW)
+settings.register_profile("ci", max_examples=20, deadline=None, suppress_health_check=_SLOW, derandomize=True)
 settings.register_profile("long", max_examples=600, deadline=None, suppress_health_check=_SLOW)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "quick"))
 

@@ -1,8 +1,11 @@
 """Every pass obeys the laws. A new pass is tested by being listed in `PASSES`."""
 
 import inspect
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -114,14 +117,26 @@ def _nothing_to_prune() -> Iterator[None]:
         yield
 
 
-@every_pass
-@settings(max_examples=max(4, settings.default.max_examples // 6) if settings.default else 5)
-@given(spec=networks(), training=st.booleans(), masked=st.booleans())
-def test_laws_on_generated_networks(item: Pass, spec: Spec, training: bool, masked: bool) -> None:
+def check_generated(item: Pass, spec: Spec, training: bool, masked: bool) -> None:
     model: nn.Module = network(spec).train(training)
     if masked:
         model = compress(model, [RandomFilterPruner(0.5)], example_inputs=inputs(spec), verify=False)
     check_laws(item, model, inputs(spec))
+
+
+@every_pass
+@settings(max_examples=max(4, settings().max_examples // 6))
+@given(spec=networks(), training=st.booleans(), masked=st.booleans())
+def test_laws_on_generated_networks(item: Pass, spec: Spec, training: bool, masked: bool) -> None:
+    check_generated(item, spec, training, masked)
+
+
+@pytest.mark.zoo
+@every_pass
+@settings(max_examples=60)
+@given(spec=networks(), training=st.booleans(), masked=st.booleans())
+def test_laws_in_the_long_run(item: Pass, spec: Spec, training: bool, masked: bool) -> None:
+    check_generated(item, spec, training, masked)
 
 
 @every_pass
@@ -170,6 +185,12 @@ def test_a_pass_that_fails_leaves_the_model_alone() -> None:
 
     with pytest.raises(PassError, match="halfway"):
         check_laws(fails, Convolutions(), MODELS["convolutions"][1])
+
+
+def test_hypothesis_is_needed_by_the_strategies_only() -> None:
+    code = "import sys, fxcompress.testing; sys.exit('hypothesis' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=False)
+    assert run.returncode == 0
 
 
 def test_a_law_that_is_none_is_refused() -> None:

@@ -57,7 +57,7 @@ def first_failure(kinds: tuple[str, ...], check: Check) -> tuple[Spec, RandomFil
         database=None,
         deadline=None,
         phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=[HealthCheck.too_slow],
     )
     @given(spec=framed(kinds), pruner=PRUNERS)
     def draw(spec: Spec, pruner: RandomFilterPruner) -> None:

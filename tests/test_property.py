@@ -56,14 +56,14 @@ def test_masked_is_zeroed_by_hand(spec: Spec, pruner: RandomFilterPruner) -> Non
 
 
 @pytest.mark.zoo
-@settings(max_examples=max(600, settings.default.max_examples if settings.default else 0))
+@settings(max_examples=max(600, settings().max_examples))
 @given(spec=st.one_of(NETWORKS, networks()), pruner=PRUNERS, training=st.booleans())
 def test_masked_and_removed_are_equal_in_the_long_run(spec: Spec, pruner: RandomFilterPruner, training: bool) -> None:
     check_removal(spec, pruner, training)
 
 
 @pytest.mark.zoo
-@settings(max_examples=max(300, settings.default.max_examples if settings.default else 0))
+@settings(max_examples=max(300, settings().max_examples))
 @given(spec=framed(PLAIN, max_ops=6), pruner=PRUNERS)
 def test_masked_is_zeroed_by_hand_in_the_long_run(spec: Spec, pruner: RandomFilterPruner) -> None:
     check_zeroed(spec, pruner)
