@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxcompress.errors import GraphError
 from fxcompress.module import TracedModule
@@ -30,6 +31,7 @@ class Rewriter:
         self.module = module
         self.author = author
         self.edits = 0
+        self._index = WeakTensorKeyDictionary()
 
     @property
     def graph(self) -> fx.Graph:
@@ -125,11 +127,21 @@ class Rewriter:
         new = tensor
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(tensor.detach(), requires_grad=old.requires_grad)
-        for module in self.module.modules():  # tied ones stay tied
-            for table in (vars(module)["_parameters"], vars(module)["_buffers"]):
-                for key in [key for key, other in table.items() if other is old]:
-                    table[key] = new
+        for table, key in self._places(old):  # tied ones stay tied
+            table[key] = new
         self.edits += 1
+
+    def _places(self, tensor: Tensor) -> list[tuple[dict[str, Any], str]]:
+        """Every table and key under which a parameter or buffer is kept."""
+        if tensor not in self._index:
+            self._index = WeakTensorKeyDictionary()
+            for module in self.module.modules():
+                for table in (vars(module)["_parameters"], vars(module)["_buffers"]):
+                    for key, other in table.items():
+                        if other is not None:
+                            self._index.setdefault(other, []).append((table, key))
+        places: list[tuple[dict[str, Any], str]] = self._index[tensor]
+        return places
 
     def add_buffer(self, name: str, tensor: Tensor, *, persistent: bool) -> None:
         """Register a buffer under a dotted name, making the modules on the way."""

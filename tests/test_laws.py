@@ -146,7 +146,6 @@ def test_laws_in_the_long_run(item: Pass, spec: Spec, training: bool, masked: bo
         ("convolutions", False, False),
         ("convolutions", True, True),
         ("tokens", False, True),
-        ("tokens", True, False),
     ],
 )
 def test_laws_on_models(item: Pass, name: str, masked: bool, training: bool) -> None:
