@@ -2,7 +2,7 @@
 
 import copy
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,11 +11,20 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxcompress import TracedModule, compress, masks, trace
+from fxcompress import Pass, TracedModule, compress, masks, trace
+from fxcompress.channels.labels import Labels
 from fxcompress.inputs import Inputs
 from fxcompress.motifs import MOTIFS
 from fxcompress.nodes import select_live
-from fxcompress.passes import RandomFilterPruner, Speedup
+from fxcompress.passes import (
+    FoldBatchNorm,
+    FPGMPruner,
+    L1FilterPruner,
+    L2FilterPruner,
+    LevelPruner,
+    RandomFilterPruner,
+    Speedup,
+)
 from fxcompress.pipeline import Context, run_pass
 from fxcompress.testing import Op, Spec, inputs, network, networks
 
@@ -49,6 +58,19 @@ PRUNERS = st.builds(
     seed=st.integers(0, 99),
 )
 
+_STEPS: tuple[Pass, ...] = (
+    LevelPruner(0.4),
+    LevelPruner(pattern="2:4"),
+    L1FilterPruner(0.3),
+    L2FilterPruner(0.3, scope="global", reduce="mean"),
+    FPGMPruner(0.3),
+    RandomFilterPruner(0.5, seed=1),
+    RandomFilterPruner(0.6, seed=2),
+    FoldBatchNorm(),
+    Speedup(),
+)
+PIPELINES = st.lists(st.sampled_from(_STEPS), min_size=2, max_size=4)
+
 
 def relative_gap(expected: Any, found: Any) -> float:
     """The largest ``max abs(a - b) / max abs(a)`` over outputs of the same shapes."""
@@ -60,7 +82,7 @@ def relative_gap(expected: Any, found: Any) -> float:
     return worst
 
 
-def check_removal(spec: Spec, pruner: RandomFilterPruner, training: bool = False) -> TracedModule:
+def check_removal(spec: Spec, pruner: RandomFilterPruner, training: bool = False) -> None:
     """Prune at random and remove, both verified by `compress`; then compare again, at batch sizes of our own.
 
     Every parameter of the removed network must hold exactly the elements that its mask kept, in their order.
@@ -72,13 +94,40 @@ def check_removal(spec: Spec, pruner: RandomFilterPruner, training: bool = False
     for name, parameter in model.named_parameters():
         expected = parameter[kept[name]] if name in kept else parameter.reshape(-1)
         assert torch.equal(after[name].reshape(-1), expected), f"{name} is not what its mask kept"
+    check_agreement(masked, removed, spec)
+
+
+def check_agreement(masked: TracedModule, removed: TracedModule, spec: Spec) -> None:
+    """Both compute the same in eval mode and float64, at batch sizes of our own. Both are changed to that."""
     one, two = masked.eval().double(), removed.eval().double()
     with torch.no_grad():
         for batch in (1, 5):
             (x,) = inputs(spec, batch)
             gap = relative_gap(one(x.double()), two(x.double()))
             assert gap <= 1e-9, f"masked and removed differ by {gap:.3g} at batch {batch}"
-    return removed
+
+
+def check_pipeline(spec: Spec, passes: Sequence[Pass]) -> None:
+    """Whatever ran before: removing what is masked then changes nothing."""
+    masked = compress(network(spec).eval(), passes, example_inputs=inputs(spec))
+    check_agreement(masked, compress(masked, [Speedup()], example_inputs=inputs(spec)), spec)
+
+
+def check_fine_tuned(spec: Spec, pruner: RandomFilterPruner) -> None:
+    """What was fine-tuned with masks is what ships: masked parameters may drift, and it makes no difference."""
+    masked = compress(network(spec).train(), [pruner], example_inputs=inputs(spec))
+    if not any(True for _ in masked.parameters()):
+        return
+    optimizer = torch.optim.SGD(masked.parameters(), lr=0.05, momentum=0.9, weight_decay=0.1)
+    for _ in range(3):
+        outputs = pytree.tree_leaves(masked(*inputs(spec, 4)))
+        loss = torch.stack([y.tanh().square().mean() for y in outputs]).sum()
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        optimizer.step()
+    removed = compress(masked, [Speedup()], example_inputs=inputs(spec))
+    assert removed.training
+    check_agreement(masked, removed, spec)
 
 
 #: Motifs without a statistic over channels: there a masked model is the model with its weights zeroed.
@@ -175,7 +224,7 @@ _SHRUNK = {
 
 def rewrites(spec: Spec, pruner: RandomFilterPruner) -> Counter[str]:
     """How often each kind of rewrite was needed to prune a network and remove what was masked."""
-    (example,) = inputs(spec)
+    (example,) = inputs(spec, 5)  # which no literal looks like, so that one recording is enough
     dense = trace(network(spec).eval(), example)
     context = Context(inputs=Inputs.parse(example), verify=False)  # one for both passes: one analysis
     module = run_pass(pruner, copy.deepcopy(dense), context).module
@@ -184,7 +233,8 @@ def rewrites(spec: Spec, pruner: RandomFilterPruner) -> Counter[str]:
     module = run_pass(Speedup(), module, context).module
     found["gather"] += sum(node.target is select_live for node in module.graph.nodes)
     _count_parameters(found, dense, module)
-    before, after = shapes(dense, example), shapes(module, example)
+    before = {n: v.shape for n, v in context.groups(dense).channels.facts.values.items() if isinstance(v, Labels)}
+    after = shapes(module, example)
     old = {node.name: node for node in dense.graph.nodes}
     for node in module.graph.nodes:
         if node.name not in old:

@@ -153,9 +153,7 @@ def test_attention_is_two_matrix_products(
     value = torch.randn(2, key_heads, OTHER, value_width, dtype=dtype)
     if isinstance(mask := options.get("attn_mask"), Tensor) and mask.is_floating_point():
         options = {"attn_mask": mask.to(dtype)}
-    found = count(
-        Call(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, **options)), (query, key, value)
-    )
+    found = count(Call(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, **options)), (query, key, value))
     assert found.macs == HEADS * LENGTH * OTHER * (WIDTH + value_width)
     assert [(each.kind, each.output) for each in found.table if each.macs] == [
         ("attention", (2, HEADS, LENGTH, value_width))
@@ -205,9 +203,7 @@ def test_transformer_layers_count_as_their_parts() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(
-    "options", [{}, {"num_layers": 2}, {"bidirectional": True}, {"batch_first": True}], ids=str
-)
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2}, {"bidirectional": True}, {"batch_first": True}], ids=str)
 @pytest.mark.parametrize("cls, gates", [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])
 def test_recurrent_layers(
     cls: Callable[..., nn.Module], gates: int, options: dict[str, Any], dtype: torch.dtype
@@ -274,9 +270,7 @@ def test_figures_are_per_sample(batch: int) -> None:
     expected = count(model, x)
     found = count(model, torch.randn(batch, 3, 64, 64))
     assert (found.macs, found.elementwise) == (expected.macs, expected.elementwise)
-    assert [(each.name, each.macs) for each in found.table] == [
-        (each.name, each.macs) for each in expected.table
-    ]
+    assert [(each.name, each.macs) for each in found.table] == [(each.name, each.macs) for each in expected.table]
 
 
 def test_work_on_weights_is_shared_by_the_samples_and_rounded_up() -> None:

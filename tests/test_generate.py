@@ -36,9 +36,7 @@ def check_runs(spec: Spec, batches: tuple[int, ...]) -> None:
     loss = torch.stack([y.square().mean() for y in run(model.train(), *inputs(spec))]).sum()
     if loss.requires_grad:
         torch.autograd.backward(loss)
-    unreached = [
-        name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()
-    ]
+    unreached = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert not unreached
 
 
@@ -63,9 +61,7 @@ def test_the_same_spec_gives_the_same_network(spec: Spec) -> None:
     assert torch.equal(state, torch.get_rng_state()), "building moved the global generator"
     assert str(one) == str(two)
     assert one.state_dict().keys() == two.state_dict().keys()
-    assert all(
-        torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
     for a, b in zip(run(one, *inputs(spec)), run(two, *inputs(spec)), strict=True):
         assert torch.equal(a, b)
 
@@ -190,10 +186,7 @@ def test_specs_print_as_they_are_written() -> None:
 
 def test_hypothesis_is_needed_by_the_strategy_only(monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import sys, fxcompress.generate; sys.exit('hypothesis' in sys.modules)"
-    assert (
-        subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=False).returncode
-        == 0
-    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=False).returncode == 0
     monkeypatch.setitem(sys.modules, "hypothesis", None)
     with pytest.raises(ImportError, match="pip install hypothesis"):
         networks()

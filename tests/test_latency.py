@@ -73,8 +73,7 @@ def restless() -> Restless:
 def snapshot(model: Restless) -> dict[str, Any]:
     return {
         "state": {
-            name: (id(value), value.clone())
-            for name, value in (*model.named_parameters(), *model.named_buffers())
+            name: (id(value), value.clone()) for name, value in (*model.named_parameters(), *model.named_buffers())
         },
         "modes": [module.training for module in model.modules()],
         "attributes": [sorted(vars(module)) for module in model.modules()],
@@ -107,9 +106,7 @@ def same(left: Any, right: Any) -> bool:
 
 @pytest.mark.parametrize("measure", [count, lambda *args: latency(*args, min_run_time=0.0, threads=1)])
 @pytest.mark.parametrize("fails", [False, True])
-def test_model_inputs_and_random_state_are_left_as_they_were(
-    measure: Callable[..., Any], fails: bool
-) -> None:
+def test_model_inputs_and_random_state_are_left_as_they_were(measure: Callable[..., Any], fails: bool) -> None:
     model, x = restless(), torch.randn(2, 3, 6, 6)
     model.fails = fails
     before, inputs = snapshot(model), x.clone()

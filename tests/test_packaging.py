@@ -41,9 +41,7 @@ def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 
 def test_packages_listed_are_packages_on_disk() -> None:
     on_disk = {
-        Path(name).parent.as_posix().replace("/", ".")
-        for name in source_files()
-        if name.endswith("/__init__.py")
+        Path(name).parent.as_posix().replace("/", ".") for name in source_files() if name.endswith("/__init__.py")
     }
     assert sorted(SETUPTOOLS["packages"]) == sorted(on_disk)
 

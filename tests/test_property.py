@@ -7,8 +7,20 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from removal import NETWORKS, PLAIN, PRUNERS, check_removal, check_zeroed, framed, rewrites
+from removal import (
+    NETWORKS,
+    PIPELINES,
+    PLAIN,
+    PRUNERS,
+    check_fine_tuned,
+    check_pipeline,
+    check_removal,
+    check_zeroed,
+    framed,
+    rewrites,
+)
 
+from fxcompress import Pass
 from fxcompress.passes import RandomFilterPruner
 from fxcompress.testing import Spec, networks
 
@@ -55,6 +67,18 @@ def test_masked_is_zeroed_by_hand(spec: Spec, pruner: RandomFilterPruner) -> Non
     check_zeroed(spec, pruner)
 
 
+@settings(max_examples=max(8, settings().max_examples // 4))
+@given(spec=NETWORKS, passes=PIPELINES)
+def test_any_pipeline_then_removal(spec: Spec, passes: list[Pass]) -> None:
+    check_pipeline(spec, passes)
+
+
+@settings(max_examples=max(8, settings().max_examples // 4))
+@given(spec=NETWORKS, pruner=PRUNERS)
+def test_what_was_fine_tuned_is_what_ships(spec: Spec, pruner: RandomFilterPruner) -> None:
+    check_fine_tuned(spec, pruner)
+
+
 @pytest.mark.zoo
 @settings(max_examples=max(600, settings().max_examples))
 @given(spec=st.one_of(NETWORKS, networks()), pruner=PRUNERS, training=st.booleans())
@@ -67,6 +91,14 @@ def test_masked_and_removed_are_equal_in_the_long_run(spec: Spec, pruner: Random
 @given(spec=framed(PLAIN, max_ops=6), pruner=PRUNERS)
 def test_masked_is_zeroed_by_hand_in_the_long_run(spec: Spec, pruner: RandomFilterPruner) -> None:
     check_zeroed(spec, pruner)
+
+
+@pytest.mark.zoo
+@settings(max_examples=150)
+@given(spec=NETWORKS, passes=PIPELINES, pruner=PRUNERS)
+def test_pipelines_and_fine_tuning_in_the_long_run(spec: Spec, passes: list[Pass], pruner: RandomFilterPruner) -> None:
+    check_pipeline(spec, passes)
+    check_fine_tuned(spec, pruner)
 
 
 def test_every_rewrite_is_drawn() -> None:

@@ -131,9 +131,7 @@ def test_names_are_not_markup(tmp_path: Path) -> None:
 
 def test_neither_model_is_changed() -> None:
     before, after = Net(8).train(), Net(2).train()
-    states = [
-        {name: value.clone() for name, value in model.state_dict().items()} for model in (before, after)
-    ]
+    states = [{name: value.clone() for name, value in model.state_dict().items()} for model in (before, after)]
     report(before, after, torch.randn(2, 3, 6, 6))
     for model, state in zip((before, after), states, strict=True):
         assert all(module.training for module in model.modules())

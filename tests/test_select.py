@@ -115,9 +115,7 @@ def test_without_near_names_some_are_listed() -> None:
 
 
 def test_a_type_without_a_match_lists_the_types_there() -> None:
-    with pytest.raises(
-        SelectionError, match=r"include=Conv1d matches none of the 6 layers; near types: Conv2d"
-    ):
+    with pytest.raises(SelectionError, match=r"include=Conv1d matches none of the 6 layers; near types: Conv2d"):
         Selection(nn.Conv1d).chosen(LAYERS)
 
 
@@ -187,9 +185,7 @@ def test_order_decides_not_precision() -> None:
 
 
 def test_a_sparsity_pattern_without_a_match_raises() -> None:
-    with pytest.raises(
-        SelectionError, match=r"sparsity='layer2' matches none of the 6 layers; near names: layer1"
-    ):
+    with pytest.raises(SelectionError, match=r"sparsity='layer2' matches none of the 6 layers; near names: layer1"):
         Sparsity.parse({"conv1": 0.5, "layer2": 0.5}).sparsities(LAYERS)
 
 

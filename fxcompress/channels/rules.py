@@ -67,6 +67,7 @@ def join(ledger: Ledger, operands: Sequence[tuple[tuple[int, ...], Sequence[Tens
     nothing may be cut there. Returns the distinct factors that remain.
     """
     sides = [(shape, list(factors)) for shape, factors in operands]
+    pins: list[tuple[int, Tensor, set[int]]] = []
     frozen = True
     while frozen:  # what is frozen is dense from here on, which may freeze more: every round takes a factor away
         pins = [(i, f, dense) for i, (_, fs) in enumerate(sides) for f in fs if (dense := _dense_dims(sides, i, f))]
