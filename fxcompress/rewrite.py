@@ -139,7 +139,8 @@ class Rewriter:
                 for table in (vars(module)["_parameters"], vars(module)["_buffers"]):
                     for key, other in table.items():
                         if other is not None:
-                            self._index[other] = [*self._index.get(other, []), (table, key)]
+                            known: Any = self._index.get(other)
+                            self._index[other] = [*(known or ()), (table, key)]
         places: list[tuple[dict[str, Any], str]] = self._index[tensor]
         return places
 
