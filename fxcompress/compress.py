@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
 import warnings
 from collections.abc import Sequence
@@ -82,8 +83,8 @@ def compress(
         module = trace(model, None if inputs is None else inputs)
         if verify and inputs is not None and not isinstance(model, TracedModule):
             _check_trace(model, module, inputs)
-        for item in pipeline:
-            result = run_pass(item, module, context)
+        for item, following in itertools.zip_longest(pipeline, pipeline[1:]):
+            result = run_pass(item, module, context, lays=following is None or not following.lifts)
             module = result.module
             module.meta["history"] = (*module.meta["history"], _step(item, result))
             console.print(_line(item, result))

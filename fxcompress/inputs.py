@@ -107,3 +107,8 @@ def check_devices(model: nn.Module, inputs: Inputs) -> None:
                 f"{name} is on {tensor.device} and the example inputs are on {found}; expected one device for all. "
                 f"Move them together, for example with inputs.to('{tensor.device}')."
             )
+
+
+def tensors_in(value: Any) -> Iterable[Tensor]:
+    """Every tensor in a nest of tuples, lists and dicts."""
+    return (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))

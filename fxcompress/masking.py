@@ -41,6 +41,20 @@ class Masking:
     elements: dict[str, Tensor] = field(default_factory=dict)
     dead: dict[tuple[str, int], BoolArray] = field(default_factory=dict)
 
+    def __bool__(self) -> bool:
+        return bool(self.elements or self.dead)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Masking):
+            return NotImplemented
+        if self.elements.keys() != other.elements.keys() or self.dead.keys() != other.dead.keys():
+            return False
+        return all(torch.equal(mask, other.elements[name]) for name, mask in self.elements.items()) and all(
+            np.array_equal(flags, other.dead[axis]) for axis, flags in self.dead.items()
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
     def live(self, channels: Channels) -> BoolArray:
         """For every label of an analysis whether it lives."""
         gone: list[np.ndarray[Any, Any]] = [np.empty(0, dtype=np.int64)]
@@ -65,6 +79,13 @@ class Masking:
             if axis.kind != "made" and (flags := ~live[axis.start : axis.start + axis.size]).any()
         }
         return Masking(self.elements, dead)
+
+
+def complete(module: TracedModule, masking: Masking, channels: Channels) -> Masking:
+    """The same masking, every slice of a dead channel masked element by element too."""
+    if not masking.dead:
+        return masking
+    return masking.joined(_parameter_masks(module, Plan(module, channels, masking.live(channels))))
 
 
 def masks(module: nn.Module) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from torch import fx
 from fxcompress.channels.groups import ChannelGroups, analyse
 from fxcompress.errors import FxCompressError, InputError, PassError
 from fxcompress.inputs import Inputs
+from fxcompress.masking import Masking, lay, lift
 from fxcompress.module import TracedModule
 from fxcompress.rewrite import check
 from fxcompress.verify import Align, tolerance_of, verify
@@ -30,6 +31,7 @@ class Context:
         verify: whether claims are checked by running models.
         notes: what the passes had to say, for the history.
         align: set by a pass that changes shapes: what a value of the module before it is in the one after it.
+        masking: the module's masks while they are lifted off its graph, else None; see :attr:`Pass.lifts`.
     """
 
     inputs: Inputs | None = None
@@ -37,6 +39,8 @@ class Context:
     verify: bool = True
     notes: list[str] = field(default_factory=list)
     align: Align | None = None
+    masking: Masking | None = None
+    _snapshot: tuple[TracedModule, Snapshot] | None = None
     _analyses: dict[str, ChannelGroups] = field(default_factory=dict)
 
     def groups(self, module: TracedModule) -> ChannelGroups:
@@ -54,6 +58,12 @@ class Context:
         if key not in self._analyses:
             self._analyses[key] = analyse(module, self.inputs)
         return self._analyses[key]
+
+    def masked(self, module: TracedModule, author: str) -> TracedModule:
+        """The module with its lifted masks laid over it, in place."""
+        if self.masking is not None:
+            lay(module, self.masking, self.groups(module) if self.masking.dead else None, author)
+        return module
 
 
 @dataclass(frozen=True)
@@ -90,6 +100,12 @@ class Pass(ABC):
     needs_inputs: ClassVar[bool] = False
     #: Running it again changes nothing.
     idempotent: ClassVar[bool] = False
+    #: It is given the clean graph, with the masks in ``context.masking``, and leaves the new ones there: the pipeline
+    #: lays them over the graph when something wants to see them there.
+    lifts: ClassVar[bool] = False
+    #: It replaces tensors, or writes into them where autograd's version counter sees it (not through ``.data``): that
+    #: it changed nothing is known without reading every value.
+    versioned: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -111,7 +127,7 @@ class Pass(ABC):
 
     def reference(self, module: TracedModule, context: Context) -> TracedModule:
         """What the result must equal where the pass preserves the function: by default the module as it came."""
-        return copy.deepcopy(module)
+        return context.masked(copy.deepcopy(module), self.name)
 
 
 @dataclass(frozen=True, repr=False)
@@ -199,38 +215,47 @@ def parse_passes(passes: Any) -> tuple[Pass, ...]:
 
 
 class Snapshot:
-    """A module's printed graph and tensors, to tell afterwards whether a pass changed anything (``training`` aside)."""
+    """A module's printed graph, tensors and lifted masks, to tell afterwards whether a pass changed anything
+    (``training`` aside).
 
-    def __init__(self, module: TracedModule) -> None:
-        self.graph = str(module.graph)
+    Args:
+        module: the module.
+        masking: its masks, if they are lifted.
+        values: whether to read every value, for passes that may write through ``.data``.
+    """
+
+    def __init__(self, module: TracedModule, masking: Masking | None = None, *, values: bool = True) -> None:
+        self.graph, self.masking = str(module.graph), masking
         self.state = {
-            name: (tensor, _digest(tensor))
+            name: (tensor, tensor._version, _digest(tensor) if values else None)
             for name, tensor in [
                 *module.named_parameters(remove_duplicate=False),
                 *module.named_buffers(remove_duplicate=False),
             ]
         }
 
-    def differs(self, module: TracedModule) -> bool:
-        """Whether the module now prints differently, or holds other tensors or other values."""
-        now = Snapshot(module)
-        if self.graph != now.graph or self.state.keys() != now.state.keys():
+    def differs(self, now: Snapshot) -> bool:
+        """Whether the module printed differently then, or held other tensors, other values or other masks."""
+        if self.graph != now.graph or self.state.keys() != now.state.keys() or self.masking != now.masking:
             return True
         return not all(_same(old, now.state[name]) for name, old in self.state.items())
 
 
-def _digest(tensor: torch.Tensor) -> tuple[int, int]:
-    """The tensor's version, and the sum of its bits: a write through ``.data`` leaves no new version."""
+_Held = tuple[torch.Tensor, int, int | None]
+
+
+def _digest(tensor: torch.Tensor) -> int:
+    """The sum of a tensor's bits: a write through ``.data`` leaves no new version."""
     if tensor.is_meta or tensor.is_complex():
-        return tensor._version, 0
+        return 0
     bits = tensor.detach().contiguous().view(-1).view(torch.uint8)
     words = bits[: len(bits) // 8 * 8].view(torch.int64)
-    return tensor._version, int(words.sum()) + int(bits[len(words) * 8 :].sum())
+    return int(words.sum()) + int(bits[len(words) * 8 :].sum())
 
 
-def _same(old: tuple[torch.Tensor, tuple[int, int]], new: tuple[torch.Tensor, tuple[int, int]]) -> bool:
+def _same(old: _Held, new: _Held) -> bool:
     if old[0] is new[0]:
-        return old[1] == new[1]
+        return old[1] == new[1] and (old[2] == new[2] or None in (old[2], new[2]))
     return old[0].dtype == new[0].dtype and old[0].shape == new[0].shape and torch.equal(old[0], new[0])
 
 
@@ -252,8 +277,14 @@ def _check_claim(item: Pass, reference: TracedModule, result: TracedModule, cont
     ).difference
 
 
-def run_pass(item: Pass, module: TracedModule, context: Context) -> PassResult:
+def run_pass(item: Pass, module: TracedModule, context: Context, *, lays: bool = True) -> PassResult:
     """Run one pass with its contract.
+
+    Args:
+        item: the pass.
+        module: changed in place.
+        context: for this module; its masks may be lifted.
+        lays: put the masks into the graph afterwards; without, they stay in the context for the next pass.
 
     Raises:
         PassError: the pass failed or broke its contract (the cause is attached); errors of fxcompress' own family
@@ -265,10 +296,17 @@ def run_pass(item: Pass, module: TracedModule, context: Context) -> PassResult:
     try:
         context.align = None
         item.requires(module, context)
-        before = Snapshot(module)
+        _hold(item, module, context)
+        before = _snapshot(item, module, context)
         reference = item.reference(module, context) if check_claim else None
         result = item.run(module, context)
         item.ensures(result, context)
+        after = Snapshot(result, context.masking, values=not item.versioned)
+        modified = before.differs(after)
+        context._snapshot = result, after
+        if context.masking is not None and (lays or check_claim):
+            context.masked(result, item.name)
+            context.masking = None
         gap = None if reference is None else _check_claim(item, reference, result, context)
         if item.preserves and context.verify and context.inputs is None:
             context.notes.append("the claim to preserve the function was not checked: there are no example inputs")
@@ -277,4 +315,21 @@ def run_pass(item: Pass, module: TracedModule, context: Context) -> PassResult:
         raise
     except Exception as error:
         raise PassError(f"{item.name} failed: {type(error).__name__}: {error} (options: {item!r})") from error
-    return PassResult(result, before.differs(result), tuple(context.notes[said:]), time.perf_counter() - start, gap)
+    return PassResult(result, modified, tuple(context.notes[said:]), time.perf_counter() - start, gap)
+
+
+def _hold(item: Pass, module: TracedModule, context: Context) -> None:
+    """Masks lifted, or laid, as the pass expects them."""
+    if item.lifts and context.masking is None:
+        context.masking = lift(module)
+    elif not item.lifts and context.masking is not None:
+        context.masked(module, "pipeline")
+        context.masking = None
+
+
+def _snapshot(item: Pass, module: TracedModule, context: Context) -> Snapshot:
+    """The one that the pass before left, if it will do."""
+    known, context._snapshot = context._snapshot, None
+    if known is not None and item.versioned and known[0] is module and known[1].masking is context.masking is not None:
+        return known[1]
+    return Snapshot(module, context.masking, values=not item.versioned)

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fxcompress.errors import TraceError
+from fxcompress.inputs import tensors_in
 from fxcompress.nodes import require_recorded
 from fxcompress.sizes import TRACED, Expression, TracedInt, plain
 
@@ -412,8 +413,3 @@ def _concrete(value: Any) -> Any:
     if isinstance(value, slice):
         return slice(plain(value.start), plain(value.stop), plain(value.step))
     return plain(value)
-
-
-def tensors_in(value: Any) -> Iterable[Tensor]:
-    """Every tensor in a nest of tuples, lists and dicts."""
-    return (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))

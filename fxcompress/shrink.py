@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxcompress.channels.groups import ChannelGroups
@@ -20,7 +21,13 @@ from fxcompress.rewrite import Rewriter, rewriting
 GATHERS = "_gathers"
 
 
-def shrink(module: TracedModule, groups: ChannelGroups, live: BoolArray, author: str) -> Plan:
+def shrink(
+    module: TracedModule,
+    groups: ChannelGroups,
+    live: BoolArray,
+    author: str,
+    masks: Mapping[str, Tensor] | None = None,
+) -> Plan:
     """Remove every channel that does not live; returns how every value of the graph was cut.
 
     Args:
@@ -28,6 +35,7 @@ def shrink(module: TracedModule, groups: ChannelGroups, live: BoolArray, author:
         groups: its channel analysis.
         live: for every label whether it lives; satisfies the analysis' constraints.
         author: the pass, for provenance.
+        masks: of single elements, by parameter, True = keep: multiplied into what remains.
     """
     plan = Plan(module, groups.channels, live)
     with evaluating(module):  # everything is decided before anything is changed
@@ -43,7 +51,7 @@ def shrink(module: TracedModule, groups: ChannelGroups, live: BoolArray, author:
                 _write_call(rewriter, node, step)
         for node, source in reversed(identities):  # after all others were written, which still read them
             rewriter.replace(node, source)
-        _cut_tensors(rewriter, plan)
+        _cut_tensors(rewriter, plan, masks or {})
         for name, layer in module.named_modules():
             if name in entering or (name and any(True for _ in layer.parameters(recurse=False))):
                 labels, groups_now = entering.get(name, (None, None))
@@ -94,11 +102,14 @@ def _write_gather(rewriter: Rewriter, node: fx.Node, gather: Gather) -> None:
     rewriter.become(node, "call_function", select_live, (gather.source, gather.dim, index, gather.size))
 
 
-def _cut_tensors(rewriter: Rewriter, plan: Plan) -> None:
-    """Every parameter and buffer without its dead slices."""
+def _cut_tensors(rewriter: Rewriter, plan: Plan, masks: Mapping[str, Tensor]) -> None:
+    """Every parameter and buffer without its dead slices, and zero where it is masked."""
     for name, labels in plan.channels.facts.state.items():
-        cuts = plan.cuts(labels)
-        if not cuts:
+        cuts, mask = plan.cuts(labels), masks.get(name)
+        if not cuts and mask is None:
             continue
         holder, leaf = rewriter.owner(name)
-        rewriter.set_tensor(name, cut_tensor(getattr(holder, leaf).detach(), cuts).contiguous())
+        tensor = cut_tensor(getattr(holder, leaf).detach(), cuts or ())
+        if mask is not None:
+            tensor = tensor * cut_tensor(mask, cuts or ()).to(tensor.device)
+        rewriter.set_tensor(name, tensor.contiguous())

@@ -16,10 +16,10 @@ from torch import Tensor, fx, nn
 
 from fxcompress.attention import multihead_attention
 from fxcompress.errors import FxCompressError, InputError, TraceError
-from fxcompress.inputs import Inputs, check_devices, other_batch
+from fxcompress.inputs import Inputs, check_devices, other_batch, tensors_in
 from fxcompress.module import TracedModule
 from fxcompress.nodes import scale_size
-from fxcompress.recorder import CONSTANTS, MODE_HOLDER, Recorder, TrainingFlag, ValueReadError, tensors_in
+from fxcompress.recorder import CONSTANTS, MODE_HOLDER, Recorder, TrainingFlag, ValueReadError
 
 #: Modules of torch.nn that are written out or traced through: channels, or sizes that change with them, live inside.
 _OPENED = (

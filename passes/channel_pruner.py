@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fxcompress.channels.groups import Group, Slices
 from fxcompress.errors import InputError, PassError
-from fxcompress.masking import Masking, lay, lift
+from fxcompress.masking import Masking, complete
 from fxcompress.module import TracedModule
 from fxcompress.pipeline import Context, Pass
 from fxcompress.plan import settle
@@ -65,6 +65,8 @@ class ChannelPruner(Pass):
 
     needs_inputs: ClassVar[bool] = True
     idempotent: ClassVar[bool] = True
+    lifts: ClassVar[bool] = True
+    versioned: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         Sparsity.parse(self.sparsity)
@@ -84,9 +86,9 @@ class ChannelPruner(Pass):
 
     def run(self, module: TracedModule, context: Context) -> TracedModule:
         """Score, choose, and mask."""
-        masking = lift(module)
         groups = context.groups(module)
         channels = groups.channels
+        masking = complete(module, context.masking or Masking(), channels)
         live = masking.live(channels)
         chosen = self._choose(list(groups), module, context)
         scores = [self._scores(group, module, masking) for group, _ in chosen]
@@ -103,7 +105,8 @@ class ChannelPruner(Pass):
         back = int(kept[gone].sum())
         if back:
             context.notes.append(f"{back} channels stay so that coupled rows keep equal numbers")
-        lay(module, masking.with_live(channels, kept), groups, self.name)
+        if (kept != live).any():
+            context.masking = masking.with_live(channels, kept)
         return module
 
     # ---- which groups ------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxcompress.channels.labels import Labels
-from fxcompress.masking import lay, lift
+from fxcompress.masking import Masking
 from fxcompress.module import TracedModule
 from fxcompress.pipeline import Context, Pass
 from fxcompress.rewrite import Rewriter, rewriting
@@ -39,10 +39,11 @@ class FoldBatchNorm(Pass):
     preserves: ClassVar[bool] = True
     rounds: ClassVar[bool] = True
     idempotent: ClassVar[bool] = True
+    lifts: ClassVar[bool] = True
+    versioned: ClassVar[bool] = True
 
     def run(self, module: TracedModule, context: Context) -> TracedModule:
         """Fold every pair."""
-        masking = lift(module)
         calls: dict[str, int] = {}
         for node in module.graph.nodes:
             if node.op == "call_module":
@@ -55,11 +56,8 @@ class FoldBatchNorm(Pass):
                     folded.append(_fold(rewriter, producer, node))
         if folded:
             context.notes.append(f"folded {', '.join(folded)}")
-        norms = {name for name in masking.elements if name not in dict(module.named_parameters())}
-        for name in norms:
-            del masking.elements[name]
-        if masking.elements:
-            lay(module, masking, context.groups(module) if masking.dead else None, self.name)
+            masking, left = context.masking or Masking(), dict(module.named_parameters())
+            context.masking = Masking({n: mask for n, mask in masking.elements.items() if n in left}, masking.dead)
         return module
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fxcompress.errors import InputError
-from fxcompress.masking import lay, lift
+from fxcompress.masking import Masking, complete
 from fxcompress.module import TracedModule
 from fxcompress.pipeline import Context, Pass
 from fxcompress.select import Selection, Selectors, Sparsity
@@ -44,6 +44,8 @@ class LevelPruner(Pass):
     block: tuple[int, int] | None = None
 
     idempotent: ClassVar[bool] = True
+    lifts: ClassVar[bool] = True
+    versioned: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         Selection(self.include, self.exclude)
@@ -64,7 +66,9 @@ class LevelPruner(Pass):
 
     def run(self, module: TracedModule, context: Context) -> TracedModule:
         """Choose elements and mask them."""
-        masking = lift(module)
+        masking = context.masking or Masking()
+        if masking.dead:
+            masking = complete(module, masking, context.groups(module).channels)
         weights = _weights(module)
         layers = {name.rpartition(".")[0]: module.get_submodule(name.rpartition(".")[0]) for name in weights}
         chosen = Selection(self.include, self.exclude).chosen(layers)
@@ -76,7 +80,8 @@ class LevelPruner(Pass):
             scores[name] = score if mask is None else score.masked_fill(~mask, -1.0)  # masked already: first to go
         masks = self._masks(scores, layers)
         joined = masking.joined({name: mask for name, mask in masks.items() if not bool(mask.all())})
-        lay(module, joined, context.groups(module) if joined.dead else None, self.name)
+        if joined != masking:
+            context.masking = joined
         return module
 
     def _masks(self, scores: dict[str, Tensor], layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:

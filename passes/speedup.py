@@ -14,7 +14,7 @@ from torch import Tensor
 from fxcompress.channels.groups import ChannelGroups, Group
 from fxcompress.channels.labels import BoolArray
 from fxcompress.errors import InputError, PassError
-from fxcompress.masking import Masking, lay, lift
+from fxcompress.masking import Masking, lay
 from fxcompress.module import MASKS, TracedModule
 from fxcompress.pipeline import Context, Pass
 from fxcompress.plan import settle
@@ -39,6 +39,8 @@ class Speedup(Pass):
     preserves: ClassVar[bool] = True
     needs_inputs: ClassVar[bool] = True
     idempotent: ClassVar[bool] = True
+    lifts: ClassVar[bool] = True
+    versioned: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.masks is not None and not isinstance(self.masks, Mapping):
@@ -60,28 +62,28 @@ class Speedup(Pass):
 
     def reference(self, module: TracedModule, context: Context) -> TracedModule:
         """The masked module; with given masks, the module masked with them."""
-        masked = copy.deepcopy(module)
-        if self.masks:
-            own = lift(masked)
-            groups = context.groups(masked)
-            dead = self._joined(masked, own, groups)[0].dead
-            _multiply(masked, self.masks, self.name)
-            lay(masked, Masking(own.elements, dead), groups, self.name)
+        if not self.masks:
+            return super().reference(module, context)
+        masked, own, groups = copy.deepcopy(module), context.masking or Masking(), context.groups(module)
+        dead = self._joined(masked, own, groups)[0].dead
+        _multiply(masked, self.masks, self.name)
+        lay(masked, Masking(own.elements, dead), groups, self.name)
         return masked
 
     def run(self, module: TracedModule, context: Context) -> TracedModule:
-        """Lift the masks and remove what they say."""
-        masking = lift(module)
-        if not self.masks and not masking.elements:
+        """Remove what the masks say."""
+        masking, context.masking = context.masking or Masking(), Masking()
+        if not self.masks and not masking:
             return module
         groups = context.groups(module)
         masking, notes = self._joined(module, masking, groups)
         context.notes += notes
         live = masking.live(groups.channels)
         before = sum(parameter.numel() for parameter in module.parameters())
-        _multiply(module, masking.elements, self.name)
-        if not live.all():
-            context.align = shrink(module, groups, live, self.name).align
+        if live.all():
+            _multiply(module, masking.elements, self.name)
+        else:
+            context.align = shrink(module, groups, live, self.name, masking.elements).align
         after = sum(parameter.numel() for parameter in module.parameters())
         context.notes.append(f"{before - after:,} of {before:,} parameters removed")
         return module
@@ -89,7 +91,7 @@ class Speedup(Pass):
     def ensures(self, module: TracedModule, context: Context) -> None:
         """No mask is left."""
         super().ensures(module, context)
-        if hasattr(module, MASKS) or any("mask" in node.meta for node in module.graph.nodes):
+        if context.masking or hasattr(module, MASKS) or any("mask" in node.meta for node in module.graph.nodes):
             raise PassError(f"{self.name} left mask nodes in the graph")
 
     def _joined(self, module: TracedModule, masking: Masking, groups: ChannelGroups) -> tuple[Masking, list[str]]:

@@ -134,6 +134,8 @@ def column_of(factor: Tensor, among: Sequence[int] | None = None) -> int:
 
 def blocks_of(labels: Labels) -> list[tuple[tuple[int, ...], list[Tensor]]]:
     """Factors that share dimensions, together, with the dimensions along which they vary."""
+    if len(labels.factors) == 1:
+        return [(dims_of(labels.factors[0]), [labels.factors[0]])]
     blocks: list[tuple[set[int], list[Tensor]]] = []
     for factor in labels.factors:
         dims, members, apart = set(dims_of(factor)), [factor], []
@@ -170,6 +172,13 @@ def plan_cuts(labels: Labels, live: BoolArray) -> tuple[Cut, ...] | None:
     """One cut for each block of dimensions that some dead label touches; None if the live elements have no shape."""
     cuts = []
     for dims, factors in blocks_of(labels):
+        if len(dims) == 1:
+            flags = live[factors[0].reshape(-1).numpy()]
+            for factor in factors[1:]:
+                flags = flags & live[factor.reshape(-1).numpy()]
+            if not flags.all():
+                cuts.append(Cut(dims, (np.flatnonzero(flags),)))
+            continue
         mask: BoolArray = np.ones((), dtype=bool)
         for factor in factors:
             mask = mask & live[factor.reshape([factor.shape[d] for d in dims]).numpy()]

@@ -14,6 +14,8 @@ from fxcompress.channels.labels import IntArray, Labels, column_of, dims_of
 
 #: Where an axis comes from: a parameter, a buffer, or a tensor that the forward makes.
 Kind = Literal["parameter", "buffer", "made"]
+#: Fewer pairs of labels than this are kept as they are: looking for repeated ones takes longer than solving them.
+_FEW = 4096
 
 
 @dataclass(frozen=True)
@@ -118,13 +120,17 @@ class Ledger:
         """The labels of two factors (broadcast against each other) are one and the same."""
         if left is right:
             return
-        left, right = torch.broadcast_tensors(left, right)
+        if left.shape != right.shape:
+            left, right = torch.broadcast_tensors(left, right)
         a, b = left.reshape(-1).numpy(), right.reshape(-1).numpy()
         different = a != b
-        if different.any():
+        if not different.any():
+            return
+        if len(a) > _FEW:  # a batch or space merged into a dimension repeats pairs many times
             pairs = np.sort(a[different] * self.next_label + b[different])
-            pairs = pairs[np.diff(pairs, prepend=-1) > 0]  # a batch merged into a dimension repeats them many times
-            self.equalities.append(Equality(pairs // self.next_label, pairs % self.next_label, self.node))
+            pairs = pairs[np.diff(pairs, prepend=-1) > 0]
+            a, b = pairs // self.next_label, pairs % self.next_label
+        self.equalities.append(Equality(a, b, self.node))
 
     def freeze(self, factors: Iterable[Tensor], reason: str) -> None:
         """No channel in these factors can be removed."""

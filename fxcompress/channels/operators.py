@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -52,6 +53,7 @@ RULES: dict[str, Rule] = {name: rule for rule, names in _ROWS.items() for name i
 _BINARY = frozenset(("max", "min"))
 
 
+@cache  # a schema is read through the binding, slowly
 def operator_name(func: Any) -> tuple[str, bool]:
     """The operator's name without namespace, overload and in-place underscore; whether it was in place."""
     name = func._schema.name.partition("::")[2]
@@ -66,12 +68,22 @@ def rule_for(func: Any, name: str, arguments: dict[str, Any]) -> Rule | None:
     if name in _BINARY and "dim" not in arguments:
         return reductions.reduction
     rule = RULES.get(name)
-    if rule is None and torch.Tag.pointwise in func.tags:
+    if rule is None and _is_pointwise(func):
         return rules.pointwise
     return rule
 
 
 def read_arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments by the names in the operator's schema; those left at their defaults are absent."""
-    named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
-    return {**named, **kwargs}
+    named = dict(zip(_argument_names(func), args, strict=False))
+    return {**named, **kwargs} if kwargs else named
+
+
+@cache
+def _is_pointwise(func: Any) -> bool:
+    return torch.Tag.pointwise in func.tags
+
+
+@cache
+def _argument_names(func: Any) -> tuple[str, ...]:
+    return tuple(argument.name for argument in func._schema.arguments)

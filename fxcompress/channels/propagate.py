@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,13 +12,12 @@ from torch import Tensor, fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxcompress.channels.labels import Labels, dims_of
 from fxcompress.channels.ledger import Kind, Ledger
 from fxcompress.channels.operators import operator_name, read_arguments, rule_for
 from fxcompress.channels.rules import Call
-from fxcompress.inputs import Inputs, positional
+from fxcompress.inputs import Inputs, positional, tensors_in
 from fxcompress.layers import understood
 from fxcompress.module import TracedModule, evaluating
 
@@ -61,10 +60,19 @@ _RECURRENT = frozenset(f"{kind}{form}" for kind in ("lstm", "gru", "rnn_tanh", "
 _MAKES_LABELS = frozenset("zeros ones full empty new_zeros new_ones new_full new_empty expand".split())
 
 
+#: Operators whose result is no constant although it depends on no input.
+_VARYING = frozenset("rand randn randint randperm bernoulli arange".split())
+
+
 #: Operators that are not finite, or have no finite gradient, at zero: from which of their arguments on.
 _SINGULAR = {"div": 1, "fmod": 1, "remainder": 1} | dict.fromkeys(
     ("reciprocal", "rsqrt", "sqrt", "log", "log2", "log10", "pow"), 0
 )
+
+
+#: The attribute under which a tensor carries its labels while they are followed: it lives as long as the tensor, and
+#: costs a tenth of a dictionary with weak keys.
+_LABELS = "_fxcompress_labels"
 
 
 class _Watch(TorchDispatchMode):
@@ -73,20 +81,22 @@ class _Watch(TorchDispatchMode):
     def __init__(self, ledger: Ledger) -> None:
         super().__init__()
         self.ledger = ledger
-        self.table = WeakTensorKeyDictionary()
         self.parameters: dict[int, str] = {}
         self.values_only = True
         self.moves_only = True
         self.asleep = False
 
     def of(self, tensor: Tensor) -> Labels:
-        found = self.table.get(tensor)
+        found: Labels | None = getattr(tensor, _LABELS, None)
         return Labels(tuple(tensor.shape)) if found is None else found
+
+    def label(self, tensor: Tensor, labels: Labels) -> None:
+        setattr(tensor, _LABELS, labels)
 
     def relabel(self, tensor: Tensor, labels: Labels) -> bool:
         if id(tensor) not in self.parameters:
             return False
-        self.table[tensor] = labels
+        self.label(tensor, labels)
         return True
 
     def __torch_dispatch__(
@@ -111,7 +121,7 @@ class _Watch(TorchDispatchMode):
         if any(isinstance(tensor, Tensor) and self.of(tensor).factors for tensor in risky):
             self.ledger.live_only.add(self.ledger.node)  # 0 / 0 on a dead channel would poison its consumers
         call = Call(name, func, arguments, result, self.ledger, self.of, self.relabel, self.values_only)
-        tensors = call.tensors()
+        tensors = call.tensors
         rule = rule_for(func, name, arguments)
         before = self.of(tensors[0]) if inplace else None
         if rule is None:
@@ -130,19 +140,12 @@ class _Watch(TorchDispatchMode):
         results = (
             [result] if isinstance(result, Tensor) else list(result or ()) if isinstance(result, (tuple, list)) else []
         )
-        const = call.const() and call.name not in (
-            "rand",
-            "randn",
-            "randint",
-            "randperm",
-            "bernoulli",
-            "arange",
-        )
+        const = call.const and call.name not in _VARYING
         labels = made if isinstance(made, list) else [made]
         labels = (labels + [None] * len(results))[: len(results)]
         for tensor, item in zip(results, labels, strict=True):
             if isinstance(tensor, Tensor):
-                self.table[tensor] = item if item is not None else Labels(tuple(tensor.shape), (), const)
+                self.label(tensor, item if item is not None else Labels(tuple(tensor.shape), (), const))
 
     def _written(self, before: Labels, target: Tensor) -> None:
         """A write into a tensor that others may see: what it did not know before is frozen."""
@@ -163,36 +166,68 @@ def _restrides(func: Any, args: tuple[Any, ...]) -> bool:
     return list(size) == list(tensor.shape) and not moved
 
 
-class _Interpreter(fx.Interpreter):
+class _Interpreter:
+    """Runs a graph node by node and notes what labels every value carries; values are freed after their last use."""
+
     def __init__(self, module: TracedModule, watch: _Watch, opaque: Iterable[str]) -> None:
-        super().__init__(module)
-        self.watch, self.opaque = watch, frozenset(opaque)
+        self.module, self.watch, self.opaque = module, watch, frozenset(opaque)
         self.values: dict[str, Any] = {}
         self.moves: set[str] = set()
 
-    def run_node(self, n: fx.Node) -> Any:
+    def run(self, inputs: Sequence[Any]) -> None:
+        given = iter(inputs)
+        results: dict[fx.Node, Any] = {}
+        last = {source: node for node in self.module.graph.nodes for source in node.all_input_nodes}
+        for node in self.module.graph.nodes:
+            self.watch.ledger.node = node.name
+            if node.op == "placeholder":
+                result = next(given)
+            elif node.op == "get_attr":
+                result = _attribute(self.module, str(node.target))
+            elif node.op == "output":
+                result = fx.map_arg(node.args[0], results.__getitem__)
+                self._finish(result)
+            else:
+                result = self._call(node, results.__getitem__)
+            self._settle(node, result)
+            results[node] = result
+            for source in node.all_input_nodes:
+                if last[source] is node:
+                    del results[source]
+
+    def _call(self, node: fx.Node, fetch: Callable[[fx.Node], Any]) -> Any:
         watch = self.watch
-        watch.ledger.node = n.name
-        watch.values_only = all(user.target is operator.getitem and user.args[1] == 0 for user in n.users)
+        args, kwargs = fx.map_arg(node.args, fetch), fx.map_arg(node.kwargs, fetch)
+        watch.values_only = all(user.target is operator.getitem and user.args[1] == 0 for user in node.users)
         watch.moves_only = True
-        reason = self._closed(n)
+        reason = self._closed(node)
         watch.asleep = bool(reason)
         try:
-            result = super().run_node(n)
+            if node.op == "call_module":
+                result = self.module.get_submodule(str(node.target))(*args, **kwargs)
+            elif node.op == "call_method":
+                result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            else:
+                assert callable(node.target)
+                result = node.target(*args, **kwargs)
         finally:
             watch.asleep = False
         if reason:
-            self._freeze(n, reason)
-        if n.op == "output":
-            for labels in _labels_in(pytree.tree_map(self._describe, result)):
-                watch.ledger.freeze(labels.factors, "it is an output of the model")
-        if n.op in ("call_function", "call_method", "call_module") and watch.moves_only:
-            self.moves.add(n.name)
-        for tensor in pytree.tree_leaves(result):
-            if isinstance(tensor, Tensor) and watch.of(tensor).copied:  # the next node is told its size by number
-                watch.table[tensor] = replace(watch.of(tensor), copied=frozenset())
-        self.values[n.name] = pytree.tree_map(self._describe, result)
+            self._freeze(node, reason)
+        if watch.moves_only:
+            self.moves.add(node.name)
         return result
+
+    def _finish(self, result: Any) -> None:
+        for labels in _labels_in(self._describe(result)):
+            self.watch.ledger.freeze(labels.factors, "it is an output of the model")
+
+    def _settle(self, node: fx.Node, result: Any) -> None:
+        for tensor in [result] if isinstance(result, Tensor) else tensors_in(result):
+            labels = self.watch.of(tensor)
+            if labels.copied:  # the next node is told its size by number
+                self.watch.label(tensor, replace(labels, copied=frozenset()))
+        self.values[node.name] = self._describe(result)
 
     def _closed(self, node: fx.Node) -> str:
         """Why labels do not enter a node's module; empty where they do."""
@@ -202,22 +237,37 @@ class _Interpreter(fx.Interpreter):
             return ""
         if str(node.target) in self.opaque:
             return f"{node.target} is opaque and {WHOLE}"
-        layer = self.fetch_attr(str(node.target))
+        layer = self.module.get_submodule(str(node.target))
         return "" if understood(layer) else f"{type(layer).__name__} {WHOLE}"
 
     def _freeze(self, node: fx.Node, reason: str) -> None:
         for labels in _labels_in([self.values[source.name] for source in node.all_input_nodes]):
             self.watch.ledger.freeze(labels.factors, reason)
-        for tensor in self.fetch_attr(str(node.target)).parameters() if node.op == "call_module" else ():
-            self.watch.ledger.freeze(self.watch.of(tensor).factors, reason)
+        if node.op == "call_module":
+            for tensor in self.module.get_submodule(str(node.target)).parameters():
+                self.watch.ledger.freeze(self.watch.of(tensor).factors, reason)
 
     def _describe(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             return self.watch.of(value)
-        return value if isinstance(value, (int, float, bool, str, type(None))) else None
+        if value is None or isinstance(value, (int, float, bool, str)):
+            return value
+        return pytree.tree_map(self._describe_leaf, value)
+
+    def _describe_leaf(self, leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return self.watch.of(leaf)
+        return leaf if isinstance(leaf, (int, float, bool, str, type(None))) else None
+
+
+def _attribute(module: nn.Module, name: str) -> Any:
+    path, _, leaf = name.rpartition(".")
+    return getattr(module.get_submodule(path), leaf)
 
 
 def _labels_in(value: Any) -> list[Labels]:
+    if isinstance(value, Labels):
+        return [value]
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Labels)]
 
 
@@ -229,21 +279,24 @@ def propagate(module: TracedModule, inputs: Inputs) -> Facts:
     ledger = Ledger()
     watch = _Watch(ledger)
     state = [*module.named_parameters(), *module.named_buffers()]
-    for name, tensor in state:
-        ledger.node = name
-        kind: Kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
-        factors = ledger.fresh(name, tensor.shape, kind) if tensor.is_floating_point() else ()
-        watch.table[tensor] = Labels(tuple(tensor.shape), factors, const=True, direct=True)
-        watch.parameters[id(tensor)] = name
     interpreter = _Interpreter(module, watch, module.meta["opaque"])
-    fresh = inputs.map(Tensor.clone)
     before = [(buffer, buffer._version, buffer.clone()) for buffer in module.buffers()]
-    with evaluating(module), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), watch:
-        interpreter.run(*positional(module, fresh))
+    try:
+        for name, tensor in state:
+            ledger.node = name
+            kind: Kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
+            factors = ledger.fresh(name, tensor.shape, kind) if tensor.is_floating_point() else ()
+            watch.label(tensor, Labels(tuple(tensor.shape), factors, const=True, direct=True))
+            watch.parameters[id(tensor)] = name
+        with evaluating(module), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), watch:
+            interpreter.run(positional(module, inputs.map(Tensor.clone)))
+        labels = {name: watch.of(tensor) for name, tensor in state}
+    finally:
+        for _, tensor in state:
+            vars(tensor).pop(_LABELS, None)
     for buffer, version, value in before:  # a forward may write into its buffers
         if buffer._version != version:
             buffer.copy_(value)
-    labels = {name: watch.of(tensor) for name, tensor in state}
     values = interpreter.values
     for node in module.graph.nodes:
         if node.op == "get_attr" and node.target in labels:

@@ -42,7 +42,7 @@ def _reduce(call: Call, factors: Iterable[Tensor], dims: frozenset[int]) -> list
 
 def reduction(call: Call) -> Any:
     """sum, mean, max, norm, ...: labels along the reduced dimensions end, and only the live ones count."""
-    source = call.tensors()[0]
+    source = call.tensors[0]
     dims = _dims(call, source.dim())
     kept = _reduce(call, call.of(source).factors, dims)
     first = call.result[0] if isinstance(call.result, (tuple, list)) else call.result
@@ -112,7 +112,7 @@ def _affine(call: Call, labels: Labels, dim: int) -> list[Tensor]:
     """Join an input with per-channel parameters that lie along ``dim`` (and, for LayerNorm, the ones before)."""
     ndim = len(labels.shape)
     operands: list[tuple[tuple[int, ...], Sequence[Tensor]]] = [(labels.shape, labels.factors)]
-    for tensor in call.tensors()[1:]:
+    for tensor in call.tensors[1:]:
         item = call.of(tensor)
         behind = (1,) * (ndim - 1 - dim)
         shape = (1,) * (ndim - len(item.shape) - len(behind)) + item.shape + behind
@@ -128,7 +128,7 @@ def _without(call: Call, labels: Labels, dims: frozenset[int]) -> list[Labels]:
 
 def spatial(call: Call) -> Any:
     """Pooling and interpolation: channels pass, positions do not."""
-    source = call.tensors()[0]
+    source = call.tensors[0]
     labels = call.of(source)
     found = re.search(r"(\d)d", call.name)
     trailing = set(range(source.dim() - (int(found.group(1)) if found else 0), source.dim()))
@@ -145,7 +145,7 @@ def spatial(call: Call) -> Any:
 
 def along(call: Call) -> Any:
     """Operators that depend on the order along a dimension (sort, cumsum, argmax, tril): that dimension freezes."""
-    source = call.tensors()[0]
+    source = call.tensors[0]
     labels = call.of(source)
     dims = _dims(call, source.dim()) if "dim" in call.arguments else frozenset(range(source.dim()))
     if call.name in ("tril", "triu"):
@@ -193,7 +193,7 @@ def embedding(call: Call) -> Labels:
 
 def like(call: Call) -> Labels:
     """A tensor of constants in another's shape shrinks with it."""
-    return Labels(tuple(call.result.shape), call.of(call.tensors()[0]).factors, False, False)
+    return Labels(tuple(call.result.shape), call.of(call.tensors[0]).factors, False, False)
 
 
 def factory(call: Call) -> Labels:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ class Call:
         """The labels of the tensor argument called ``name``."""
         return self.of(self.arguments[name])
 
+    @cached_property
     def tensors(self) -> list[Tensor]:
         """Every tensor argument, in order."""
         found: list[Tensor] = []
@@ -44,14 +46,15 @@ class Call:
                 found.extend(item for item in value if isinstance(item, Tensor))
         return found
 
+    @cached_property
     def const(self) -> bool:
         """Whether the result depends on parameters and buffers alone."""
-        return all(self.of(tensor).const for tensor in self.tensors())
+        return all(self.of(tensor).const for tensor in self.tensors)
 
     def made(self, factors: Iterable[Tensor], index: int | None = None, direct: bool = False) -> Labels:
         """Labels for (part ``index`` of) the result."""
         tensor = self.result if index is None else self.result[index]
-        return Labels(tuple(tensor.shape), tuple(factors), self.const(), direct)
+        return Labels(tuple(tensor.shape), tuple(factors), self.const, direct)
 
 
 Rule = Callable[[Call], Any]
@@ -66,53 +69,55 @@ def join(ledger: Ledger, operands: Sequence[tuple[tuple[int, ...], Sequence[Tens
     Elements that meet are one channel. Where an operand extends along a labelled dimension without labels of its own,
     nothing may be cut there. Returns the distinct factors that remain.
     """
-    sides = [(shape, list(factors)) for shape, factors in operands]
-    pins: list[tuple[int, Tensor, set[int]]] = []
+    sides = [(shape, {id(f): (f, dims_of(f)) for f in factors}) for shape, factors in operands]
+    pins: list[tuple[Tensor, set[int]]] = []
     frozen = True
     while frozen:  # what is frozen is dense from here on, which may freeze more: every round takes a factor away
-        pins = [(i, f, dense) for i, (_, fs) in enumerate(sides) for f in fs if (dense := _dense_dims(sides, i, f))]
-        frozen = False
-        for i, factor, dense in pins:
-            if dense == set(dims_of(factor)):
-                ledger.freeze([factor], reason)
-                sides[i] = (sides[i][0], [other for other in sides[i][1] if other is not factor])
-                frozen = True
-    for _, factor, dense in pins:
+        pins, frozen = [], False
+        bare = [_bare_dims(shape, factors.values()) for shape, factors in sides]
+        for i, (_, factors) in enumerate(sides):
+            elsewhere = set().union(*bare[:i], *bare[i + 1 :])
+            for factor, dims in list(factors.values()) if elsewhere else ():
+                dense = elsewhere.intersection(dims)
+                if len(dense) == len(dims):
+                    ledger.freeze([factor], reason)
+                    del factors[id(factor)]
+                    frozen = True
+                elif dense:
+                    pins.append((factor, dense))
+    for factor, dense in pins:
         ledger.pin(factor, dense, reason)
-    kept: list[Tensor] = []
+    kept: list[tuple[Tensor, tuple[int, ...]]] = []
     for _, factors in sides:
-        for dims in dict.fromkeys(map(dims_of, factors)):
-            mine = [factor for factor in factors if dims_of(factor) == dims]
-            same = [factor for factor in kept if dims_of(factor) == dims]
+        for dims in dict.fromkeys(dims for _, dims in factors.values()):
+            mine = [factor for factor, own in factors.values() if own == dims]
+            same = [factor for factor, own in kept if own == dims]
             if len(mine) == len(same):
                 for left, right in zip(same, mine, strict=True):
                     ledger.unite(left, right)
                 continue
-            for other in [factor for factor in kept if set(dims_of(factor)) & set(dims)]:
+            for other in [factor for factor, own in kept if not set(own).isdisjoint(dims)]:
                 for factor in mine:
                     ledger.unite(other, factor)
             if not same:
-                kept += mine
-    return [f for f in kept if not any(f is not g and set(dims_of(f)) < set(dims_of(g)) for g in kept)]
+                kept += [(factor, dims) for factor in mine]
+    if len(kept) == 1:
+        return [kept[0][0]]
+    return [f for f, mine in kept if not any(f is not g and set(mine) < set(dims) for g, dims in kept)]
 
 
-def _dense_dims(sides: Sequence[tuple[tuple[int, ...], Sequence[Tensor]]], mine: int, factor: Tensor) -> set[int]:
-    """Dimensions of a factor of side ``mine`` along which another side extends without labels."""
-    return {
-        dim
-        for i, (shape, others) in enumerate(sides)
-        if i != mine
-        for dim in dims_of(factor)
-        if shape[dim] > 1 and not any(other.shape[dim] > 1 for other in others)
-    }
+def _bare_dims(shape: tuple[int, ...], factors: Iterable[tuple[Tensor, tuple[int, ...]]]) -> set[int]:
+    """Dimensions along which an operand extends without labels."""
+    labelled = {dim for _, dims in factors for dim in dims}
+    return {dim for dim, size in enumerate(shape) if size > 1 and dim not in labelled}
 
 
 def pointwise(call: Call) -> Any:
     """Aligned elements are one and the same channel."""
     results = call.result if isinstance(call.result, (tuple, list)) else [call.result]
-    ndim = max((tensor.dim() for tensor in [*call.tensors(), *results]), default=0)
+    ndim = max((tensor.dim() for tensor in [*call.tensors, *results]), default=0)
     operands = []
-    for tensor in call.tensors():
+    for tensor in call.tensors:
         labels = call.of(tensor)
         sizes = [1 if dim in labels.copied else size for dim, size in enumerate(tensor.shape)]
         shape = (1,) * (ndim - tensor.dim()) + tuple(sizes)
