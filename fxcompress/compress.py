@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import sys
 import warnings
 from collections.abc import Sequence
@@ -16,10 +17,10 @@ from torch import nn
 
 from fxcompress.errors import InputError, TraceError
 from fxcompress.inputs import Inputs, check_devices, other_batch
-from fxcompress.module import TracedModule
+from fxcompress.module import TracedModule, copied
 from fxcompress.pipeline import Context, Pass, PassResult, parse_passes, run_pass
 from fxcompress.report import report
-from fxcompress.trace import copied, trace
+from fxcompress.trace import trace
 from fxcompress.verify import TOLERANCE, difference
 
 
@@ -106,8 +107,9 @@ def _parse_inputs(model: nn.Module, pipeline: Sequence[Pass], example_inputs: An
     inputs = None if example_inputs is None else Inputs.parse(example_inputs)
     if inputs is not None:
         check_devices(model, inputs)
-    for name, tensor in model.named_parameters():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    for name, parameter in model.named_parameters():
+        tensor = parameter.detach()
+        if tensor.is_floating_point() and not math.isfinite(tensor.sum()) and not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
             raise InputError(
                 f"{name} holds {bad} values that are NaN or infinite; expected finite weights. Check the training run."

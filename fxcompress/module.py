@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import operator
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,6 +75,56 @@ class TracedModule(fx.GraphModule):
         for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "training"):
             tree.__dict__[name] = self.__dict__[name]
         return _rebuild, (tree, [_Record.of(node) for node in self.graph.nodes], self.meta)
+
+
+#: What a copy of a module may share with the original.
+_IMMUTABLE = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size, type)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy; tensors that hooks compute from parameters (pruned, weight-normalised) are copied by value.
+
+    What ``copy.deepcopy`` gives, several times as fast: a model is mostly empty dictionaries of hooks.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return _copy_module(model, memo)
+
+
+def _copy_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    if id(module) in memo:
+        known: nn.Module = memo[id(module)]
+        return known
+    kind = type(module)
+    if hasattr(kind, "__deepcopy__") or kind.__reduce_ex__ is not object.__reduce_ex__ or _keeps_state(kind):
+        return copy.deepcopy(module, memo)
+    made = memo[id(module)] = kind.__new__(kind)
+    for key, value in vars(module).items():
+        if isinstance(value, _IMMUTABLE):
+            made.__dict__[key] = value
+        elif type(value) in (dict, OrderedDict, set) and not value:
+            made.__dict__[key] = type(value)()
+        elif key == "_modules":
+            made.__dict__[key] = type(value)(
+                (name, child if child is None else _copy_module(child, memo)) for name, child in value.items()
+            )
+        else:
+            made.__dict__[key] = copy.deepcopy(value, memo)
+    return made
+
+
+def _keeps_state(kind: type[nn.Module]) -> bool:
+    """Whether a class outside torch has its own idea of what its state is."""
+    return any(
+        name in vars(base)
+        for base in kind.__mro__
+        if not base.__module__.startswith("torch.nn.modules")
+        for name in ("__getstate__", "__setstate__", "__reduce__", "__copy__", "__getnewargs__")
+        if base is not object
+    )
 
 
 @contextmanager

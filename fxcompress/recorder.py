@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import operator
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -122,8 +123,7 @@ class Recorder(TorchFunctionMode):
         self._device_node: fx.Node | None = None
         self._first_input: fx.Node | None = None
         self._mode_node: fx.Node | None = None
-        self._node_of: dict[int, fx.Node] = {}
-        self._alive: list[Any] = []
+        self._node_of: dict[int, tuple[weakref.ref[Tensor], fx.Node]] = {}  # an id may be used again
         self.inputs: dict[str, Tensor] = {}
         self._dynamic: set[fx.Node] = set()
         self._attributes: dict[int, str] = {}
@@ -169,28 +169,29 @@ class Recorder(TorchFunctionMode):
         module: str | None = None,
     ) -> Any:
         """Run one call and leave a node for it (``module``: the call is that of a leaf module)."""
-        versions = [tensor._version for tensor in tensors]
-        nodes = self.argument(args), self.argument(dict(kwargs))
-        plain_args, plain_kwargs = pytree.tree_map(_concrete, (args, dict(kwargs)), is_leaf=_is_number)
-        self.quiet += 1
+        self.quiet += 1  # nothing that is read or run from here on is the user's
         try:
-            result = func(*plain_args, **plain_kwargs)
+            versions = [tensor._version for tensor in tensors]
+            nodes = self.argument(args), self.argument(dict(kwargs))
+            if kwargs or not all(isinstance(arg, Tensor) for arg in args):
+                args, kwargs = pytree.tree_map(_concrete, (args, dict(kwargs)), is_leaf=_is_number)
+            result = func(*args, **kwargs)
+            written = any(tensor._version != version for tensor, version in zip(tensors, versions, strict=True))
+            if not written and not _has_tensor(result):
+                return result
+            if module is not None:
+                node = self.graph.create_node("call_module", module, *nodes)
+            else:
+                node = self._call(func, name, *nodes)
+            node.meta["scope"], node.meta["source"] = self.scopes[-1], user_line()
+            if written:
+                node.meta["mutates"] = True
+            if name in _RANDOM or any(source in self._dynamic for source in node.all_input_nodes):
+                self._dynamic.add(node)
+            inputs = {id(tensor) for tensor in tensors}
+            return self._bind(result, node, inputs, fresh=not written)
         finally:
             self.quiet -= 1
-        written = any(tensor._version != version for tensor, version in zip(tensors, versions, strict=True))
-        if not written and not _has_tensor(result):
-            return result
-        if module is not None:
-            node = self.graph.create_node("call_module", module, *nodes)
-        else:
-            node = self._call(func, name, *nodes)
-        node.meta["scope"], node.meta["source"] = self.scopes[-1], user_line()
-        if written:
-            node.meta["mutates"] = True
-        if name in _RANDOM or any(source in self._dynamic for source in node.all_input_nodes):
-            self._dynamic.add(node)
-        inputs = {id(tensor) for tensor in tensors}
-        return self._bind(result, node, inputs, fresh=not written)
 
     def _call(self, func: Callable[..., Any], name: str, args: Any, kwargs: Any) -> fx.Node:
         if name in _REFLECTED:
@@ -248,14 +249,14 @@ class Recorder(TorchFunctionMode):
         if not _has_tensor(value):
             guard = self.graph.call_function(require_recorded, (node, name, value))
             guard.meta["mutates"] = True  # it stays although nobody reads it
-        self.inputs.update({self._node_of[id(tensor)].name: tensor for tensor in tensors_in(value)})
+        self.inputs.update({self.node(tensor).name: tensor for tensor in tensors_in(value)})
         return node
 
     def node(self, tensor: Tensor) -> fx.Node:
         """The node that produced ``tensor``; parameters, buffers and constants get one on first use."""
-        node = self._node_of.get(id(tensor))
-        if node is not None:
-            return node
+        known = self._node_of.get(id(tensor))
+        if known is not None and known[0]() is tensor:
+            return known[1]
         name = self._attributes.get(id(tensor))
         if name is None:
             if id(tensor) not in self.known:
@@ -360,8 +361,7 @@ class Recorder(TorchFunctionMode):
         return self._bind(item, child, inputs, fresh=True)
 
     def _remember(self, tensor: Tensor, node: fx.Node) -> None:
-        self._alive.append(tensor)
-        self._node_of[id(tensor)] = node
+        self._node_of[id(tensor)] = weakref.ref(tensor), node
 
     def _is_dynamic(self, tensor: Tensor) -> bool:
         return self.node(tensor) in self._dynamic

@@ -184,15 +184,16 @@ def check(module: TracedModule) -> None:
         GraphError: with the node and where it came from.
     """
     seen: set[fx.Node] = set()
-    tensors = {name for name, _ in [*_named(module)]}
+    tensors = {name for name, _ in _named(module)}
+    modules = {name for name, _ in module.named_modules(remove_duplicate=False)}
     outputs = 0
     for node in module.graph.nodes:
         for source in node.all_input_nodes:
             if source not in seen:
                 raise GraphError(f"{describe(node)} reads {source.name} before it is computed.")
-        if node.op == "call_module" and not _has_module(module, str(node.target)):
+        if node.op == "call_module" and node.target not in modules:
             raise GraphError(f"{describe(node)} calls the module {node.target}, which does not exist.")
-        if node.op == "get_attr" and node.target not in tensors and not _has_module(module, str(node.target)):
+        if node.op == "get_attr" and node.target not in tensors and node.target not in modules:
             raise GraphError(f"{describe(node)} reads {node.target}, which does not exist.")
         if node.op == "call_function" and not callable(node.target):
             raise GraphError(f"{describe(node)} calls {node.target!r}, which is no function.")
@@ -212,11 +213,3 @@ def describe(node: fx.Node) -> str:
 def _named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_parameters(remove_duplicate=False)
     yield from module.named_buffers(remove_duplicate=False)
-
-
-def _has_module(module: nn.Module, name: str) -> bool:
-    try:
-        module.get_submodule(name)
-    except AttributeError:
-        return False
-    return True

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from fxcompress.attention import multihead_attention
 from fxcompress.errors import FxCompressError, InputError, TraceError
 from fxcompress.inputs import Inputs, check_devices, other_batch, tensors_in
-from fxcompress.module import TracedModule
+from fxcompress.module import TracedModule, copied
 from fxcompress.nodes import scale_size
 from fxcompress.recorder import CONSTANTS, MODE_HOLDER, Recorder, TrainingFlag, ValueReadError
 
@@ -85,16 +85,6 @@ def _trace(model: nn.Module, inputs: Inputs) -> TracedModule:
         )
     batched = _settle_batch(model, work, inputs, recorder, opaque)
     return _assemble(work, recorder, opaque, batched)
-
-
-def copied(model: nn.Module) -> nn.Module:
-    """A deep copy; tensors that hooks compute from parameters (pruned, weight-normalised) are copied by value."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(model, memo)
 
 
 def _trace_again(model: TracedModule, inputs: Inputs) -> TracedModule:

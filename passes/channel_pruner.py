@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fxcompress.channels.groups import Group, Slices
+from fxcompress.channels.labels import BoolArray
+from fxcompress.channels.solve import Channels
 from fxcompress.errors import InputError, PassError
 from fxcompress.masking import Masking, complete
 from fxcompress.module import TracedModule
@@ -87,10 +89,30 @@ class ChannelPruner(Pass):
     def run(self, module: TracedModule, context: Context) -> TracedModule:
         """Score, choose, and mask."""
         groups = context.groups(module)
-        channels = groups.channels
-        masking = complete(module, context.masking or Masking(), channels)
-        live = masking.live(channels)
+        masking = complete(module, context.masking or Masking(), groups.channels)
         chosen = self._choose(list(groups), module, context)
+        while True:  # what had to come back leaves room for others: every further round masks more, so this ends
+            live = masking.live(groups.channels)
+            kept, back = self._settled(chosen, module, groups.channels, masking, live)
+            if (kept == live).all():
+                break
+            context.masking = masking.with_live(groups.channels, kept)
+            if not back:
+                break
+            masking = complete(module, context.masking, groups.channels)
+        if back:
+            context.notes.append(f"{back} channels stay so that coupled rows keep equal numbers")
+        return module
+
+    def _settled(
+        self,
+        chosen: list[tuple[Group, float]],
+        module: TracedModule,
+        channels: Channels,
+        masking: Masking,
+        live: BoolArray,
+    ) -> tuple[BoolArray, int]:
+        """For every label whether it lives once the lowest have gone, and how many had to come back."""
         scores = [self._scores(group, module, masking) for group, _ in chosen]
         tables = [_Units(group, score, live) for (group, _), score in zip(chosen, scores, strict=True)]
         counts = self._counts(tables, [sparsity for _, sparsity in chosen])
@@ -100,14 +122,8 @@ class ChannelPruner(Pass):
             dead.append(units.lowest(count))
             rank.update(units.rank())
         gone = np.unique(np.concatenate(dead))
-        wanted = channels.live(gone)
-        kept = settle(module, channels, wanted, rank)
-        back = int(kept[gone].sum())
-        if back:
-            context.notes.append(f"{back} channels stay so that coupled rows keep equal numbers")
-        if (kept != live).any():
-            context.masking = masking.with_live(channels, kept)
-        return module
+        kept = settle(module, channels, channels.live(gone), rank)
+        return kept, int(kept[gone].sum())
 
     # ---- which groups ------------------------------------------------------------------------------------------
 
@@ -182,7 +198,7 @@ def _layer(item: Slices, module: TracedModule, masking: Masking) -> Layer:
 class _Units:
     """A group's channels as removable units: a channel, or where rows must stay equal one channel of every row."""
 
-    def __init__(self, group: Group, scores: FloatArray, live: npt.NDArray[np.bool_]) -> None:
+    def __init__(self, group: Group, scores: FloatArray, live: BoolArray) -> None:
         self.group, self.rows = group, group.rows
         alive = live[group.components]
         self.scores = np.where(alive, scores, -np.inf)  # what is masked already counts as removed

@@ -309,24 +309,24 @@ def _members(channels: Channels, sets: list[IntArray]) -> list[tuple[tuple[str, 
     owner = np.full(len(channels.component), -1, dtype=np.int64)
     for index, chosen in enumerate(sets):
         owner[chosen] = index
+    owner = owner[channels.component]
     found: list[list[tuple[str, int]]] = [[] for _ in sets]
     for name, labels in channels.facts.state.items():
-        for (
-            factor
-        ) in labels.factors:  # columns of a grouped weight differ from row to row: the last dimension is theirs
-            for index in np.unique(owner[channels.component[factor.numpy()]]):
-                if index >= 0:
+        for factor in labels.factors:
+            mine = owner[factor.reshape(-1).numpy()]
+            for index in mine[:1] if (mine == mine[0]).all() else np.unique(mine):
+                if index >= 0:  # columns of a grouped weight differ from row to row: the last dimension is theirs
                     found[index].append((name, dims_of(factor)[-1]))
     return list(map(tuple, found))
 
 
 def _keys(parts: IntArray, axis_of: IntArray, frozen: BoolArray, size: int, axes: int) -> IntArray:
     """For every component a number that is equal for components produced by the same axes (and equally frozen)."""
-    pairs = np.unique(np.stack([parts, axis_of]), axis=1)
+    pairs = np.unique(parts * axes + axis_of)
     weights = np.random.default_rng(0).integers(1, 2**62, axes)
     keys = np.zeros(size, dtype=np.int64)
     with np.errstate(over="ignore"):
-        np.add.at(keys, pairs[0], weights[pairs[1]])
+        np.add.at(keys, pairs // axes, weights[pairs % axes])
     return keys * 2 + frozen
 
 

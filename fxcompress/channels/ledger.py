@@ -76,8 +76,11 @@ class Constraint:
         """The same constraint without slices that repeat others, where all repeat equally often (the batch does)."""
         if len(self.labels.factors) != 1:
             return self
+        dims = dims_of(self.labels.factors[0])
+        if len(dims) == 1 and not self.pinned:
+            return self  # it only keeps the last one from going
         factor = self.labels.factors[0].numpy()
-        for dim in dims_of(self.labels.factors[0]):
+        for dim in dims:
             _, first, counts = np.unique(component[factor], axis=dim, return_index=True, return_counts=True)
             if (counts == counts[0]).all():
                 factor = factor.take(np.sort(first), axis=dim)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -70,28 +71,24 @@ _SINGULAR = {"div": 1, "fmod": 1, "remainder": 1} | dict.fromkeys(
 )
 
 
-#: The attribute under which a tensor carries its labels while they are followed: it lives as long as the tensor, and
-#: costs a tenth of a dictionary with weak keys.
-_LABELS = "_fxcompress_labels"
-
-
 class _Watch(TorchDispatchMode):
     """Gives every tensor that an operator makes its labels."""
 
     def __init__(self, ledger: Ledger) -> None:
         super().__init__()
         self.ledger = ledger
+        self.table: dict[int, tuple[weakref.ref[Tensor], Labels]] = {}  # an id may be used again
         self.parameters: dict[int, str] = {}
         self.values_only = True
         self.moves_only = True
         self.asleep = False
 
     def of(self, tensor: Tensor) -> Labels:
-        found: Labels | None = getattr(tensor, _LABELS, None)
-        return Labels(tuple(tensor.shape)) if found is None else found
+        found = self.table.get(id(tensor))
+        return found[1] if found is not None and found[0]() is tensor else Labels(tuple(tensor.shape))
 
     def label(self, tensor: Tensor, labels: Labels) -> None:
-        setattr(tensor, _LABELS, labels)
+        self.table[id(tensor)] = weakref.ref(tensor), labels
 
     def relabel(self, tensor: Tensor, labels: Labels) -> bool:
         if id(tensor) not in self.parameters:
@@ -281,19 +278,15 @@ def propagate(module: TracedModule, inputs: Inputs) -> Facts:
     state = [*module.named_parameters(), *module.named_buffers()]
     interpreter = _Interpreter(module, watch, module.meta["opaque"])
     before = [(buffer, buffer._version, buffer.clone()) for buffer in module.buffers()]
-    try:
-        for name, tensor in state:
-            ledger.node = name
-            kind: Kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
-            factors = ledger.fresh(name, tensor.shape, kind) if tensor.is_floating_point() else ()
-            watch.label(tensor, Labels(tuple(tensor.shape), factors, const=True, direct=True))
-            watch.parameters[id(tensor)] = name
-        with evaluating(module), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), watch:
-            interpreter.run(positional(module, inputs.map(Tensor.clone)))
-        labels = {name: watch.of(tensor) for name, tensor in state}
-    finally:
-        for _, tensor in state:
-            vars(tensor).pop(_LABELS, None)
+    for name, tensor in state:
+        ledger.node = name
+        kind: Kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
+        factors = ledger.fresh(name, tensor.shape, kind) if tensor.is_floating_point() else ()
+        watch.label(tensor, Labels(tuple(tensor.shape), factors, const=True, direct=True))
+        watch.parameters[id(tensor)] = name
+    with evaluating(module), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), watch:
+        interpreter.run(positional(module, inputs.map(Tensor.clone)))
+    labels = {name: watch.of(tensor) for name, tensor in state}
     for buffer, version, value in before:  # a forward may write into its buffers
         if buffer._version != version:
             buffer.copy_(value)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
@@ -147,6 +148,8 @@ def _stuck(constraint: Constraint, component: IntArray) -> IntArray:
 
 
 def _tensor_labels(value: Any) -> list[Labels]:
+    if isinstance(value, Labels):
+        return [value]
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Labels)]
 
 
@@ -213,16 +216,22 @@ def _constraints(facts: Facts, graph: fx.Graph, component: IntArray, soft: froze
     found = list(facts.ledger.constraints)
     for name, labels in facts.state.items():
         found += [block for block in _blocks(labels, name) if _multi(block.labels)]
+    seen: set[tuple[int, torch.Size, tuple[int, ...]]] = set()
     for node in graph.nodes:
         if node.name in soft or node.op in ("get_attr", "output"):
             continue
         for labels in _tensor_labels(facts.values.get(node.name)):
+            if len(labels.factors) == 1 and not labels.rows:  # most often the very factor that the node before had
+                (factor,) = labels.factors
+                key = (factor.data_ptr(), factor.shape, factor.stride())
+                if key in seen:
+                    continue
+                seen.add(key)
             found += _blocks(labels, node.name)
     distinct: dict[Any, Constraint] = {}
-    for constraint in (item.distinct(component) for item in found):
-        key = (
-            constraint.pinned,
-            tuple((tuple(f.shape), component[f.numpy()].tobytes()) for f in constraint.labels.factors),
-        )
-        distinct.setdefault(key, constraint)
+    for constraint in found:
+        constraint = constraint.distinct(component)
+        factors = constraint.labels.factors
+        content = tuple((tuple(f.shape), component[f.numpy()].tobytes()) for f in factors)
+        distinct.setdefault((constraint.pinned, content), constraint)
     return tuple(distinct.values())
