@@ -17,7 +17,7 @@ from torch import nn
 
 from fxcompress.errors import InputError, TraceError
 from fxcompress.inputs import Inputs, check_devices, other_batch
-from fxcompress.module import TracedModule, copied
+from fxcompress.module import TracedModule, copied, state_of
 from fxcompress.pipeline import Context, Pass, PassResult, parse_passes, run_pass
 from fxcompress.report import report
 from fxcompress.trace import trace
@@ -107,7 +107,9 @@ def _parse_inputs(model: nn.Module, pipeline: Sequence[Pass], example_inputs: An
     inputs = None if example_inputs is None else Inputs.parse(example_inputs)
     if inputs is not None:
         check_devices(model, inputs)
-    for name, parameter in model.named_parameters():
+    for name, parameter in state_of(model).items():
+        if not isinstance(parameter, nn.Parameter):
+            continue
         tensor = parameter.detach()
         if tensor.is_floating_point() and not math.isfinite(tensor.sum()) and not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())

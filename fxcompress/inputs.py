@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxcompress.errors import InputError
+from fxcompress.module import state_of
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,7 @@ def other_batch(batch: int) -> int:
 def check_devices(model: nn.Module, inputs: Inputs) -> None:
     """Raise :class:`InputError` unless the model's tensors and the inputs are on one device."""
     expected = {tensor.device for tensor in inputs.tensors()}
-    state: Iterable[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
-    for name, tensor in state:
+    for name, tensor in state_of(model).items():
         if tensor.device not in expected:
             found = ", ".join(sorted(map(str, expected)))
             raise InputError(

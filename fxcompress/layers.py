@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fxcompress.module import submodule
 from fxcompress.rewrite import Rewriter
 
 _CONVOLUTIONS: dict[type[nn.Module], Callable[..., Any]] = {
@@ -71,7 +72,7 @@ def open_layer(rewriter: Rewriter, node: fx.Node) -> bool:
 
     The module stays in the tree as the holder of its parameters. Returns False for a layer that cannot be opened.
     """
-    layer = rewriter.module.get_submodule(str(node.target))
+    layer = submodule(rewriter.module, str(node.target))
     x = node.args[0] if node.args else node.kwargs["input"]
     names = dict(layer.named_parameters(recurse=False))
     if functional(layer, x, None, None) is None:

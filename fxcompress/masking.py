@@ -21,7 +21,7 @@ from fxcompress.channels.labels import BoolArray, Cut, Labels, dims_of
 from fxcompress.channels.solve import Channels
 from fxcompress.errors import GraphError
 from fxcompress.layers import close_layer, is_open, open_layer
-from fxcompress.module import MASKS, TracedModule, copy_graph, evaluating
+from fxcompress.module import MASKS, TracedModule, copy_graph, evaluating, submodule
 from fxcompress.nodes import apply_mask, restore_live, select_live
 from fxcompress.plan import Plan
 from fxcompress.rewrite import Rewriter, rewriting
@@ -62,7 +62,7 @@ class Masking:
             flags = self.dead.get((axis.name, axis.dim))
             if axis.kind != "made" and flags is not None and len(flags) == axis.size:
                 gone.append(channels.component[axis.start + np.flatnonzero(flags)])
-        return channels.live(np.unique(np.concatenate(gone)))
+        return channels.live(np.concatenate(gone))
 
     def joined(self, elements: Mapping[str, Tensor]) -> Masking:
         """With further element masks; what is masked stays masked."""
@@ -212,7 +212,7 @@ def _mask_parameters(rewriter: Rewriter, elements: Mapping[str, Tensor], behind:
     for name in elements:
         holder = name.rpartition(".")[0]
         if name not in read and holder not in behind and any(n.target == holder for n in module.graph.nodes):
-            kind = type(module.get_submodule(holder)).__name__
+            kind = type(submodule(module, holder)).__name__
             raise GraphError(f"{name} cannot be masked element by element: a {kind} stays one node of the graph.")
 
 
@@ -245,7 +245,7 @@ class _Inserter:
             if node.name in live_only and self.plan.touched(node):
                 self._live_only(node)
             elif node.op == "call_module" and str(node.target) in holders:
-                layer = self.module.get_submodule(str(node.target))
+                layer = submodule(self.module, str(node.target))
                 if not open_layer(self.rewriter, node):
                     self._mask_output(node, layer)
 
@@ -268,7 +268,7 @@ class _Inserter:
         """Let a node read the live part of its inputs, and put zeros back where nothing was live."""
         if node.op == "call_module":
             layer = str(node.target)
-            if not open_layer(self.rewriter, node) and any(True for _ in self.module.get_submodule(layer).parameters()):
+            if not open_layer(self.rewriter, node) and any(True for _ in submodule(self.module, layer).parameters()):
                 raise GraphError(f"statistics of {type(layer).__name__} {node.target} cannot run over live channels")
         sources = [(source, self.plan.value(source)) for source in node.all_input_nodes]
         self._rewrite(node)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
+import gc
 import importlib
 import operator
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxcompress.errors import InputError
+from fxcompress.errors import GraphError, InputError
 
 MASKS = "_masks"
 
@@ -78,7 +80,7 @@ class TracedModule(fx.GraphModule):
 
 
 #: What a copy of a module may share with the original.
-_IMMUTABLE = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size, type)
+_IMMUTABLE = frozenset((int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size, type))
 
 
 def copied(model: nn.Module) -> nn.Module:
@@ -87,11 +89,24 @@ def copied(model: nn.Module) -> nn.Module:
     What ``copy.deepcopy`` gives, several times as fast: a model is mostly empty dictionaries of hooks.
     """
     memo: dict[int, Any] = {}
-    for module in model.modules():
+    for module in modules_of(model).values():
         for value in vars(module).values():
             if isinstance(value, torch.Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
+    state = list(state_of(model).values())
+    storages = Counter(_storage(tensor) for tensor in state)
+    for tensor in state:
+        if storages[_storage(tensor)] == 1 and not vars(tensor):  # deepcopy knows what shares a storage, and is slow
+            if type(tensor) is nn.Parameter:
+                memo[id(tensor)] = nn.Parameter(tensor.detach().clone(), tensor.requires_grad)
+            elif type(tensor) is torch.Tensor and not tensor.requires_grad:
+                memo[id(tensor)] = tensor.clone()
     return _copy_module(model, memo)
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    """Which storage a tensor is in; a number of its own for one without."""
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else -id(tensor)
 
 
 def _copy_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
@@ -102,20 +117,29 @@ def _copy_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     if hasattr(kind, "__deepcopy__") or kind.__reduce_ex__ is not object.__reduce_ex__ or _keeps_state(kind):
         return copy.deepcopy(module, memo)
     made = memo[id(module)] = kind.__new__(kind)
+    attributes = vars(made)
     for key, value in vars(module).items():
-        if isinstance(value, _IMMUTABLE):
-            made.__dict__[key] = value
+        if type(value) in _IMMUTABLE:
+            attributes[key] = value
         elif type(value) in (dict, OrderedDict, set) and not value:
-            made.__dict__[key] = type(value)()
+            attributes[key] = type(value)()
+        elif key in ("_parameters", "_buffers"):
+            attributes[key] = type(value)((name, _copy_tensor(tensor, memo)) for name, tensor in value.items())
         elif key == "_modules":
-            made.__dict__[key] = type(value)(
+            attributes[key] = type(value)(
                 (name, child if child is None else _copy_module(child, memo)) for name, child in value.items()
             )
         else:
-            made.__dict__[key] = copy.deepcopy(value, memo)
+            attributes[key] = copy.deepcopy(value, memo)
     return made
 
 
+def _copy_tensor(tensor: torch.Tensor | None, memo: dict[int, Any]) -> torch.Tensor | None:
+    known: torch.Tensor | None = memo.get(id(tensor))
+    return copy.deepcopy(tensor, memo) if known is None else known
+
+
+@functools.cache
 def _keeps_state(kind: type[nn.Module]) -> bool:
     """Whether a class outside torch has its own idea of what its state is."""
     return any(
@@ -127,16 +151,74 @@ def _keeps_state(kind: type[nn.Module]) -> bool:
     )
 
 
+def submodule(module: nn.Module, name: str) -> nn.Module:
+    """``module.get_submodule(name)``, several times as fast."""
+    for part in name.split(".") if name else ():
+        found = module._modules.get(part)
+        if found is None:
+            raise GraphError(f"there is no module {name!r}: nothing called {part!r} in a {type(module).__name__}.")
+        module = found
+    return module
+
+
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """The module in eval mode; every submodule's mode as before afterwards."""
-    modes = [(item, item.training) for item in module.modules()]
-    module.eval()
+def building() -> Iterator[None]:
+    """Without the garbage collector, which looks at everything again and again while only lasting things are made."""
+    enabled = gc.isenabled()
+    gc.disable()
     try:
         yield
     finally:
-        for item, mode in modes:
-            item.training = mode
+        if enabled:
+            gc.enable()
+
+
+def modules_of(module: nn.Module, *, every_name: bool = False) -> dict[str, nn.Module]:
+    """``dict(module.named_modules())``, without its generators inside generators.
+
+    Args:
+        module: the root.
+        every_name: a module that has several names is listed under all of them, not only the first.
+    """
+    found: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+    waiting = [("", module)]
+    while waiting:
+        name, item = waiting.pop()
+        if not every_name and id(item) in seen:
+            continue
+        seen.add(id(item))
+        found[name] = item
+        prefix = f"{name}." if name else ""
+        waiting += [(prefix + key, child) for key, child in reversed(item._modules.items()) if child is not None]
+    return found
+
+
+def state_of(module: nn.Module, *, every_name: bool = False) -> dict[str, torch.Tensor]:
+    """All parameters, then all buffers, by name; tied ones under their first name, or ``every_name``."""
+    modules = modules_of(module, every_name=every_name)
+    found: dict[str, torch.Tensor] = {}
+    for table in ("_parameters", "_buffers"):
+        seen: set[int] = set()
+        for name, item in modules.items():
+            for key, tensor in vars(item)[table].items():
+                if tensor is not None and (every_name or id(tensor) not in seen):
+                    seen.add(id(tensor))
+                    found[f"{name}.{key}" if name else key] = tensor
+    return found
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """The module in eval mode; every submodule's mode as before afterwards."""
+    modes = [(vars(item), item.training) for item in modules_of(module).values()]
+    for attributes, _ in modes:
+        attributes["training"] = False
+    try:
+        yield
+    finally:
+        for attributes, mode in modes:
+            attributes["training"] = mode
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:

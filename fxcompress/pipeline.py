@@ -16,7 +16,7 @@ from fxcompress.channels.groups import ChannelGroups, analyse
 from fxcompress.errors import FxCompressError, InputError, PassError
 from fxcompress.inputs import Inputs
 from fxcompress.masking import Masking, lay, lift
-from fxcompress.module import TracedModule
+from fxcompress.module import TracedModule, state_of
 from fxcompress.rewrite import check
 from fxcompress.verify import Align, tolerance_of, verify
 
@@ -41,6 +41,7 @@ class Context:
     align: Align | None = None
     masking: Masking | None = None
     _snapshot: tuple[TracedModule, Snapshot] | None = None
+    _latest: tuple[Any, ChannelGroups] | None = None
     _analyses: dict[str, ChannelGroups] = field(default_factory=dict)
 
     def groups(self, module: TracedModule) -> ChannelGroups:
@@ -53,16 +54,20 @@ class Context:
             raise InputError(
                 "example_inputs is missing: channels are followed through a run of the model. Pass a batch."
             )
-        shapes = [(name, tuple(t.shape)) for name, t in module.named_parameters(remove_duplicate=False)]
+        shapes = [tuple(tensor.shape) for tensor in state_of(module).values()]
+        now = _signature(module.graph), shapes
+        if self._latest is not None and self._latest[0] == now:
+            return self._latest[1]
         key = f"{module.graph}{shapes}"
         if key not in self._analyses:
             self._analyses[key] = analyse(module, self.inputs)
+        self._latest = now, self._analyses[key]
         return self._analyses[key]
 
-    def masked(self, module: TracedModule, author: str) -> TracedModule:
-        """The module with its lifted masks laid over it, in place."""
+    def masked(self, module: TracedModule, author: str, like: TracedModule | None = None) -> TracedModule:
+        """The module (a copy of ``like``, whose analysis will do) with its lifted masks laid over it, in place."""
         if self.masking is not None:
-            lay(module, self.masking, self.groups(module) if self.masking.dead else None, author)
+            lay(module, self.masking, self.groups(like or module) if self.masking.dead else None, author)
         return module
 
 
@@ -127,7 +132,7 @@ class Pass(ABC):
 
     def reference(self, module: TracedModule, context: Context) -> TracedModule:
         """What the result must equal where the pass preserves the function: by default the module as it came."""
-        return context.masked(copy.deepcopy(module), self.name)
+        return context.masked(copy.deepcopy(module), self.name, like=module)
 
 
 @dataclass(frozen=True, repr=False)
@@ -221,17 +226,16 @@ class Snapshot:
     Args:
         module: the module.
         masking: its masks, if they are lifted.
-        values: whether to read every value, for passes that may write through ``.data``.
+        values: whether to read every value and print the graph, for passes that may write through ``.data`` or put
+            another graph in its place.
     """
 
     def __init__(self, module: TracedModule, masking: Masking | None = None, *, values: bool = True) -> None:
-        self.graph, self.masking = str(module.graph), masking
+        self.masking = masking
+        self.graph: Any = str(module.graph) if values else _signature(module.graph)
         self.state = {
             name: (tensor, tensor._version, _digest(tensor) if values else None)
-            for name, tensor in [
-                *module.named_parameters(remove_duplicate=False),
-                *module.named_buffers(remove_duplicate=False),
-            ]
+            for name, tensor in state_of(module, every_name=True).items()
         }
 
     def differs(self, now: Snapshot) -> bool:
@@ -239,6 +243,11 @@ class Snapshot:
         if self.graph != now.graph or self.state.keys() != now.state.keys() or self.masking != now.masking:
             return True
         return not all(_same(old, now.state[name]) for name, old in self.state.items())
+
+
+def _signature(graph: fx.Graph) -> list[Any]:
+    """What equals another's if the nodes are the same ones and call the same."""
+    return [(node, node.op, node.target, node.args, node.kwargs) for node in graph.nodes]
 
 
 _Held = tuple[torch.Tensor, int, int | None]

@@ -23,7 +23,7 @@ from fxcompress.channels.labels import BoolArray, Cut, Labels, cut_shape, cut_te
 from fxcompress.channels.solve import Channels, source_of
 from fxcompress.errors import GraphError
 from fxcompress.literals import LITERALS, InexpressibleError, Scaled
-from fxcompress.module import TracedModule, evaluating
+from fxcompress.module import TracedModule, evaluating, submodule
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ class Plan:
     def call(self, node: fx.Node) -> Call:
         """What a node becomes so that it computes the live part of its value from live inputs."""
         args, kwargs = self._literals(node)
-        if not self.is_number(node):
+        if not self.is_number(node) and any(map(self.is_number, node.all_input_nodes)):
             sizes_kept = _name(node) in LITERALS and LITERALS[_name(node)].takes_sizes
             if not sizes_kept:
                 args, kwargs = pytree.tree_map(
@@ -269,7 +269,7 @@ class Plan:
         if call.op == "call_method":
             return getattr(args[0], call.target)(*args[1:], **kwargs)
         if call.op == "call_module":
-            return self.module.get_submodule(str(call.target))(*args, **kwargs)
+            return submodule(self.module, str(call.target))(*args, **kwargs)
         return call.target(*args, **kwargs)
 
     def _gather(self, node: fx.Node) -> Gather:
@@ -348,7 +348,7 @@ def settle(
 
 def _attribute(module: TracedModule, name: str) -> Any:
     path, _, leaf = name.rpartition(".")
-    return getattr(module.get_submodule(path), leaf)
+    return getattr(submodule(module, path), leaf)
 
 
 def _name(node: fx.Node) -> str:

@@ -10,7 +10,7 @@ import inspect
 import operator
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from fxcompress.errors import TraceError
 from fxcompress.inputs import tensors_in
+from fxcompress.module import state_of
 from fxcompress.nodes import require_recorded
 from fxcompress.sizes import TRACED, Expression, TracedInt, plain
 
@@ -127,7 +128,7 @@ class Recorder(TorchFunctionMode):
         self.inputs: dict[str, Tensor] = {}
         self._dynamic: set[fx.Node] = set()
         self._attributes: dict[int, str] = {}
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        for name, tensor in state_of(model).items():
             self._attributes.setdefault(id(tensor), name)
 
     # ---- what comes past -----------------------------------------------------------------------------------

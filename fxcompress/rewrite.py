@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxcompress.errors import GraphError
-from fxcompress.module import TracedModule
+from fxcompress.module import TracedModule, modules_of, state_of, submodule
 from fxcompress.recorder import mutates
 
 Value = Any
@@ -118,7 +118,7 @@ class Rewriter:
     def owner(self, name: str) -> tuple[nn.Module, str]:
         """The module that holds a parameter or buffer, and its name there."""
         path, _, leaf = name.rpartition(".")
-        return self.module.get_submodule(path), leaf
+        return submodule(self.module, path), leaf
 
     def set_tensor(self, name: str, tensor: Tensor) -> None:
         """Replace the tensor of a parameter or buffer, under all its names; parameters stay parameters."""
@@ -135,7 +135,7 @@ class Rewriter:
         """Every table and key under which a parameter or buffer is kept."""
         if tensor not in self._index:
             self._index = WeakTensorKeyDictionary()
-            for module in self.module.modules():
+            for module in modules_of(self.module).values():
                 for table in (vars(module)["_parameters"], vars(module)["_buffers"]):
                     for key, other in table.items():
                         if other is not None:
@@ -151,14 +151,14 @@ class Rewriter:
         for part in path:
             if part not in holder._modules:
                 holder._modules[part] = nn.Module()
-            holder = holder.get_submodule(part)
+            holder = submodule(holder, part)
         holder.register_buffer(leaf, tensor, persistent=persistent)
         self.edits += 1
 
     def drop_module(self, name: str) -> None:
         """Remove a submodule, if it is there."""
         path, _, leaf = name.rpartition(".")
-        if self.module.get_submodule(path)._modules.pop(leaf, None) is not None:
+        if submodule(self.module, path)._modules.pop(leaf, None) is not None:
             self.edits += 1
 
     def finish(self) -> None:
@@ -184,8 +184,7 @@ def check(module: TracedModule) -> None:
         GraphError: with the node and where it came from.
     """
     seen: set[fx.Node] = set()
-    tensors = {name for name, _ in _named(module)}
-    modules = {name for name, _ in module.named_modules(remove_duplicate=False)}
+    tensors, modules = state_of(module, every_name=True), modules_of(module, every_name=True)
     outputs = 0
     for node in module.graph.nodes:
         for source in node.all_input_nodes:
@@ -208,8 +207,3 @@ def describe(node: fx.Node) -> str:
     by = f", by {node.meta['by']}" if "by" in node.meta else ""
     source = f", from {node.meta['source']}" if "source" in node.meta else ""
     return f"node {node.name} ({node.op} {node.target}{by}{source})"
-
-
-def _named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters(remove_duplicate=False)
-    yield from module.named_buffers(remove_duplicate=False)

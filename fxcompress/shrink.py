@@ -13,7 +13,7 @@ from fxcompress.channels.groups import ChannelGroups
 from fxcompress.channels.labels import BoolArray, Labels, cut_tensor
 from fxcompress.layers import agree
 from fxcompress.literals import Scaled, live_groups
-from fxcompress.module import TracedModule, evaluating
+from fxcompress.module import TracedModule, evaluating, modules_of, submodule
 from fxcompress.nodes import scale_size, select_live
 from fxcompress.plan import Call, Gather, Plan
 from fxcompress.rewrite import Rewriter, rewriting
@@ -52,8 +52,8 @@ def shrink(
         for node, source in reversed(identities):  # after all others were written, which still read them
             rewriter.replace(node, source)
         _cut_tensors(rewriter, plan, masks or {})
-        for name, layer in module.named_modules():
-            if name in entering or (name and any(True for _ in layer.parameters(recurse=False))):
+        for name, layer in modules_of(module).items():
+            if name in entering or (name and any(p is not None for p in layer._parameters.values())):
                 labels, groups_now = entering.get(name, (None, None))
                 agree(layer, inputs=labels, groups=groups_now)
     return plan
@@ -67,13 +67,17 @@ def _entering(module: TracedModule, plan: Plan) -> dict[str, tuple[tuple[int, ..
             continue
         labels = plan.value(node.args[0])
         if isinstance(labels, Labels) and plan.cuts(labels) is not None:
-            layer = module.get_submodule(str(node.target))
+            layer = submodule(module, str(node.target))
             left = live_groups(plan, labels, layer.num_groups) if isinstance(layer, nn.GroupNorm) else None
             found[str(node.target)] = plan.shape(labels), left
     return found
 
 
 def _write_call(rewriter: Rewriter, node: fx.Node, call: Call) -> None:
+    if call.args == node.args and call.kwargs == node.kwargs:
+        rewriter.become(node, call.op, call.target, node.args, node.kwargs)
+        return
+
     def settle(item: Any) -> Any:
         if isinstance(item, Scaled):
             return rewriter.insert_before(

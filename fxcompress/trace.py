@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from fxcompress.attention import multihead_attention
 from fxcompress.errors import FxCompressError, InputError, TraceError
 from fxcompress.inputs import Inputs, check_devices, other_batch, tensors_in
-from fxcompress.module import TracedModule, copied
+from fxcompress.module import TracedModule, building, copied, modules_of, state_of
 from fxcompress.nodes import scale_size
 from fxcompress.recorder import CONSTANTS, MODE_HOLDER, Recorder, TrainingFlag, ValueReadError
 
@@ -74,9 +74,10 @@ def trace(model: nn.Module, example_inputs: Any = None) -> TracedModule:
 
 
 def _trace(model: nn.Module, inputs: Inputs) -> TracedModule:
-    work = copied(model)
     opaque: set[str] = set()
-    recorder = _record_all(model, work, inputs, opaque)
+    with building():
+        work = copied(model)
+        recorder = _record_all(model, work, inputs, opaque)
     if recorder.branches:
         warnings.warn(
             f"the forward asks for self.training, at {recorder.branches[0]}, and the model is in train mode: the path "
@@ -84,7 +85,8 @@ def _trace(model: nn.Module, inputs: Inputs) -> TracedModule:
             stacklevel=3,
         )
     batched = _settle_batch(model, work, inputs, recorder, opaque)
-    return _assemble(work, recorder, opaque, batched)
+    with building():
+        return _assemble(work, recorder, opaque, batched)
 
 
 def _trace_again(model: TracedModule, inputs: Inputs) -> TracedModule:
@@ -158,7 +160,7 @@ def _record_all(model: nn.Module, work: nn.Module, inputs: Inputs, opaque: set[s
 def _record(model: nn.Module, work: nn.Module, inputs: Inputs, opaque: set[str], known: frozenset[int]) -> Recorder:
     recorder = Recorder(work, known)
     inputs = inputs.map(Tensor.clone)
-    bound, buffers = _bind(work, inputs), dict(work.named_buffers())
+    bound, buffers = _bind(work, inputs), _buffers(work)
     with _instrumented(work, recorder, opaque), torch.no_grad(), torch.random.fork_rng(devices=[]):
         for name, (value, optional) in bound.items():
             recorder.placeholder(name, value, optional)
@@ -174,7 +176,7 @@ def _record(model: nn.Module, work: nn.Module, inputs: Inputs, opaque: set[str],
             ) from error
         finally:
             _restore_buffers(work, model)
-        replaced = sorted(name for name, buffer in work.named_buffers() if buffer is not buffers.get(name))
+        replaced = sorted(name for name, buffer in _buffers(work).items() if buffer is not buffers.get(name))
         if replaced:
             warnings.warn(
                 f"the forward replaces {', '.join(replaced)} by a new tensor, which a graph cannot do: the result "
@@ -220,7 +222,7 @@ def is_leaf(module: nn.Module) -> bool:
 @contextmanager
 def _instrumented(model: nn.Module, recorder: Recorder, opaque: set[str]) -> Iterator[None]:
     """Let every submodule report its calls to the recorder, and nothing of that outlive the context."""
-    modules = list(model.named_modules())
+    modules = list(modules_of(model).items())
     saved = [(module, dict(module.__dict__)) for _, module in modules]
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -268,17 +270,27 @@ def _scoped_forward(recorder: Recorder, path: str, forward: Callable[..., Any]) 
     return run
 
 
+#: Where a module keeps what is found by name.
+_REGISTERED = frozenset(("_modules", "_parameters", "_buffers"))
+
+
 def _plain_tensors(model: nn.Module) -> Iterator[Tensor]:
     """Tensors kept as ordinary attributes of modules: constants that no ``register_buffer`` knows."""
-    for module in model.modules():
-        for value in vars(module).values():
-            if not isinstance(value, dict) or not all(isinstance(item, nn.Module) for item in value.values()):
+    for module in modules_of(model).values():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor):
+                yield value
+            elif isinstance(value, (dict, list, tuple)) and value and name not in _REGISTERED:
                 yield from tensors_in(value)
 
 
 def _restore_buffers(work: nn.Module, model: nn.Module) -> None:
-    for (_, buffer), (_, original) in zip(work.named_buffers(), model.named_buffers(), strict=True):
+    for buffer, original in zip(_buffers(work).values(), _buffers(model).values(), strict=True):
         buffer.copy_(original)
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in state_of(model).items() if not isinstance(tensor, nn.Parameter)}
 
 
 # ---- the batch dimension -------------------------------------------------------------------------------------
@@ -415,7 +427,7 @@ def _assemble(work: nn.Module, recorder: Recorder, opaque: set[str], batched: tu
     nodes = list(recorder.graph.nodes)
     used = {str(node.target) for node in nodes if node.op == "get_attr"}
     kept = recorder.reached | {name.rpartition(".")[0] for name in used}
-    canonical = {id(module): path for path, module in work.named_modules()}
+    canonical = {id(module): path for path, module in modules_of(work).items()}
     ancestors = {".".join(path.split(".")[:depth]) for path in kept for depth in range(path.count(".") + 1)}
     kept |= ancestors
     dropped: list[str] = []

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from fxcompress.channels.groups import Group, Slices
-from fxcompress.channels.labels import BoolArray
+from fxcompress.channels.labels import BoolArray, distinct
 from fxcompress.channels.solve import Channels
 from fxcompress.errors import InputError, PassError
 from fxcompress.masking import Masking, complete
-from fxcompress.module import TracedModule
+from fxcompress.module import TracedModule, modules_of, submodule
 from fxcompress.pipeline import Context, Pass
 from fxcompress.plan import settle
 from fxcompress.select import Selection, Selectors, Sparsity
@@ -121,7 +121,7 @@ class ChannelPruner(Pass):
         for units, count in zip(tables, counts, strict=True):
             dead.append(units.lowest(count))
             rank.update(units.rank())
-        gone = np.unique(np.concatenate(dead))
+        gone = distinct(np.concatenate(dead))
         kept = settle(module, channels, channels.live(gone), rank)
         return kept, int(kept[gone].sum())
 
@@ -129,7 +129,8 @@ class ChannelPruner(Pass):
 
     def _choose(self, groups: list[Group], module: TracedModule, context: Context) -> list[tuple[Group, float]]:
         """The removable groups that the selection takes, each with its sparsity."""
-        layers = {name: item for name, item in module.named_modules() if any(True for _ in item.parameters(False))}
+        modules = modules_of(module)
+        layers = {n: item for n, item in modules.items() if any(p is not None for p in item._parameters.values())}
         Selection(self.include, self.exclude).chosen(layers)  # raises where a selector matches nothing
         included = Selection(self.include).chosen(layers)
         excluded = frozenset() if self.exclude is None else Selection(self.exclude).chosen(layers)
@@ -192,7 +193,7 @@ def _layer(item: Slices, module: TracedModule, masking: Masking) -> Layer:
     if mask is not None:
         weight = weight * mask
     rows = torch.from_numpy(item.rows).to(weight.device)
-    return Layer(item.layer, module.get_submodule(item.layer), weight.index_select(item.dim, rows).movedim(item.dim, 0))
+    return Layer(item.layer, submodule(module, item.layer), weight.index_select(item.dim, rows).movedim(item.dim, 0))
 
 
 class _Units:

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from fxcompress.channels.labels import Labels
 from fxcompress.masking import Masking
-from fxcompress.module import TracedModule
+from fxcompress.module import TracedModule, submodule
 from fxcompress.pipeline import Context, Pass
 from fxcompress.rewrite import Rewriter, rewriting
 
@@ -65,10 +65,10 @@ def _producer(node: fx.Node, module: TracedModule, calls: dict[str, int], contex
     """The layer that a node's BatchNorm can be folded into."""
     if node.op != "call_module" or not node.args or not isinstance(node.args[0], fx.Node):
         return None
-    norm, source = module.get_submodule(str(node.target)), node.args[0]
+    norm, source = submodule(module, str(node.target)), node.args[0]
     if not isinstance(norm, _NORMS) or norm.running_var is None or source.op != "call_module":
         return None
-    layer = module.get_submodule(str(source.target))
+    layer = submodule(module, str(source.target))
     if (
         type(layer) not in _PRODUCERS
         or len(source.users) != 1
@@ -94,7 +94,7 @@ def _producer(node: fx.Node, module: TracedModule, calls: dict[str, int], contex
 def _fold(rewriter: Rewriter, producer: fx.Node, node: fx.Node) -> str:
     """Fold one pair; returns a line for the notes."""
     module = rewriter.module
-    layer, norm = module.get_submodule(str(producer.target)), module.get_submodule(str(node.target))
+    layer, norm = submodule(module, str(producer.target)), submodule(module, str(node.target))
     assert isinstance(norm, _NORMS)
     assert norm.running_mean is not None
     assert norm.running_var is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -219,3 +220,37 @@ def _regroup(call: Call, taken: Tensor) -> bool:
     return bool(
         call.relabel(weight, Labels(labels.shape, (*kept, mine), labels.const, labels.direct, rows=frozenset({0})))
     )
+
+
+def standing_in(name: str, args: Sequence[Any]) -> Tensor | None:
+    """A tensor of ones in the shape of a product that is not computed; None for anything but a product."""
+    if name in ("mm", "bmm"):
+        return args[0].new_ones((*args[0].shape[:-1], args[1].shape[-1]))
+    if name in ("addmm", "baddbmm"):
+        return args[1].new_ones((*args[1].shape[:-1], args[2].shape[-1]))
+    if name == "convolution":
+        return args[0].new_ones(_convolved(*args[:9]))
+    return None
+
+
+def _convolved(
+    x: Tensor,
+    weight: Tensor,
+    _bias: Tensor | None,
+    strides: Sequence[int],
+    paddings: Sequence[int],
+    dilations: Sequence[int],
+    transposed: bool,
+    output_paddings: Sequence[int],
+    groups: int,
+) -> list[int]:
+    """The shape of a convolution's output."""
+    shape = [x.shape[0], weight.shape[1] * groups if transposed else weight.shape[0]]
+    for i, (size, kernel) in enumerate(zip(x.shape[2:], weight.shape[2:], strict=True)):
+        stride, padding, dilation = (a[i % len(a)] for a in (strides, paddings, dilations))
+        reach = dilation * (kernel - 1)
+        if transposed:
+            shape.append((size - 1) * stride - 2 * padding + reach + output_paddings[i % len(output_paddings)] + 1)
+        else:
+            shape.append((size + 2 * padding - reach - 1) // stride + 1)
+    return shape

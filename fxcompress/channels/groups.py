@@ -13,14 +13,14 @@ import numpy as np
 from rich.table import Table
 from torch import nn
 
-from fxcompress.channels.labels import BoolArray, IntArray, dims_of
+from fxcompress.channels.labels import BoolArray, IntArray, dims_of, distinct
 from fxcompress.channels.ledger import Axis
 from fxcompress.channels.propagate import WHOLE, propagate
 from fxcompress.channels.solve import Channels, solve
 from fxcompress.cost import as_text
 from fxcompress.errors import InputError
 from fxcompress.inputs import Inputs
-from fxcompress.module import TracedModule
+from fxcompress.module import TracedModule, building
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ class ChannelGroups:
     def _axes_of(self, labels: IntArray) -> list[Axis]:
         axes = self.channels.facts.ledger.axes
         starts = np.array([axis.start for axis in axes])
-        return [axes[i] for i in np.unique(np.searchsorted(starts, labels, side="right") - 1)]
+        return [axes[i] for i in distinct(np.searchsorted(starts, labels, side="right") - 1)]
 
     def _couplings(self, group: Group) -> nx.Graph[str]:
         """Axes as nodes, an edge where a node of the model makes two of them one channel of this group."""
@@ -264,16 +264,17 @@ def channel_groups(model: nn.Module, example_inputs: Any = None) -> ChannelGroup
 
 def analyse(module: TracedModule, inputs: Inputs) -> ChannelGroups:
     """The groups of a traced model without mask nodes."""
-    facts = propagate(module, inputs)
-    channels = solve(facts, module.graph)
-    return ChannelGroups(tuple(_groups(channels)), channels)
+    with building():
+        facts = propagate(module, inputs)
+        channels = solve(facts, module.graph)
+        return ChannelGroups(tuple(_groups(channels)), channels)
 
 
 def _groups(channels: Channels) -> Iterator[Group]:
     ledger, component = channels.facts.ledger, channels.component
     if not ledger.produced:
         return
-    labels = np.unique(np.concatenate(ledger.produced))
+    labels = distinct(np.concatenate(ledger.produced))
     starts = np.array([axis.start for axis in ledger.axes])
     axis_of = np.searchsorted(starts, labels, side="right") - 1
     parameters = np.array([axis.kind == "parameter" for axis in ledger.axes])
@@ -314,7 +315,7 @@ def _members(channels: Channels, sets: list[IntArray]) -> list[tuple[tuple[str, 
     for name, labels in channels.facts.state.items():
         for factor in labels.factors:
             mine = owner[factor.reshape(-1).numpy()]
-            for index in mine[:1] if (mine == mine[0]).all() else np.unique(mine):
+            for index in mine[:1] if (mine == mine[0]).all() else distinct(mine):
                 if index >= 0:  # columns of a grouped weight differ from row to row: the last dimension is theirs
                     found[index].append((name, dims_of(factor)[-1]))
     return list(map(tuple, found))
@@ -322,7 +323,7 @@ def _members(channels: Channels, sets: list[IntArray]) -> list[tuple[tuple[str, 
 
 def _keys(parts: IntArray, axis_of: IntArray, frozen: BoolArray, size: int, axes: int) -> IntArray:
     """For every component a number that is equal for components produced by the same axes (and equally frozen)."""
-    pairs = np.unique(parts * axes + axis_of)
+    pairs = distinct(parts * axes + axis_of)
     weights = np.random.default_rng(0).integers(1, 2**62, axes)
     keys = np.zeros(size, dtype=np.int64)
     with np.errstate(over="ignore"):
@@ -335,7 +336,7 @@ def _reasons(channels: Channels) -> dict[int, str]:
     reasons: dict[int, str] = {}
     for freeze in reversed(channels.facts.ledger.freezes):
         text = f"{freeze.reason} ({freeze.node})"
-        reasons.update(dict.fromkeys(np.unique(channels.component[freeze.labels]).tolist(), text))
+        reasons.update(dict.fromkeys(channels.component[freeze.labels].tolist(), text))
     return reasons
 
 
@@ -344,7 +345,7 @@ def _slices(channels: Channels, chosen: IntArray, labels: IntArray, axis_of: Int
     position = np.full(len(channels.component), -1, dtype=np.int64)
     position[chosen] = np.arange(len(chosen))
     made = []
-    for index in np.unique(axis_of):
+    for index in distinct(axis_of):
         axis = channels.facts.ledger.axes[index]
         mine = labels[axis_of == index]
         made.append(Slices(axis.name, axis.dim, mine - axis.start, position[channels.component[mine]]))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxcompress.channels.labels import IntArray, Labels, column_of, dims_of
+from fxcompress.channels.labels import IntArray, Labels, column_of, dims_of, distinct
 
 #: Where an axis comes from: a parameter, a buffer, or a tensor that the forward makes.
 Kind = Literal["parameter", "buffer", "made"]
@@ -138,7 +138,7 @@ class Ledger:
     def freeze(self, factors: Iterable[Tensor], reason: str) -> None:
         """No channel in these factors can be removed."""
         for factor in factors:
-            self.freezes.append(Freeze(np.unique(factor.numpy()), reason, self.node))
+            self.freezes.append(Freeze(distinct(factor.numpy()), reason, self.node))
 
     def pin(self, factor: Tensor, dims: Iterable[int], reason: str) -> None:
         """A factor's channels may go as long as none of ``dims`` gets shorter."""
@@ -155,10 +155,10 @@ class Ledger:
 
     def produce(self, factors: Iterable[Tensor]) -> None:
         """These labels are rows of a weight that produces channels: they are what gets scored."""
-        self.produced.extend(np.unique(factor.numpy()) for factor in factors)
+        self.produced.extend(distinct(factor.numpy()) for factor in factors)
 
     def connect(self, consumed: Iterable[Tensor], produced: Iterable[Tensor]) -> None:
         """A weight reads these channels and produces those."""
-        columns, rows = ([np.unique(factor.numpy()) for factor in factors] for factors in (consumed, produced))
+        columns, rows = ([distinct(factor.numpy()) for factor in factors] for factors in (consumed, produced))
         if columns and rows:
             self.layers.append((np.concatenate(columns), np.concatenate(rows)))

@@ -14,13 +14,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fxcompress.channels.contractions import standing_in
 from fxcompress.channels.labels import Labels, dims_of
 from fxcompress.channels.ledger import Kind, Ledger
 from fxcompress.channels.operators import operator_name, read_arguments, rule_for
 from fxcompress.channels.rules import Call
 from fxcompress.inputs import Inputs, positional, tensors_in
 from fxcompress.layers import understood
-from fxcompress.module import TracedModule, evaluating
+from fxcompress.module import TracedModule, evaluating, modules_of, state_of
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,10 @@ _SINGULAR = {"div": 1, "fmod": 1, "remainder": 1} | dict.fromkeys(
 class _Watch(TorchDispatchMode):
     """Gives every tensor that an operator makes its labels."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, *, computes: bool) -> None:
         super().__init__()
         self.ledger = ledger
+        self.computes = computes
         self.table: dict[int, tuple[weakref.ref[Tensor], Labels]] = {}  # an id may be used again
         self.parameters: dict[int, str] = {}
         self.values_only = True
@@ -100,11 +102,11 @@ class _Watch(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        silent = self.asleep or func.namespace == "prim" or _restrides(func, args)
-        result = func(*args, **kwargs)
-        if silent:
-            return result
+        if self.asleep or func.namespace == "prim" or _restrides(func, args):
+            return func(*args, **kwargs)
         name, inplace = operator_name(func)
+        stand_in = None if self.computes else standing_in(name, args)
+        result = func(*args, **kwargs) if stand_in is None else stand_in
         self.moves_only = self.moves_only and name in _MOVES and not inplace
         self.asleep = True
         try:
@@ -168,6 +170,7 @@ class _Interpreter:
 
     def __init__(self, module: TracedModule, watch: _Watch, opaque: Iterable[str]) -> None:
         self.module, self.watch, self.opaque = module, watch, frozenset(opaque)
+        self.layers = modules_of(module, every_name=True)
         self.values: dict[str, Any] = {}
         self.moves: set[str] = set()
 
@@ -180,7 +183,7 @@ class _Interpreter:
             if node.op == "placeholder":
                 result = next(given)
             elif node.op == "get_attr":
-                result = _attribute(self.module, str(node.target))
+                result = self._attribute(str(node.target))
             elif node.op == "output":
                 result = fx.map_arg(node.args[0], results.__getitem__)
                 self._finish(result)
@@ -201,7 +204,7 @@ class _Interpreter:
         watch.asleep = bool(reason)
         try:
             if node.op == "call_module":
-                result = self.module.get_submodule(str(node.target))(*args, **kwargs)
+                result = self.layers[str(node.target)](*args, **kwargs)
             elif node.op == "call_method":
                 result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
             else:
@@ -214,6 +217,10 @@ class _Interpreter:
         if watch.moves_only:
             self.moves.add(node.name)
         return result
+
+    def _attribute(self, name: str) -> Any:
+        path, _, leaf = name.rpartition(".")
+        return getattr(self.layers[path], leaf)
 
     def _finish(self, result: Any) -> None:
         for labels in _labels_in(self._describe(result)):
@@ -234,14 +241,14 @@ class _Interpreter:
             return ""
         if str(node.target) in self.opaque:
             return f"{node.target} is opaque and {WHOLE}"
-        layer = self.module.get_submodule(str(node.target))
+        layer = self.layers[str(node.target)]
         return "" if understood(layer) else f"{type(layer).__name__} {WHOLE}"
 
     def _freeze(self, node: fx.Node, reason: str) -> None:
         for labels in _labels_in([self.values[source.name] for source in node.all_input_nodes]):
             self.watch.ledger.freeze(labels.factors, reason)
         if node.op == "call_module":
-            for tensor in self.module.get_submodule(str(node.target)).parameters():
+            for tensor in self.layers[str(node.target)].parameters():
                 self.watch.ledger.freeze(self.watch.of(tensor).factors, reason)
 
     def _describe(self, value: Any) -> Any:
@@ -257,11 +264,6 @@ class _Interpreter:
         return leaf if isinstance(leaf, (int, float, bool, str, type(None))) else None
 
 
-def _attribute(module: nn.Module, name: str) -> Any:
-    path, _, leaf = name.rpartition(".")
-    return getattr(module.get_submodule(path), leaf)
-
-
 def _labels_in(value: Any) -> list[Labels]:
     if isinstance(value, Labels):
         return [value]
@@ -271,25 +273,39 @@ def _labels_in(value: Any) -> list[Labels]:
 def propagate(module: TracedModule, inputs: Inputs) -> Facts:
     """Run a traced model on ``inputs`` in eval mode and follow every channel through it.
 
-    The module's mode and buffers are as before afterwards.
+    Products are not computed: their values decide nothing, unless user code reads them (an opaque module), or an
+    operator refuses the ones that stand in for them. The module's mode and buffers are as before afterwards.
     """
+    if not module.meta["opaque"]:
+        try:
+            return _propagate(module, inputs, computes=False)
+        except Exception:  # noqa: BLE001 - whatever an operator raises over its operands' values
+            pass
+    return _propagate(module, inputs, computes=True)
+
+
+def _propagate(module: TracedModule, inputs: Inputs, *, computes: bool) -> Facts:
     ledger = Ledger()
-    watch = _Watch(ledger)
-    state = [*module.named_parameters(), *module.named_buffers()]
+    watch = _Watch(ledger, computes=computes)
+    state = state_of(module)
     interpreter = _Interpreter(module, watch, module.meta["opaque"])
-    before = [(buffer, buffer._version, buffer.clone()) for buffer in module.buffers()]
-    for name, tensor in state:
+    before = []
+    for name, tensor in state.items():
         ledger.node = name
         kind: Kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
+        if kind == "buffer":
+            before.append((tensor, tensor._version, tensor.clone()))
         factors = ledger.fresh(name, tensor.shape, kind) if tensor.is_floating_point() else ()
         watch.label(tensor, Labels(tuple(tensor.shape), factors, const=True, direct=True))
         watch.parameters[id(tensor)] = name
-    with evaluating(module), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), watch:
-        interpreter.run(positional(module, inputs.map(Tensor.clone)))
-    labels = {name: watch.of(tensor) for name, tensor in state}
-    for buffer, version, value in before:  # a forward may write into its buffers
-        if buffer._version != version:
-            buffer.copy_(value)
+    try:
+        with evaluating(module), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), watch:
+            interpreter.run(positional(module, inputs.map(Tensor.clone)))
+    finally:
+        for buffer, version, value in before:  # a forward may write into its buffers
+            if buffer._version != version:
+                buffer.copy_(value)
+    labels = {name: watch.of(tensor) for name, tensor in state.items()}
     values = interpreter.values
     for node in module.graph.nodes:
         if node.op == "get_attr" and node.target in labels:

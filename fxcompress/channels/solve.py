@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from fxcompress.channels.labels import BoolArray, IntArray, Labels, blocks_of, dims_of, plan_cuts
+from fxcompress.channels.labels import BoolArray, IntArray, Labels, blocks_of, dims_of, distinct, plan_cuts
 from fxcompress.channels.ledger import Constraint
 from fxcompress.channels.propagate import Facts
 
@@ -102,7 +102,7 @@ def _holds(constraint: Constraint, live: BoolArray) -> bool:
 def _bring_back(constraint: Constraint, live: BoolArray, component: IntArray, rank: Mapping[int, float]) -> IntArray:
     """Components to bring back so that the rows of a constraint become equal (all of them, if no rows are found)."""
     everything = np.concatenate([component[factor.numpy().reshape(-1)] for factor in constraint.labels.factors])
-    everything = np.unique(everything)
+    everything = distinct(everything)
     dead: IntArray = everything[~live[everything]]
     if len(constraint.labels.factors) != 1:
         return dead
@@ -144,7 +144,7 @@ def _stuck(constraint: Constraint, component: IntArray) -> IntArray:
     other = tuple(d for d in range(factor.ndim) if d not in constraint.pinned)
     rows = component[factor]
     whole = rows.min(axis=other) == rows.max(axis=other)
-    return np.unique(rows.min(axis=other)[whole])
+    return distinct(rows.min(axis=other)[whole])
 
 
 def _tensor_labels(value: Any) -> list[Labels]:
