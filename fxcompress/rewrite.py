@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxcompress.errors import GraphError
-from fxcompress.module import TracedModule, modules_of, state_of, submodule
+from fxcompress.module import TracedModule, modules_of, submodule
 from fxcompress.recorder import mutates
 
 Value = Any
@@ -184,15 +184,14 @@ def check(module: TracedModule) -> None:
         GraphError: with the node and where it came from.
     """
     seen: set[fx.Node] = set()
-    tensors, modules = state_of(module, every_name=True), modules_of(module, every_name=True)
     outputs = 0
     for node in module.graph.nodes:
         for source in node.all_input_nodes:
             if source not in seen:
                 raise GraphError(f"{describe(node)} reads {source.name} before it is computed.")
-        if node.op == "call_module" and node.target not in modules:
+        if node.op == "call_module" and not _exists(module, str(node.target), tensors=False):
             raise GraphError(f"{describe(node)} calls the module {node.target}, which does not exist.")
-        if node.op == "get_attr" and node.target not in tensors and node.target not in modules:
+        if node.op == "get_attr" and not _exists(module, str(node.target), tensors=True):
             raise GraphError(f"{describe(node)} reads {node.target}, which does not exist.")
         if node.op == "call_function" and not callable(node.target):
             raise GraphError(f"{describe(node)} calls {node.target!r}, which is no function.")
@@ -200,6 +199,17 @@ def check(module: TracedModule) -> None:
         seen.add(node)
     if outputs != 1 or next(reversed(module.graph.nodes)).op != "output":
         raise GraphError(f"the graph has {outputs} output nodes; expected one, at its end.")
+
+
+def _exists(module: nn.Module, name: str, *, tensors: bool) -> bool:
+    """Whether a name is that of a module below ``module``, or, with ``tensors``, of a parameter or buffer."""
+    path, _, leaf = name.rpartition(".")
+    try:
+        holder = submodule(module, path)
+    except GraphError:
+        return False
+    tables = (holder._modules, holder._parameters, holder._buffers) if tensors else (holder._modules,)
+    return any(table.get(leaf) is not None for table in tables)
 
 
 def describe(node: fx.Node) -> str:

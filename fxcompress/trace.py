@@ -161,6 +161,7 @@ def _record(model: nn.Module, work: nn.Module, inputs: Inputs, opaque: set[str],
     recorder = Recorder(work, known)
     inputs = inputs.map(Tensor.clone)
     bound, buffers = _bind(work, inputs), _buffers(work)
+    originals = _buffers(model)
     with _instrumented(work, recorder, opaque), torch.no_grad(), torch.random.fork_rng(devices=[]):
         for name, (value, optional) in bound.items():
             recorder.placeholder(name, value, optional)
@@ -175,8 +176,10 @@ def _record(model: nn.Module, work: nn.Module, inputs: Inputs, opaque: set[str],
                 "Expected inputs on which model(*inputs) runs."
             ) from error
         finally:
-            _restore_buffers(work, model)
-        replaced = sorted(name for name, buffer in _buffers(work).items() if buffer is not buffers.get(name))
+            held = _buffers(work)
+            for buffer, original in zip(held.values(), originals.values(), strict=True):
+                buffer.copy_(original)
+        replaced = sorted(name for name, buffer in held.items() if buffer is not buffers.get(name))
         if replaced:
             warnings.warn(
                 f"the forward replaces {', '.join(replaced)} by a new tensor, which a graph cannot do: the result "
@@ -282,11 +285,6 @@ def _plain_tensors(model: nn.Module) -> Iterator[Tensor]:
                 yield value
             elif isinstance(value, (dict, list, tuple)) and value and name not in _REGISTERED:
                 yield from tensors_in(value)
-
-
-def _restore_buffers(work: nn.Module, model: nn.Module) -> None:
-    for buffer, original in zip(_buffers(work).values(), _buffers(model).values(), strict=True):
-        buffer.copy_(original)
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from fxcompress.channels.operators import operator_name, read_arguments, rule_fo
 from fxcompress.channels.rules import Call
 from fxcompress.inputs import Inputs, positional, tensors_in
 from fxcompress.layers import understood
-from fxcompress.module import TracedModule, evaluating, modules_of, state_of
+from fxcompress.module import TracedModule, evaluating, state_of, submodule
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,6 @@ class _Interpreter:
 
     def __init__(self, module: TracedModule, watch: _Watch, opaque: Iterable[str]) -> None:
         self.module, self.watch, self.opaque = module, watch, frozenset(opaque)
-        self.layers = modules_of(module, every_name=True)
         self.values: dict[str, Any] = {}
         self.moves: set[str] = set()
 
@@ -204,7 +203,7 @@ class _Interpreter:
         watch.asleep = bool(reason)
         try:
             if node.op == "call_module":
-                result = self.layers[str(node.target)](*args, **kwargs)
+                result = submodule(self.module, str(node.target))(*args, **kwargs)
             elif node.op == "call_method":
                 result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
             else:
@@ -220,7 +219,7 @@ class _Interpreter:
 
     def _attribute(self, name: str) -> Any:
         path, _, leaf = name.rpartition(".")
-        return getattr(self.layers[path], leaf)
+        return getattr(submodule(self.module, path), leaf)
 
     def _finish(self, result: Any) -> None:
         for labels in _labels_in(self._describe(result)):
@@ -241,14 +240,14 @@ class _Interpreter:
             return ""
         if str(node.target) in self.opaque:
             return f"{node.target} is opaque and {WHOLE}"
-        layer = self.layers[str(node.target)]
+        layer = submodule(self.module, str(node.target))
         return "" if understood(layer) else f"{type(layer).__name__} {WHOLE}"
 
     def _freeze(self, node: fx.Node, reason: str) -> None:
         for labels in _labels_in([self.values[source.name] for source in node.all_input_nodes]):
             self.watch.ledger.freeze(labels.factors, reason)
         if node.op == "call_module":
-            for tensor in self.layers[str(node.target)].parameters():
+            for tensor in submodule(self.module, str(node.target)).parameters():
                 self.watch.ledger.freeze(self.watch.of(tensor).factors, reason)
 
     def _describe(self, value: Any) -> Any:
