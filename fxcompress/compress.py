@@ -17,7 +17,7 @@ from torch import nn
 
 from fxcompress.errors import InputError, TraceError
 from fxcompress.inputs import Inputs, check_devices, other_batch
-from fxcompress.module import TracedModule, building, copied, state_of
+from fxcompress.module import TracedModule, building, compiled_later, copied, state_of
 from fxcompress.pipeline import Context, Pass, PassResult, parse_passes, run_pass
 from fxcompress.report import report
 from fxcompress.trace import trace
@@ -79,7 +79,7 @@ def compress(
     inputs = _parse_inputs(model, pipeline, example_inputs)
     console = Console(stderr=True, quiet=not (sys.stderr.isatty() if progress is None else progress))
     context = Context(inputs=inputs, seed=seed, verify=verify)
-    with torch.random.fork_rng(devices=[]), building():
+    with torch.random.fork_rng(devices=[]), building(), compiled_later():
         torch.manual_seed(seed)
         module = trace(model, None if inputs is None else inputs)
         if verify and inputs is not None and not isinstance(model, TracedModule):
@@ -90,6 +90,7 @@ def compress(
             module.meta["history"] = (*module.meta["history"], _step(item, result))
             if not console.quiet:
                 console.print(_line(item, result))
+    module.recompile()
     if not console.quiet:
         console.print(report(model, module, inputs))
     return module

@@ -111,4 +111,13 @@ def check_devices(model: nn.Module, inputs: Inputs) -> None:
 
 def tensors_in(value: Any) -> Iterable[Tensor]:
     """Every tensor in a nest of tuples, lists and dicts."""
-    return (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))
+    if isinstance(value, Tensor):
+        return (value,)
+    if type(value) in (tuple, list):  # most calls; pytree takes its time
+        return [tensor for item in value if type(item) not in _PLAIN for tensor in tensors_in(item)]
+    if not value and type(value) is dict:
+        return ()
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+_PLAIN = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device))

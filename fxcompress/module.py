@@ -10,6 +10,7 @@ import operator
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +35,8 @@ class TracedModule(fx.GraphModule):
     @classmethod
     def build(cls, tree: nn.Module, graph: fx.Graph, meta: dict[str, Any]) -> TracedModule:
         """A module that runs ``graph`` over the submodules, parameters and buffers of ``tree`` (taken, not copied)."""
-        made = cls(nn.Module(), fx.Graph())
+        with compiled_later():  # the empty graph never runs
+            made = cls(nn.Module(), fx.Graph())
         for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "training"):
             made.__dict__[name] = tree.__dict__[name]
         made.meta = meta
@@ -44,7 +46,9 @@ class TracedModule(fx.GraphModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> TracedModule:
         tree = nn.Module()
         for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "training"):
-            tree.__dict__[name] = copy.deepcopy(self.__dict__[name], memo)
+            value = self.__dict__[name]
+            children = name == "_modules"
+            tree.__dict__[name] = _copy_children(value, memo) if children else copy.deepcopy(value, memo)
         made = TracedModule.build(tree, copy_graph(self.graph), copy.deepcopy(self.meta, memo))
         memo[id(self)] = made
         return made
@@ -54,6 +58,20 @@ class TracedModule(fx.GraphModule):
         for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "training"):
             tree.__dict__[name] = copy.copy(self.__dict__[name])
         return TracedModule.build(tree, copy_graph(self.graph), dict(self.meta))
+
+    def recompile(self) -> Any:
+        """Make code of the graph; inside :func:`compiled_later`, only when the module is first called."""
+        if _COMPILED_LATER.get():
+            type(self).forward = _compile_and_run
+            return None
+        return super().recompile()
+
+    @property
+    def code(self) -> str:
+        """The Python code that runs."""
+        if type(self).forward is _compile_and_run:
+            super().recompile()
+        return super().code
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As in ``nn.Module``, but a masked module refuses other masks than its own.
@@ -77,6 +95,25 @@ class TracedModule(fx.GraphModule):
         for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "training"):
             tree.__dict__[name] = self.__dict__[name]
         return _rebuild, (tree, [_Record.of(node) for node in self.graph.nodes], self.meta)
+
+
+_COMPILED_LATER = ContextVar("compiled_later", default=False)
+
+
+def _compile_and_run(module: TracedModule, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a module whose graph has no code yet."""
+    fx.GraphModule.recompile(module)
+    return module.forward(*args, **kwargs)
+
+
+@contextmanager
+def compiled_later() -> Iterator[None]:
+    """Graphs get no code before they run: between two passes most never do."""
+    token = _COMPILED_LATER.set(True)
+    try:
+        yield
+    finally:
+        _COMPILED_LATER.reset(token)
 
 
 #: What a copy of a module may share with the original.
@@ -126,12 +163,15 @@ def _copy_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         elif key in ("_parameters", "_buffers"):
             attributes[key] = type(value)((name, _copy_tensor(tensor, memo)) for name, tensor in value.items())
         elif key == "_modules":
-            attributes[key] = type(value)(
-                (name, child if child is None else _copy_module(child, memo)) for name, child in value.items()
-            )
+            attributes[key] = _copy_children(value, memo)
         else:
             attributes[key] = copy.deepcopy(value, memo)
     return made
+
+
+def _copy_children(modules: dict[str, nn.Module | None], memo: dict[int, Any]) -> dict[str, nn.Module | None]:
+    copies = ((name, child if child is None else _copy_module(child, memo)) for name, child in modules.items())
+    return type(modules)(copies)
 
 
 def _copy_tensor(tensor: torch.Tensor | None, memo: dict[int, Any]) -> torch.Tensor | None:
@@ -189,8 +229,10 @@ def modules_of(module: nn.Module, *, every_name: bool = False) -> dict[str, nn.M
             continue
         seen.add(id(item))
         found[name] = item
-        prefix = f"{name}." if name else ""
-        waiting += [(prefix + key, child) for key, child in reversed(item._modules.items()) if child is not None]
+        children = item._modules
+        if children:
+            prefix = f"{name}." if name else ""
+            waiting += [(prefix + key, child) for key, child in reversed(children.items()) if child is not None]
     return found
 
 
@@ -201,7 +243,8 @@ def state_of(module: nn.Module, *, every_name: bool = False) -> dict[str, torch.
     for table in ("_parameters", "_buffers"):
         seen: set[int] = set()
         for name, item in modules.items():
-            for key, tensor in vars(item)[table].items():
+            own = vars(item)[table]
+            for key, tensor in own.items() if own else ():
                 if tensor is not None and (every_name or id(tensor) not in seen):
                     seen.add(id(tensor))
                     found[f"{name}.{key}" if name else key] = tensor

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from fxcompress.channels.labels import BoolArray, Cut, Labels, cut_shape, cut_tensor, plan_cuts
+from fxcompress.channels.labels import BoolArray, Cut, Labels, cut_shape, cut_tensor, labels_in, plan_cuts
 from fxcompress.channels.solve import Channels, source_of
 from fxcompress.errors import GraphError
 from fxcompress.literals import LITERALS, InexpressibleError, Scaled
@@ -91,7 +91,7 @@ class Plan:
         if any(self.is_number(source) and self.number(source) != self.value(source) for source in node.all_input_nodes):
             return True
         values = [self.value(node), *map(self.value, node.all_input_nodes)]
-        return any(self.cuts(leaf) != () for leaf in pytree.tree_leaves(values) if isinstance(leaf, Labels))
+        return any(self.cuts(labels) != () for value in values for labels in labels_in(value))
 
     def number(self, node: fx.Node) -> Any:
         """The value that a size node, or arithmetic on sizes, has in the live graph."""
@@ -335,7 +335,7 @@ def settle(
         except InexpressibleError as problem:
             back = np.zeros(len(live), dtype=bool)
             values = [plan.value(node) for node in (problem.node, *problem.node.all_input_nodes)]
-            for labels in (leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Labels)):
+            for labels in labels_in(values):
                 for factor in labels.factors:
                     back[channels.component[factor.numpy().reshape(-1)]] = True
             warnings.warn(f"{problem}; its channels stay", stacklevel=2)

@@ -155,7 +155,7 @@ class Recorder(TorchFunctionMode):
                 Tensor.reshape,
                 "reshape",
             )  # masking and removal change strides; where it can, this is a view
-        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = list(tensors_in((args, kwargs)))
         if self._reads_values(name, args, kwargs) and any(map(self._is_dynamic, tensors)):
             raise ValueReadError(self.scopes[-1], f"{name.strip('_')}() reads the values of a tensor", user_line())
         return self.record(func, name, args, kwargs, tensors)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxcompress.errors import GraphError
 from fxcompress.module import TracedModule, modules_of, submodule
@@ -31,7 +31,7 @@ class Rewriter:
         self.module = module
         self.author = author
         self.edits = 0
-        self._index = WeakTensorKeyDictionary()
+        self._index: dict[int, tuple[weakref.ref[Tensor], list[tuple[dict[str, Any], str]]]] = {}
 
     @property
     def graph(self) -> fx.Graph:
@@ -127,22 +127,24 @@ class Rewriter:
         new = tensor
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(tensor.detach(), requires_grad=old.requires_grad)
-        for table, key in self._places(old):  # tied ones stay tied
+        places = self._places(old)
+        for table, key in places:  # tied ones stay tied
             table[key] = new
+        self._index[id(new)] = weakref.ref(new), places
         self.edits += 1
 
     def _places(self, tensor: Tensor) -> list[tuple[dict[str, Any], str]]:
         """Every table and key under which a parameter or buffer is kept."""
-        if tensor not in self._index:
-            self._index = WeakTensorKeyDictionary()
+        known = self._index.get(id(tensor))
+        if known is None or known[0]() is not tensor:  # an id may be used again
+            self._index = {}
             for module in modules_of(self.module).values():
-                for table in (vars(module)["_parameters"], vars(module)["_buffers"]):
+                for table in (module._parameters, module._buffers):
                     for key, other in table.items():
                         if other is not None:
-                            known: Any = self._index.get(other)
-                            self._index[other] = [*(known or ()), (table, key)]
-        places: list[tuple[dict[str, Any], str]] = self._index[tensor]
-        return places
+                            self._index.setdefault(id(other), (weakref.ref(other), []))[1].append((table, key))
+            known = self._index[id(tensor)]
+        return known[1]
 
     def add_buffer(self, name: str, tensor: Tensor, *, persistent: bool) -> None:
         """Register a buffer under a dotted name, making the modules on the way."""

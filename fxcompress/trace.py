@@ -67,7 +67,8 @@ def trace(model: nn.Module, example_inputs: Any = None) -> TracedModule:
     if example_inputs is None:
         return _trace_symbolically(model)
     inputs = Inputs.parse(example_inputs)
-    check_devices(model, inputs)
+    if inputs is not example_inputs:  # whoever parsed them has checked them
+        check_devices(model, inputs)
     if isinstance(model, TracedModule):
         return _trace_again(model, inputs)
     return _trace(model, inputs)

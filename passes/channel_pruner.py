@@ -193,7 +193,9 @@ def _layer(item: Slices, module: TracedModule, masking: Masking) -> Layer:
     if mask is not None:
         weight = weight * mask
     rows = torch.from_numpy(item.rows).to(weight.device)
-    return Layer(item.layer, submodule(module, item.layer), weight.index_select(item.dim, rows).movedim(item.dim, 0))
+    if len(rows) != weight.shape[item.dim] or (item.rows[:-1] > item.rows[1:]).any():
+        weight = weight.index_select(item.dim, rows)
+    return Layer(item.layer, submodule(module, item.layer), weight.movedim(item.dim, 0))
 
 
 class _Units:

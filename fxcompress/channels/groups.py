@@ -356,6 +356,8 @@ def _row_tables(channels: Channels) -> list[IntArray]:
     """For every constraint with several rows, the number of the row that each component lies in (0: in none)."""
     tables = []
     for constraint in channels.constraints:
+        if all(len(dims_of(factor)) < 2 for factor in constraint.labels.factors):
+            continue
         rows = constraint.rows()
         if rows is None or len(rows) < 2:
             continue

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
@@ -47,6 +49,15 @@ class Labels:
     def expanded(self) -> list[Tensor]:
         """Every factor at the tensor's full shape (stride 0 where it does not vary)."""
         return [factor.expand(self.shape) for factor in self.factors]
+
+
+def labels_in(value: Any) -> list[Labels]:
+    """Every :class:`Labels` in a node's value: labels themselves most often, or a nest of them and numbers."""
+    if isinstance(value, Labels):
+        return [value]
+    if value is None or isinstance(value, (int, float, str)):
+        return []
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Labels)]
 
 
 def distinct(labels: IntArray) -> IntArray:

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxcompress.channels.contractions import standing_in
-from fxcompress.channels.labels import Labels, dims_of
+from fxcompress.channels.labels import Labels, dims_of, labels_in
 from fxcompress.channels.ledger import Kind, Ledger
 from fxcompress.channels.operators import operator_name, read_arguments, rule_for
 from fxcompress.channels.rules import Call
@@ -116,18 +116,32 @@ class _Watch(TorchDispatchMode):
         return result
 
     def _apply(self, func: Any, name: str, inplace: bool, arguments: dict[str, Any], result: Any) -> None:
-        risky = list(arguments.values())[_SINGULAR[name] :] if name in _SINGULAR else []
-        if any(isinstance(tensor, Tensor) and self.of(tensor).factors for tensor in risky):
-            self.ledger.live_only.add(self.ledger.node)  # 0 / 0 on a dead channel would poison its consumers
-        call = Call(name, func, arguments, result, self.ledger, self.of, self.relabel, self.values_only)
-        tensors = call.tensors
+        if name in _SINGULAR:
+            risky = list(arguments.values())[_SINGULAR[name] :]
+            if any(isinstance(tensor, Tensor) and self.of(tensor).factors for tensor in risky):
+                self.ledger.live_only.add(self.ledger.node)  # 0 / 0 on a dead channel would poison its consumers
+        tensors = _tensors(arguments)
+        labels = [self.of(tensor) for tensor in tensors]
+        const = all(item.const for item in labels)
+        call = Call(
+            name,
+            func,
+            arguments,
+            result,
+            self.ledger,
+            self.of,
+            self.relabel,
+            self.values_only,
+            tensors,
+            const,
+        )
         rule = rule_for(func, name, arguments)
         before = self.of(tensors[0]) if inplace else None
         if rule is None:
             for tensor in tensors:
                 self.ledger.freeze(self.of(tensor).factors, f"nothing is known about {func._schema.name}")
             made: Any = [call.made(()) if isinstance(result, Tensor) else None]
-        elif name in _MAKES_LABELS or any(self.of(tensor).factors for tensor in tensors):
+        elif name in _MAKES_LABELS or any(item.factors for item in labels):
             made = rule(call)
         else:
             made = None
@@ -154,6 +168,16 @@ class _Watch(TorchDispatchMode):
         for factor in self.of(target).factors:
             if not any(set(dims_of(factor)) <= dims for dims in known):
                 self.ledger.freeze([factor], "it is written into a tensor without channels of its own")
+
+
+def _tensors(arguments: dict[str, Any]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for value in arguments.values():
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found.extend(item for item in value if isinstance(item, Tensor))
+    return found
 
 
 def _restrides(func: Any, args: tuple[Any, ...]) -> bool:
@@ -222,7 +246,7 @@ class _Interpreter:
         return getattr(submodule(self.module, path), leaf)
 
     def _finish(self, result: Any) -> None:
-        for labels in _labels_in(self._describe(result)):
+        for labels in labels_in(self._describe(result)):
             self.watch.ledger.freeze(labels.factors, "it is an output of the model")
 
     def _settle(self, node: fx.Node, result: Any) -> None:
@@ -244,7 +268,7 @@ class _Interpreter:
         return "" if understood(layer) else f"{type(layer).__name__} {WHOLE}"
 
     def _freeze(self, node: fx.Node, reason: str) -> None:
-        for labels in _labels_in([self.values[source.name] for source in node.all_input_nodes]):
+        for labels in labels_in([self.values[source.name] for source in node.all_input_nodes]):
             self.watch.ledger.freeze(labels.factors, reason)
         if node.op == "call_module":
             for tensor in submodule(self.module, str(node.target)).parameters():
@@ -261,12 +285,6 @@ class _Interpreter:
         if isinstance(leaf, Tensor):
             return self.watch.of(leaf)
         return leaf if isinstance(leaf, (int, float, bool, str, type(None))) else None
-
-
-def _labels_in(value: Any) -> list[Labels]:
-    if isinstance(value, Labels):
-        return [value]
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Labels)]
 
 
 def propagate(module: TracedModule, inputs: Inputs) -> Facts:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,26 +29,12 @@ class Call:
     of: Callable[[Tensor], Labels]
     relabel: Callable[[Tensor, Labels], bool]
     values_only: bool  # the result's second part (indices) is not used
+    tensors: list[Tensor]  # every tensor argument, in order
+    const: bool  # the result depends on parameters and buffers alone
 
     def labels(self, name: str) -> Labels:
         """The labels of the tensor argument called ``name``."""
         return self.of(self.arguments[name])
-
-    @cached_property
-    def tensors(self) -> list[Tensor]:
-        """Every tensor argument, in order."""
-        found: list[Tensor] = []
-        for value in self.arguments.values():
-            if isinstance(value, Tensor):
-                found.append(value)
-            elif isinstance(value, (list, tuple)):
-                found.extend(item for item in value if isinstance(item, Tensor))
-        return found
-
-    @cached_property
-    def const(self) -> bool:
-        """Whether the result depends on parameters and buffers alone."""
-        return all(self.of(tensor).const for tensor in self.tensors)
 
     def made(self, factors: Iterable[Tensor], index: int | None = None, direct: bool = False) -> Labels:
         """Labels for (part ``index`` of) the result."""

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
-from fxcompress.channels.labels import BoolArray, IntArray, Labels, blocks_of, dims_of, distinct, plan_cuts
+from fxcompress.channels.labels import BoolArray, IntArray, Labels, blocks_of, dims_of, distinct, labels_in, plan_cuts
 from fxcompress.channels.ledger import Constraint
 from fxcompress.channels.propagate import Facts
 
@@ -147,12 +146,6 @@ def _stuck(constraint: Constraint, component: IntArray) -> IntArray:
     return distinct(rows.min(axis=other)[whole])
 
 
-def _tensor_labels(value: Any) -> list[Labels]:
-    if isinstance(value, Labels):
-        return [value]
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Labels)]
-
-
 def _multi(labels: Labels) -> bool:
     return any(len(dims_of(factor)) > 1 for factor in labels.factors)
 
@@ -220,7 +213,7 @@ def _constraints(facts: Facts, graph: fx.Graph, component: IntArray, soft: froze
     for node in graph.nodes:
         if node.name in soft or node.op in ("get_attr", "output"):
             continue
-        for labels in _tensor_labels(facts.values.get(node.name)):
+        for labels in labels_in(facts.values.get(node.name)):
             if len(labels.factors) == 1 and not labels.rows:  # most often the very factor that the node before had
                 (factor,) = labels.factors
                 key = (factor.data_ptr(), factor.shape, factor.stride())
