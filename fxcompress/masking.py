@@ -58,9 +58,9 @@ class Masking:
     def live(self, channels: Channels) -> BoolArray:
         """For every label of an analysis whether it lives."""
         gone: list[np.ndarray[Any, Any]] = [np.empty(0, dtype=np.int64)]
-        for axis in channels.facts.ledger.axes:
+        for axis in channels.facts.ledger.axes if self.dead else ():
             flags = self.dead.get((axis.name, axis.dim))
-            if axis.kind != "made" and flags is not None and len(flags) == axis.size:
+            if flags is not None and axis.kind != "made" and len(flags) == axis.size:
                 gone.append(channels.component[axis.start + np.flatnonzero(flags)])
         return channels.live(np.concatenate(gone))
 

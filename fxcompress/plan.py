@@ -57,10 +57,21 @@ class Plan:
 
     def __init__(self, module: TracedModule, channels: Channels, live: BoolArray) -> None:
         self.module, self.channels, self.live = module, channels, live
+        self.graph = module.graph
         self._cuts: dict[int, tuple[Labels, tuple[Cut, ...] | None]] = {}
         self._numbers: dict[str, Any] = {}
         self._collapsed: set[fx.Node] = set()
+        self._steps: dict[fx.Node, Call | Gather | None] = {}
         self._masked = False  # sizes are those of a masked graph: dense
+
+    @classmethod
+    def of(cls, module: TracedModule, channels: Channels, live: BoolArray) -> Plan:
+        """The plan of a live set; of the one that was asked for last, the same plan."""
+        for last in channels.plans:
+            if last.module is module and last.graph is module.graph and np.array_equal(last.live, live):
+                return last
+        channels.plans[:] = [cls(module, channels, live)]
+        return channels.plans[0]
 
     # ---- values ------------------------------------------------------------------------------------------------
 
@@ -193,11 +204,21 @@ class Plan:
         self._masked = False
         return None if made is None or made == (node.args, node.kwargs) else made
 
-    def step(self, node: fx.Node) -> Call | Gather | None:
-        """What a node becomes: a call, a gather, or None for the inside of a shuffle that collapses.
+    def steps(self) -> dict[fx.Node, Call | Gather | None]:
+        """What every node becomes: a call, a gather, or None for the inside of a shuffle that collapses.
 
-        To be called for the nodes in the order of the graph.
+        Raises:
+            InexpressibleError: a node cannot compute the live part of its value.
         """
+        if not self._steps:
+            self._collapsed.clear()
+            with evaluating(self.module):
+                nodes = [node for node in self.graph.nodes if node.op not in ("placeholder", "get_attr")]
+                self._steps = {node: self._step(node) for node in nodes}
+        return self._steps
+
+    def _step(self, node: fx.Node) -> Call | Gather | None:
+        """For the nodes in the order of the graph."""
         made = self.value(node)
         if node.name not in self.channels.facts.moves or not self.touched(node) or not isinstance(made, Labels):
             return self.call(node)
@@ -326,12 +347,9 @@ def settle(
     """
     while True:  # every round brings components back, so this ends
         live = channels.repair(live, rank)
-        plan = Plan(module, channels, live)
+        plan = Plan.of(module, channels, live)
         try:
-            with evaluating(module):
-                for node in module.graph.nodes:
-                    if node.op not in ("placeholder", "get_attr"):
-                        plan.step(node)
+            plan.steps()
         except InexpressibleError as problem:
             back = np.zeros(len(live), dtype=bool)
             values = [plan.value(node) for node in (problem.node, *problem.node.all_input_nodes)]

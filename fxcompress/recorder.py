@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import base_types as BASE_TYPES
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 from torch.utils import _pytree as pytree
 
 from fxcompress.errors import TraceError
@@ -176,7 +176,11 @@ class Recorder(TorchFunctionMode):
             nodes = self.argument(args), self.argument(dict(kwargs))
             if kwargs or not all(isinstance(arg, Tensor) for arg in args):
                 args, kwargs = pytree.tree_map(_concrete, (args, dict(kwargs)), is_leaf=_is_number)
-            result = func(*args, **kwargs)
+            if module is None:  # torch has taken this mode off to call it
+                result = func(*args, **kwargs)
+            else:
+                with _pop_mode_temporarily():
+                    result = func(*args, **kwargs)
             written = any(tensor._version != version for tensor, version in zip(tensors, versions, strict=True))
             if not written and not _has_tensor(result):
                 return result

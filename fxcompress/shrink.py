@@ -13,7 +13,7 @@ from fxcompress.channels.groups import ChannelGroups
 from fxcompress.channels.labels import BoolArray, Labels, cut_tensor
 from fxcompress.layers import agree
 from fxcompress.literals import Scaled, live_groups
-from fxcompress.module import TracedModule, evaluating, modules_of, submodule
+from fxcompress.module import TracedModule, modules_of, submodule
 from fxcompress.nodes import scale_size, select_live
 from fxcompress.plan import Call, Gather, Plan
 from fxcompress.rewrite import Rewriter, rewriting
@@ -37,10 +37,8 @@ def shrink(
         author: the pass, for provenance.
         masks: of single elements, by parameter, True = keep: multiplied into what remains.
     """
-    plan = Plan(module, groups.channels, live)
-    with evaluating(module):  # everything is decided before anything is changed
-        steps = {node: plan.step(node) for node in module.graph.nodes if node.op not in ("placeholder", "get_attr")}
-        entering = _entering(module, plan)
+    plan = Plan.of(module, groups.channels, live)
+    steps, entering = plan.steps(), _entering(module, plan)  # everything is decided before anything is changed
     with rewriting(module, author) as rewriter:
         identities = [(n, g.source) for n, g in steps.items() if isinstance(g, Gather) and _is_identity(g)]
         for node, step in steps.items():

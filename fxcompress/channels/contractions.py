@@ -222,8 +222,21 @@ def _regroup(call: Call, taken: Tensor) -> bool:
     )
 
 
-def standing_in(name: str, args: Sequence[Any]) -> Tensor | None:
-    """A tensor of ones in the shape of a product that is not computed; None for anything but a product."""
+#: Operators whose (first) result has the shape and the dtype of their first argument.
+_SHAPE_KEEPING = frozenset(
+    """
+    relu hardtanh hardswish hardsigmoid sigmoid silu gelu elu leaky_relu tanh mish softplus
+    native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training
+    """.split()
+)
+
+
+def standing_in(name: str, inplace: bool, args: Sequence[Any]) -> Any:
+    """What stands in for the result of an operator that is not computed: ones in the shape of a product, its input for
+    an activation or BatchNorm; None for any other operator."""
+    if name in _SHAPE_KEEPING:
+        made = args[0] if inplace else args[0].detach()
+        return (made, made.new_empty(0), made.new_empty(0)) if "batch_norm" in name else made
     if name in ("mm", "bmm"):
         return args[0].new_ones((*args[0].shape[:-1], args[1].shape[-1]))
     if name in ("addmm", "baddbmm"):

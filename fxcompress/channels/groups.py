@@ -281,18 +281,17 @@ def _groups(channels: Channels) -> Iterator[Group]:
     labels, axis_of = labels[parameters[axis_of]], axis_of[parameters[axis_of]]
     parts = component[labels]
     keys = _keys(parts, axis_of, channels.frozen, len(component), len(starts))
-    order, first = np.unique(keys[parts], return_index=True)
-    order = order[np.argsort(first)]
-    sets = []
-    for key in order:
-        chosen, at = np.unique(parts[keys[parts] == key], return_index=True)
-        sets.append(chosen[np.argsort(at, kind="stable")])
-    members = _members(channels, sets)
+    number = _numbered(keys[parts])
+    order = np.argsort(number, kind="stable")
+    blocks = np.split(order, np.searchsorted(number[order], np.arange(1, number.max() + 1)))
+    sets = [_in_order(parts[block]) for block in blocks]
+    position = np.zeros(len(component), dtype=np.int64)
+    for chosen in sets:
+        position[chosen] = np.arange(len(chosen))
     reasons, tables = _reasons(channels), _row_tables(channels)
     taken: dict[str, int] = {}
-    for key, chosen, member in zip(order, sets, members, strict=True):
-        mine = keys[parts] == key
-        slices = _slices(channels, chosen, labels[mine], axis_of[mine])
+    for chosen, block, member in zip(sets, blocks, _members(channels, sets), strict=True):
+        slices = _slices(channels, position, labels[block], axis_of[block])
         layers = tuple(dict.fromkeys(item.layer for item in slices))
         name = layers[0]
         taken[name] = taken.get(name, 0) + 1
@@ -303,6 +302,12 @@ def _groups(channels: Channels) -> Iterator[Group]:
         row_of = _rows(tables, chosen)
         rows = int(row_of.max()) + 1
         yield Group(name, len(chosen), member, removable, reason, rows, layers, chosen, slices, row_of)
+
+
+def _in_order(values: IntArray) -> IntArray:
+    """Each once, in the order in which they appear."""
+    found, first = np.unique(values, return_index=True)
+    return found[np.argsort(first, kind="stable")]
 
 
 def _members(channels: Channels, sets: list[IntArray]) -> list[tuple[tuple[str, int], ...]]:
@@ -340,10 +345,8 @@ def _reasons(channels: Channels) -> dict[int, str]:
     return reasons
 
 
-def _slices(channels: Channels, chosen: IntArray, labels: IntArray, axis_of: IntArray) -> tuple[Slices, ...]:
-    """The weight rows that produce a group's channels."""
-    position = np.full(len(channels.component), -1, dtype=np.int64)
-    position[chosen] = np.arange(len(chosen))
+def _slices(channels: Channels, position: IntArray, labels: IntArray, axis_of: IntArray) -> tuple[Slices, ...]:
+    """The weight rows that produce a group's channels; ``position``: every component's place in its group."""
     made = []
     for index in distinct(axis_of):
         axis = channels.facts.ledger.axes[index]

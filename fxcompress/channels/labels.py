@@ -68,7 +68,7 @@ def distinct(labels: IntArray) -> IntArray:
 
 def dims_of(factor: Tensor) -> tuple[int, ...]:
     """The dimensions along which a factor varies."""
-    return tuple(dim for dim, size in enumerate(factor.shape) if size > 1)
+    return tuple([dim for dim, size in enumerate(factor.shape) if size > 1])
 
 
 def canonical(factor: Tensor) -> Tensor | None:

@@ -85,6 +85,11 @@ class _Watch(TorchDispatchMode):
         self.moves_only = True
         self.asleep = False
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing here is ever compiled; guarding against that would double the price of an operator."""
+        return False
+
     def of(self, tensor: Tensor) -> Labels:
         found = self.table.get(id(tensor))
         return found[1] if found is not None and found[0]() is tensor else Labels(tuple(tensor.shape))
@@ -105,7 +110,7 @@ class _Watch(TorchDispatchMode):
         if self.asleep or func.namespace == "prim" or _restrides(func, args):
             return func(*args, **kwargs)
         name, inplace = operator_name(func)
-        stand_in = None if self.computes else standing_in(name, args)
+        stand_in = None if self.computes else standing_in(name, inplace, args)
         result = func(*args, **kwargs) if stand_in is None else stand_in
         self.moves_only = self.moves_only and name in _MOVES and not inplace
         self.asleep = True

@@ -54,6 +54,12 @@ def join(ledger: Ledger, operands: Sequence[tuple[tuple[int, ...], Sequence[Tens
     Elements that meet are one channel. Where an operand extends along a labelled dimension without labels of its own,
     nothing may be cut there. Returns the distinct factors that remain.
     """
+    if all(len(factors) == 1 for _, factors in operands):
+        first, *others = [factors[0] for _, factors in operands]
+        if all(dims_of(factor) == dims_of(first) for factor in others):  # most often: nothing extends without labels
+            for factor in others:
+                ledger.unite(first, factor)
+            return [first]
     sides = [(shape, {id(f): (f, dims_of(f)) for f in factors}) for shape, factors in operands]
     pins: list[tuple[Tensor, set[int]]] = []
     frozen = True
