@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -227,14 +228,14 @@ class Snapshot:
         module: the module.
         masking: its masks, if they are lifted.
         values: whether to read every value and print the graph, for passes that may write through ``.data`` or put
-            another graph in its place.
+            another graph in its place. Without, tensors that are replaced need not live on.
     """
 
     def __init__(self, module: TracedModule, masking: Masking | None = None, *, values: bool = True) -> None:
         self.masking = masking
         self.graph: Any = str(module.graph) if values else _signature(module.graph)
         self.state = {
-            name: (tensor, tensor._version, _digest(tensor) if values else None)
+            name: _Held(tensor if values else weakref.ref(tensor), tensor._version, _digest(tensor) if values else 0)
             for name, tensor in state_of(module, every_name=True).items()
         }
 
@@ -250,7 +251,16 @@ def _signature(graph: fx.Graph) -> list[Any]:
     return [(node, node.op, node.target, node.args, node.kwargs) for node in graph.nodes]
 
 
-_Held = tuple[torch.Tensor, int, int | None]
+@dataclass(frozen=True)
+class _Held:
+    """A tensor in a snapshot: itself, or a weak reference to it; its version; and the digest of its values, or 0."""
+
+    source: torch.Tensor | weakref.ref[torch.Tensor]
+    version: int
+    digest: int
+
+    def tensor(self) -> torch.Tensor | None:
+        return self.source() if isinstance(self.source, weakref.ref) else self.source
 
 
 def _digest(tensor: torch.Tensor) -> int:
@@ -263,9 +273,12 @@ def _digest(tensor: torch.Tensor) -> int:
 
 
 def _same(old: _Held, new: _Held) -> bool:
-    if old[0] is new[0]:
-        return old[1] == new[1] and (old[2] == new[2] or None in (old[2], new[2]))
-    return old[0].dtype == new[0].dtype and old[0].shape == new[0].shape and torch.equal(old[0], new[0])
+    before, after = old.tensor(), new.tensor()
+    if before is None or after is None:
+        return False  # it has been replaced
+    if before is after:
+        return old.version == new.version and old.digest == new.digest
+    return before.dtype == after.dtype and before.shape == after.shape and torch.equal(before, after)
 
 
 def _rounding(module: TracedModule) -> float:

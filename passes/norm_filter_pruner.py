@@ -6,10 +6,14 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from fxcompress.errors import InputError
 from fxcompress.passes.channel_pruner import ChannelPruner, Layer
+
+#: Elements of a weight that are looked at at once: their magnitudes take memory too.
+_AT_ONCE = 2**22
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,8 @@ class NormFilterPruner(ChannelPruner):
     def score(self, layer: Layer) -> Tensor:
         """The norm of every channel's slice, normalised as asked: (channels,)."""
         slices = layer.weight.flatten(1)
-        score = self.norm(slices)
+        rows = max(_AT_ONCE // slices.shape[1], 1)
+        score = torch.cat([self.norm(some) for some in slices.split(rows)])
         if self.norm_by == "size":
             return score / slices.shape[1]
         if self.norm_by == "layer":

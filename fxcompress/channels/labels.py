@@ -220,8 +220,27 @@ def cut_shape(shape: Sequence[int], cuts: Sequence[Cut]) -> tuple[int, ...]:
     return tuple(sizes)
 
 
+#: Elements of a tensor that are cut along several dimensions at once: what lies between two cuts takes memory too.
+_AT_ONCE = 2**22
+
+
+def _cut_by_parts(tensor: Tensor, cuts: Sequence[Cut]) -> Tensor:
+    """The same for a large tensor, which is copied only once."""
+    first, rest = cuts[0], cuts[1:]
+    dim, rows = first.dims[0], torch.from_numpy(first.keep[0]).to(tensor.device)
+    if len(first.dims) > 1:
+        return cut_tensor(cut_tensor(tensor, [first]), rest)
+    made = tensor.new_empty(cut_shape(tensor.shape, cuts))
+    size = max(_AT_ONCE * tensor.shape[dim] // tensor.numel(), 1)
+    for part, target in zip(rows.split(size), made.split(size, dim), strict=True):
+        target.copy_(cut_tensor(tensor.index_select(dim, part), rest))
+    return made
+
+
 def cut_tensor(tensor: Tensor, cuts: Sequence[Cut]) -> Tensor:
     """The live elements of a dense tensor, in dense order."""
+    if len(cuts) > 1 and tensor.numel() > _AT_ONCE:
+        return _cut_by_parts(tensor, cuts)
     for cut in cuts:
         for i, dim in enumerate(cut.dims):
             if i != cut.column and len(cut.keep[i]) != tensor.shape[dim]:

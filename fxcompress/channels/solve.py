@@ -23,11 +23,12 @@ def connected(size: int, pairs: Iterable[tuple[IntArray, IntArray]]) -> IntArray
         pairs: arrays of equal labels.
     """
     chunks = list(pairs)
-    root = np.arange(size, dtype=np.int64)
     if not chunks:
-        return root
-    left = np.concatenate([pair[0] for pair in chunks])
-    right = np.concatenate([pair[1] for pair in chunks])
+        return np.arange(size, dtype=np.int64)
+    narrow = np.int32 if size < 2**31 else np.int64  # there are many more pairs than labels
+    root = np.arange(size, dtype=narrow)
+    left = np.concatenate([pair[0] for pair in chunks], dtype=narrow, casting="same_kind")
+    right = np.concatenate([pair[1] for pair in chunks], dtype=narrow, casting="same_kind")
     while len(left):
         low, high = np.minimum(root[left], root[right]), np.maximum(root[left], root[right])
         apart = low != high
@@ -35,7 +36,7 @@ def connected(size: int, pairs: Iterable[tuple[IntArray, IntArray]]) -> IntArray
         np.minimum.at(root, high, low)
         while (root[root] != root).any():
             root = root[root]
-    return root
+    return root.astype(np.int64)
 
 
 @dataclass(frozen=True)
