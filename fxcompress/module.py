@@ -151,7 +151,7 @@ def _copy_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         known: nn.Module = memo[id(module)]
         return known
     kind = type(module)
-    if hasattr(kind, "__deepcopy__") or kind.__reduce_ex__ is not object.__reduce_ex__ or _keeps_state(kind):
+    if hasattr(kind, "__deepcopy__") or kind.__reduce_ex__ is not object.__reduce_ex__ or _keeps_state(kind):  # type: ignore[arg-type]
         return copy.deepcopy(module, memo)
     made = memo[id(module)] = kind.__new__(kind)
     attributes = vars(made)
@@ -180,7 +180,7 @@ def _copy_tensor(tensor: torch.Tensor | None, memo: dict[int, Any]) -> torch.Ten
 
 
 @functools.cache
-def _keeps_state(kind: type[nn.Module]) -> bool:
+def _keeps_state(kind: Any) -> bool:
     """Whether a class outside torch has its own idea of what its state is."""
     return any(
         name in vars(base)

@@ -67,11 +67,13 @@ class Plan:
     @classmethod
     def of(cls, module: TracedModule, channels: Channels, live: BoolArray) -> Plan:
         """The plan of a live set; of the one that was asked for last, the same plan."""
+        last: Plan
         for last in channels.plans:
             if last.module is module and last.graph is module.graph and np.array_equal(last.live, live):
                 return last
-        channels.plans[:] = [cls(module, channels, live)]
-        return channels.plans[0]
+        made = cls(module, channels, live)
+        channels.plans[:] = [made]
+        return made
 
     # ---- values ------------------------------------------------------------------------------------------------
 

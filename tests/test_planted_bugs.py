@@ -125,8 +125,8 @@ def shared_twice(patch: Patch) -> None:
     """A layer that is called twice is cut for each call, at the same positions."""
     right = shrink._cut_tensors
 
-    def cut(rewriter: Any, plan: Any) -> None:
-        right(rewriter, plan)
+    def cut(rewriter: Any, plan: Any, masks: Any) -> None:
+        right(rewriter, plan, masks)
         calls = [str(n.target) for n in rewriter.graph.nodes if n.op == "call_module"]
         for name, labels in plan.channels.facts.state.items():
             if calls.count(name.rpartition(".")[0]) > 1:
