@@ -15,8 +15,9 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
-from fxcompress.cost import as_text, byte_count, count, shown_shape
+from fxcompress.cost import byte_count, count
 from fxcompress.errors import InputError
+from fxcompress.text import as_text, shown_shape
 
 
 @dataclass(frozen=True)
