@@ -7,9 +7,11 @@ give the same counts, but on resnet50 they take 0.65 s, a real run 0.1 s, and th
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,8 +20,17 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, fx, nn
 
+from fxcompress.channels.groups import ChannelGroups, analyse
+from fxcompress.channels.labels import BoolArray
+from fxcompress.errors import InputError
+from fxcompress.inputs import Inputs
+from fxcompress.masking import lift
+from fxcompress.module import MASKS, TracedModule
+from fxcompress.shrink import shrink
+from fxcompress.symbolic import Symbolic, derive
 from fxcompress.tally import AttentionCalls, NodeByNode, Tally, Work
 from fxcompress.text import as_text, shown_shape
+from fxcompress.trace import trace
 from fxcompress.undisturbed import checked, run, undisturbed
 
 
@@ -56,6 +67,7 @@ class Cost:
     """
 
     table: tuple[Row, ...]
+    _source: _Source | None = field(default=None, repr=False, compare=False)
 
     @property
     def macs(self) -> int:
@@ -77,22 +89,79 @@ class Cost:
         """Output elements of the pointwise operators that ran, per sample."""
         return sum(row.elementwise for row in self.table)
 
-    def __rich__(self) -> Table:
-        table = Table(box=box.SIMPLE, show_footer=True)
-        table.add_column("layer", "total", overflow="fold")
-        table.add_column("kind")
-        table.add_column("output", justify="right")
-        for header in ("macs", "params", "bytes", "elementwise"):
-            table.add_column(header, f"{getattr(self, header):,}", justify="right")
-        for row in self.table:
-            figures = (row.macs, row.params, row.bytes, row.elementwise)
-            table.add_row(
-                escape(row.name) or "(model)", row.kind, shown_shape(row.output), *(f"{n:,}" for n in figures)
+    @cached_property
+    def after(self) -> Cost | None:
+        """What the model costs once ``Speedup`` has removed what is masked; None for a model without masks.
+
+        Computed when it is first asked for: the model is analysed, copied and removed from.
+
+        Raises:
+            InputError: the model has changed since it was counted.
+        """
+        if self._source is None or not self._source.masked:
+            return None
+        module, groups, live = self._source.analysis
+        self._check_unchanged(module)
+        module = copy.deepcopy(module)
+        if not live.all():
+            shrink(module, groups, live, "count")
+        return count(module, self._source.inputs)
+
+    @cached_property
+    def symbolic(self) -> Symbolic:
+        """MACs, params and bytes as polynomials in the widths of the channel groups.
+
+        Computed when it is first asked for: the model is traced and analysed. They are those of the traced model: what
+        its forward does not reach (the auxiliary heads of a GoogLeNet) is not part of it.
+
+        Raises:
+            InputError: the model has changed since it was counted, or this is no result of :func:`count`.
+        """
+        if self._source is None:
+            raise InputError("this Cost was not made by count(); expected one that was, which knows its model.")
+        module, groups, live = self._source.analysis
+        return derive(module, groups, self._check_unchanged(module).table, self._source.inputs.batch, live)
+
+    def _check_unchanged(self, module: TracedModule) -> Cost:
+        """The cost of the model's clean trace, which must have the MACs that were counted."""
+        assert self._source is not None
+        now = count(module, self._source.inputs)
+        if now.macs != self.macs:
+            raise InputError(
+                f"the model has {now.macs:,} MACs and had {self.macs:,} when it was counted; expected the same model. "
+                "Count it again."
             )
-        return table
+        return now
+
+    def __rich__(self) -> Table:
+        return _masked_table(self, self.after) if self.after is not None else _table_of(self)
 
     def __str__(self) -> str:
         return as_text(self)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What was counted."""
+
+    model: nn.Module
+    inputs: Inputs
+
+    @property
+    def masked(self) -> bool:
+        return is_masked(self.model)
+
+    @cached_property
+    def analysis(self) -> tuple[TracedModule, ChannelGroups, BoolArray]:
+        """The model as a trace without masks, its channel groups, and for every label whether the masks let it live."""
+        with undisturbed(self.model):
+            if isinstance(self.model, TracedModule) and not self.model.meta.get("provisional"):
+                module = copy.copy(self.model)
+            else:
+                module = trace(self.model, self.inputs)
+            masking = lift(module)
+            groups = analyse(module, self.inputs)
+        return module, groups, masking.live(groups.channels)
 
 
 def count(model: nn.Module, example_inputs: Any) -> Cost:
@@ -103,6 +172,9 @@ def count(model: nn.Module, example_inputs: Any) -> Cost:
     not. They belong to the innermost module that was running; directly in a ``GraphModule``, to the fx node.
     Pointwise operators, as ATen tags them, are listed apart. Copies are not among them, and what a fused
     kernel does inside (attention's softmax, the gates of an LSTM) is not seen.
+
+    A model that a pruner has masked is counted as it is without masks: that is what it costs until ``Speedup`` has
+    removed what they mask, and ``.after`` is what it costs then.
 
     Figures per sample are those of the batch as given, divided by its size and rounded up: work that does not
     depend on the batch is shared by its samples. The batch size is size 0 of the first tensor in the inputs
@@ -121,11 +193,26 @@ def count(model: nn.Module, example_inputs: Any) -> Cost:
             the model fails on them; or its parameters are still lazy.
     """
     inputs = checked(model, example_inputs)
+    dense = unmasked(model)
     tally = Tally()
-    runnable = NodeByNode(model, tally) if isinstance(model, fx.GraphModule) else model
-    with undisturbed(model), tally.watching(model), AttentionCalls(tally), tally:
-        tally.call("", type(model).__name__, run, runnable, inputs)
-    return Cost(_table(model, tally, inputs.batch))
+    runnable = NodeByNode(dense, tally) if isinstance(dense, fx.GraphModule) else dense
+    with undisturbed(dense), tally.watching(dense), AttentionCalls(tally), tally:
+        tally.call("", type(dense).__name__, run, runnable, inputs)
+    return Cost(_rows(dense, tally, inputs.batch), _Source(model, inputs))
+
+
+def is_masked(model: nn.Module) -> bool:
+    """Whether a pruner has masked the model."""
+    return isinstance(model, TracedModule) and (hasattr(model, MASKS) or bool(model.meta.get("dead")))
+
+
+def unmasked(model: nn.Module) -> nn.Module:
+    """The model without its mask nodes; it shares all layers and tensors with the model."""
+    if not (isinstance(model, TracedModule) and is_masked(model)):
+        return model
+    made = copy.copy(model)
+    lift(made)
+    return made
 
 
 def byte_count(model: nn.Module) -> int:
@@ -149,7 +236,7 @@ def _new_bytes(tensors: Iterable[Tensor], counted: Counter[int]) -> int:
     return total
 
 
-def _table(model: nn.Module, tally: Tally, batch: int) -> tuple[Row, ...]:
+def _rows(model: nn.Module, tally: Tally, batch: int) -> tuple[Row, ...]:
     counted: Counter[int] = Counter()
     seen: set[Tensor] = set()
     held: dict[tuple[str, str], tuple[int, int]] = {}  # params and bytes
@@ -170,3 +257,35 @@ def _table(model: nn.Module, tally: Tally, batch: int) -> tuple[Row, ...]:
         if macs or params or size or elementwise:
             rows.append(Row(name, kind, macs, params, size, work.output, elementwise))
     return tuple(rows)
+
+
+_FIGURES = ("macs", "params", "bytes", "elementwise")
+
+
+def _table_of(cost: Cost) -> Table:
+    table = Table(box=box.SIMPLE, show_footer=True)
+    table.add_column("layer", "total", overflow="fold")
+    table.add_column("kind")
+    table.add_column("output", justify="right")
+    for header in _FIGURES:
+        table.add_column(header, f"{getattr(cost, header):,}", justify="right")
+    for row in cost.table:
+        figures = (f"{getattr(row, name):,}" for name in _FIGURES)
+        table.add_row(escape(row.name) or "(model)", row.kind, shown_shape(row.output), *figures)
+    return table
+
+
+def _masked_table(now: Cost, after: Cost) -> Table:
+    """Both figures of a masked model, layer by layer."""
+    table = Table(title="masked: the figures now, and after Speedup", box=box.SIMPLE, show_footer=True)
+    table.add_column("layer", "total", overflow="fold")
+    table.add_column("kind")
+    for header in _FIGURES:
+        for name, cost in ((header, now), ("after", after)):
+            table.add_column(name, f"{getattr(cost, header):,}", justify="right")
+    left, right = ({(row.name, row.kind): row for row in cost.table} for cost in (now, after))
+    for place in {**left, **right}:
+        rows = left.get(place), right.get(place)
+        figures = ("" if row is None else f"{getattr(row, name):,}" for name in _FIGURES for row in rows)
+        table.add_row(escape(place[0]) or "(model)", place[1], *figures)
+    return table
