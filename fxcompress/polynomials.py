@@ -27,8 +27,8 @@ from fxcompress.errors import GraphError
 class Product:
     """``coefficient * prod(factors) / denominator``: the live elements of a tensor, or the products of a contraction.
 
-    The factors have integer coefficients without a common divisor. At widths that a removal can leave the denominator
-    divides.
+    The factors are polynomials with integer coefficients. At widths that a removal can leave, the denominator divides
+    their product.
     """
 
     coefficient: int
@@ -36,14 +36,29 @@ class Product:
     factors: tuple[Any, ...] = ()
 
     @classmethod
-    def of(cls, coefficient: int, denominator: int, factors: Iterable[Product]) -> Product:
+    def of(cls, coefficient: int, factors: Iterable[Product]) -> Product:
         """The product of a number and of other products."""
         parts = tuple(factors)
-        numerator = coefficient * math.prod(part.coefficient for part in parts)
-        denominator *= math.prod(part.denominator for part in parts)
-        common = math.gcd(numerator, denominator)
-        symbols = tuple(symbol for part in parts for symbol in part.factors)
-        return cls(numerator // common, denominator // common, symbols)
+        return cls(
+            coefficient * math.prod(part.coefficient for part in parts),
+            math.prod(part.denominator for part in parts),
+            tuple(symbol for part in parts for symbol in part.factors),
+        )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of which none goes and all keep equally many channels.
+
+    Attributes:
+        number: how many rows.
+        total: their live channels, as a sympy expression: a multiple of ``number``.
+        groups: names of the groups that they belong to.
+    """
+
+    number: int
+    total: Any
+    groups: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -127,13 +142,17 @@ class Counter:
         for group in removable:
             owned[group.components] = True
         self._component = np.where(owned[channels.component], channels.component, 0)
-        self._channels = channels
         self._uses = {id(labels): (labels, Use(labels, self._component)) for labels in tensors}
         self.cells = _cells(removable, [use for _, use in self._uses.values()], len(owned))
         self._cell = np.full(len(owned), -1, dtype=np.int64)
         for index, cell in enumerate(self.cells):
             self._cell[cell.components] = index
-        self._rows: list[set[bytes]] | None = None
+        self._pinned = [
+            self._component[factor.numpy()]
+            for constraint in channels.facts.ledger.constraints
+            for factor in constraint.labels.factors
+            if constraint.pinned == {0} and factor.dim() == 2
+        ]
 
     def live(self, labels: Labels, repeats: int = 1, where: str = "") -> Product:
         """The live elements of one of the tensors, ``repeats`` times.
@@ -142,7 +161,7 @@ class Counter:
             GraphError: they depend on which channels live, not only on how many (``where`` names the tensor).
         """
         _, use = self._uses[id(labels)]
-        return Product.of(use.rest * repeats, 1, [self._block(block, where) for block in use.blocks])
+        return Product.of(use.rest * repeats, [self._block(block, where) for block in use.blocks])
 
     def _block(self, block: _Block, where: str) -> Product:
         if len(block.tuples) == 1:
@@ -191,19 +210,26 @@ class Counter:
         if not self._stay_equal(lines):
             return None
         one, two = (self._linear(*np.unique(parts, return_counts=True)) for parts in (rows, columns))
-        return Product.of(1, len(lines), [one, two])
+        common = math.gcd(two.coefficient, len(lines))
+        per_row = Product(two.coefficient // common, len(lines) // common, two.factors)
+        return Product.of(1, [one, per_row])
 
     def _stay_equal(self, lines: IntArray) -> bool:
         """Whether the analysis demands that these rows keep equally many, and none goes whole."""
-        if self._rows is None:
-            self._rows = [
-                set(map(bytes, np.sort(self._component[factor.numpy()], axis=1)))
-                for constraint in self._channels.facts.ledger.constraints
-                for factor in constraint.labels.factors
-                if constraint.pinned == {0} and factor.dim() == 2
-            ]
         wanted = set(map(bytes, np.sort(lines, axis=1)))
-        return any(wanted <= rows for rows in self._rows)
+        return any(wanted <= set(map(bytes, np.sort(rows, axis=1))) for rows in self._pinned)
+
+    def rows(self) -> tuple[Rows, ...]:
+        """What the widths have to be multiples of."""
+        found: dict[Any, Rows] = {}
+        for lines in self._pinned:
+            parts, counts = np.unique(lines, return_counts=True)
+            if (counts == 1).all() and parts[0] > 0:
+                total = self._linear(parts, counts)
+                names = tuple(dict.fromkeys(self.cells[i].group for i in np.unique(self._cell[parts])))
+                for factor in total.factors:
+                    found[len(lines), factor] = Rows(len(lines), factor * total.coefficient, names)
+        return tuple(found.values())
 
 
 def _polynomial(fixed: int, terms: Mapping[tuple[int, ...], int], counter: Counter) -> Product:

@@ -22,7 +22,7 @@ from fxcompress.channels.groups import ChannelGroups
 from fxcompress.channels.labels import BoolArray
 from fxcompress.errors import GraphError, InputError
 from fxcompress.module import TracedModule
-from fxcompress.polynomials import Cell, Counter, Product
+from fxcompress.polynomials import Cell, Counter, Product, Rows
 
 #: One number, or one for each allocation.
 Count = int | npt.NDArray[np.int64]
@@ -135,7 +135,7 @@ class Symbolic:
     widths: Mapping[str, int]
     current: Mapping[str, int]
     _cells: tuple[Cell, ...]
-    _rows: Mapping[str, int]
+    _rows: tuple[Rows, ...]
     _fixed: Mapping[str, int]
 
     @property
@@ -193,9 +193,9 @@ class Symbolic:
         function, parts = self._compiled
         shape = np.broadcast_shapes(*(np.shape(value) for value in given))
         totals: list[Any] = [0, 0, 0]
-        for (figure, denominator, samples), value in zip(parts, function(*given), strict=True):
-            if denominator > 1:
-                self._check_rows(value, denominator)
+        values = function(*given)
+        self._check_rows(values[len(parts) :])
+        for (figure, denominator, samples), value in zip(parts, values[: len(parts)], strict=True):
             totals[figure] = totals[figure] + -(-(value // denominator) // samples)
         if shape:
             return Figures(*(np.broadcast_to(total, shape).astype(np.int64) for total in totals))
@@ -210,15 +210,15 @@ class Symbolic:
 
     @cached_property
     def _compiled(self) -> tuple[Callable[..., Sequence[Any]], list[tuple[int, int, int]]]:
-        """One function of all widths in integer arithmetic; and for each of its values the figure that it is part of,
-        what it has to be divided by, and for how many samples it was counted."""
+        """One function of all widths in integer arithmetic: parts of figures, then what rows keep. For each part the
+        figure that it belongs to, what it has to be divided by, and for how many samples it was counted."""
         sums: dict[tuple[int, int, int, int], list[Any]] = {}
         for number, row in enumerate(self.table):
             for figure, total in enumerate(row._figures):
                 alone = number if total.samples > 1 else -1  # those are rounded up row by row
                 sums.setdefault((figure, total.denominator, total.samples, alone), []).append(total.numerator)
         symbols = [cell.symbol for cell in self._cells]
-        values = [sympy.Add(*numerators) for numerators in sums.values()]
+        values = [sympy.Add(*numerators) for numerators in sums.values()] + [rows.total for rows in self._rows]
         function = sympy.lambdify(symbols, values, modules="numpy", cse=True)
         return function, [key[:3] for key in sums]
 
@@ -259,13 +259,15 @@ class Symbolic:
         near = difflib.get_close_matches(name, [*self.symbols, *self._fixed], 3, 0.3)
         return InputError(f"there is no channel group {name!r}; near names: {', '.join(near) or 'none'}.")
 
-    def _check_rows(self, value: Any, denominator: int) -> None:
-        if np.any(value % denominator):
-            rows = ", ".join(f"{number} for {name}" for name, number in self._rows.items())
-            raise InputError(
-                "no removal can leave these widths: the groups of a convolution keep equally many channels each. "
-                f"Expected multiples of {rows}."
-            )
+    def _check_rows(self, totals: Iterable[Any]) -> None:
+        for rows, total in zip(self._rows, totals, strict=True):
+            wrong = np.atleast_1d(total)[np.atleast_1d(total) % rows.number > 0]
+            if len(wrong):
+                raise InputError(
+                    f"the widths of {', '.join(rows.groups)} sum up to {wrong[0]}, which no removal can leave: "
+                    f"{rows.number} convolution groups keep equally many channels each. Expected multiples of "
+                    f"{rows.number}."
+                )
 
 
 def derive(
@@ -305,7 +307,7 @@ def derive(
         elements, row_of = counter.live(state[name], 1, name), found[name.rpartition(".")[0]]
         if name in parameters:
             row_of[1].append(elements)
-        row_of[2].append(Product.of(tensor.element_size(), 1, [elements]))
+        row_of[2].append(Product.of(tensor.element_size(), [elements]))
     full = {cell.symbol: len(cell.components) for cell in counter.cells}
     rows = []
     for name, products in found.items():
@@ -324,7 +326,7 @@ def derive(
         MappingProxyType({cell.name: len(cell.components) for cell in cells}),
         MappingProxyType({cell.name: int(live[cell.components].sum()) for cell in cells}),
         cells,
-        MappingProxyType({group.name: group.rows for group in groups if group.removable and group.rows > 1}),
+        counter.rows(),
         MappingProxyType(frozen),
     )
 
