@@ -88,7 +88,7 @@ def compress(
             module.meta["history"] = (*module.meta["history"], _step(item, result))
             console.print(_line(item, result))
     if not console.quiet:
-        console.print(report(model, module, inputs))
+        console.print(report(model, module, inputs, latency=False))
     return module
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.benchmark import Timer
@@ -23,6 +25,7 @@ class Latency:
         threads: threads that the operators could use.
         batch: samples in the batch.
         runs: forward passes measured.
+        times: seconds of each block of forward passes, divided by their number; median and iqr are of these.
     """
 
     median: float
@@ -30,6 +33,7 @@ class Latency:
     threads: int
     batch: int
     runs: int
+    times: tuple[float, ...] = field(default=(), repr=False)
 
     def __str__(self) -> str:
         return (
@@ -66,4 +70,11 @@ def latency(model: nn.Module, example_inputs: Any, *, threads: int | None = None
         once = timer.timeit(1).mean
         measured = timer.blocked_autorange(min_run_time=max(min_run_time, 10 * once))
     runs = measured.number_per_run * len(measured.times)
-    return Latency(measured.median, measured.iqr, measured.num_threads, inputs.batch, runs)
+    return Latency(measured.median, measured.iqr, measured.num_threads, inputs.batch, runs, tuple(measured.times))
+
+
+def merged(parts: Sequence[Latency]) -> Latency:
+    """Several measurements of one model under the same conditions as one."""
+    times = tuple(seconds for part in parts for seconds in part.times)
+    low, median, high = np.percentile(times, (25, 50, 75)).tolist()
+    return Latency(median, high - low, parts[0].threads, parts[0].batch, sum(part.runs for part in parts), times)

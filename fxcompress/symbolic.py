@@ -183,7 +183,8 @@ class Symbolic:
                 with one element for each allocation. Arrays are broadcast. What is not named stays whole.
 
         Returns:
-            Integers, or int64 arrays of the shape that the given ones have together.
+            Integers, or arrays of the shape that the given ones have together: int64, or Python's integers (dtype object)
+            where those would not fit.
 
         Raises:
             InputError: an unknown name, no integers, a width outside the group, or widths that no removal can leave
@@ -198,7 +199,7 @@ class Symbolic:
         for (figure, denominator, samples), value in zip(parts, values[: len(parts)], strict=True):
             totals[figure] = totals[figure] + -(-(value // denominator) // samples)
         if shape:
-            return Figures(*(np.broadcast_to(total, shape).astype(np.int64) for total in totals))
+            return Figures(*(np.broadcast_to(total, shape).astype(self._dtype) for total in totals))
         return Figures(*map(int, totals))
 
     # ---- inside ------------------------------------------------------------------------------------------------
