@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -180,14 +181,13 @@ def report(before: nn.Module, after: nn.Module, example_inputs: Any = None, *, l
             raise InputError(f"{role} is a {type(model).__name__}; expected a torch.nn.Module.")
     rows = tuple(_changes(before, after))
     if example_inputs is None:
-        dense = unmasked(before), unmasked(after)
-        return Report(
-            (Total("params", *map(_params, dense)), Total("bytes", byte_count(dense[0]), byte_count(dense[1]))), rows
-        )
+        old, new = unmasked(before), unmasked(after)
+        sizes = Total("params", _params(old), _params(new)), Total("bytes", byte_count(old), byte_count(new))
+        return Report(sizes, rows)
     costs = count(before, example_inputs), count(after, example_inputs)
     removed = costs[1].after
     totals = [
-        Total(name, *(getattr(cost, name) for cost in costs), None if removed is None else getattr(removed, name))
+        Total(name, getattr(costs[0], name), getattr(costs[1], name), getattr(removed, name, None))
         for name in ("params", "bytes", "macs")
     ]
     timed = latency and not any(tensor.is_meta for tensor in Inputs.parse(example_inputs).tensors())
@@ -206,7 +206,7 @@ def _notch(latency: Latency) -> float:
 
     Two medians whose intervals do not overlap differ with 95 % confidence.
     """
-    return 1.57 * latency.iqr / max(len(latency.times), 1) ** 0.5
+    return 1.57 * latency.iqr / math.sqrt(max(len(latency.times), 1))
 
 
 def _threads(number: int) -> str:

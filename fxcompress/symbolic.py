@@ -15,7 +15,6 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import sympy
 
 from fxcompress.channels.groups import ChannelGroups
@@ -23,9 +22,6 @@ from fxcompress.channels.labels import BoolArray
 from fxcompress.errors import GraphError, InputError
 from fxcompress.module import TracedModule
 from fxcompress.polynomials import Cell, Counter, Product, Rows
-
-#: One number, or one for each allocation.
-Count = int | npt.NDArray[np.int64]
 
 
 class Figures(NamedTuple):
@@ -183,8 +179,8 @@ class Symbolic:
                 with one element for each allocation. Arrays are broadcast. What is not named stays whole.
 
         Returns:
-            Integers, or arrays of the shape that the given ones have together: int64, or Python's integers (dtype object)
-            where those would not fit.
+            Integers, or arrays of the shape that the given ones have together: int64, or Python's integers (dtype
+            object) where those would not fit.
 
         Raises:
             InputError: an unknown name, no integers, a width outside the group, or widths that no removal can leave
@@ -235,7 +231,7 @@ class Symbolic:
         for name in widths:
             if name not in self.symbols:
                 raise self._unusable(name)
-        found = []
+        found: list[Any] = []
         for cell in self._cells:
             value, most = widths.get(cell.name, len(cell.components)), len(cell.components)
             array = np.asarray(value)

@@ -146,7 +146,7 @@ TABLE = {
     "VGG-16-A": Published(VGG16, "2.063e8", "5.391e6", vgg_16_a(), ("34.2", "64.0")),
     "ResNet-56": Published((ResNet, 9), "1.255e8", "8.49e5", {}),
     "ResNet-56-A": Published(
-        (ResNet, 9), "1.124e8", "7.695e5", first_of_blocks(9, (0.1,) * 3, (16, 20, 38, 54)), ("10.4", "9.4")
+        (ResNet, 9), "1.124e8", "7.695e5", first_of_blocks(9, (0.1, 0.1, 0.1), (16, 20, 38, 54)), ("10.4", "9.4")
     ),
     "ResNet-56-B": Published(
         (ResNet, 9),

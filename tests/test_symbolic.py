@@ -175,8 +175,8 @@ def test_polynomials_by_hand(case: tuple[Callable[[], Net], tuple[int, ...], dic
     found = cost.symbolic
     assert set(found.symbols) == set(names)
     ours = {symbol: found.symbols[name] for name, symbol in names.items()}
-    assert sympy.expand(found.macs - sympy.sympify(macs, locals=ours)) == 0
-    assert sympy.expand(found.params - sympy.sympify(params, locals=ours)) == 0
+    assert sympy.expand(found.macs - sympy.parse_expr(macs, ours)) == 0
+    assert sympy.expand(found.params - sympy.parse_expr(params, ours)) == 0
     assert found.evaluate() == figures(cost)
     assert sum((row.macs for row in found.table), sympy.Integer(0)) == found.macs
 
