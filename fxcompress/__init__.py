@@ -26,4 +26,5 @@ from fxcompress.pipeline import graph_pass as graph_pass
 from fxcompress.report import Report as Report
 from fxcompress.report import report as report
 from fxcompress.rewrite import Rewriter as Rewriter
+from fxcompress.symbolic import Symbolic as Symbolic
 from fxcompress.trace import trace as trace

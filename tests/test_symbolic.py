@@ -16,7 +16,7 @@ from removal import NETWORKS, PRUNERS, check_figures
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxcompress import Context, count, masks, trace
+from fxcompress import Context, compress, count, masks, trace
 from fxcompress.channels.labels import Labels
 from fxcompress.cost import Cost
 from fxcompress.errors import GraphError, InputError
@@ -247,6 +247,20 @@ def test_recurrent_layers_and_opaque_modules_are_constants() -> None:
     constant = 7 * (3 * 4 + 3 * (4 * 6 + 6 * 6) + 36)
     assert sympy.expand(found.macs - (constant + 7 * 8 * found["c"])) == 0
     assert found.evaluate() == figures(cost)
+
+
+def test_rows_that_given_masks_remove_whole() -> None:
+    """Of 4 rows of 3 channels one goes as a whole: no pruner would, and the polynomials hold all the same."""
+    model = Net(
+        lambda m, x: m.b(m.a(x).view(-1, 4, 3).softmax(1).flatten(1)),
+        a=nn.Linear(5, 12, bias=False),
+        b=nn.Linear(12, 2, bias=False),
+    )
+    x, keep = torch.randn(2, 5), torch.arange(12) // 3 != 1
+    given = {"a.weight": keep[:, None].expand(12, 5), "b.weight": keep.expand(2, 12)}
+    removed = compress(model, [Speedup(masks=given)], example_inputs=x)
+    assert removed.get_parameter("a.weight").shape == (9, 5)
+    assert count(model, x).symbolic.evaluate({"a": 9}) == figures(count(removed, x)) == (63, 63, 252)
 
 
 # ---- unusable widths ---------------------------------------------------------------------------------------------
