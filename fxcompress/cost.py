@@ -101,7 +101,6 @@ class Cost:
         if self._source is None or not self._source.masked:
             return None
         module, groups, live = self._source.analysis
-        self._check_unchanged(module)
         module = copy.deepcopy(module)
         if not live.all():
             shrink(module, groups, live, "count")
@@ -120,18 +119,8 @@ class Cost:
         if self._source is None:
             raise InputError("this Cost was not made by count(); expected one that was, which knows its model.")
         module, groups, live = self._source.analysis
-        return derive(module, groups, self._check_unchanged(module).table, self._source.inputs.batch, live)
-
-    def _check_unchanged(self, module: TracedModule) -> Cost:
-        """The cost of the model's clean trace, which must have the MACs that were counted."""
-        assert self._source is not None
-        now = count(module, self._source.inputs)
-        if now.macs != self.macs:
-            raise InputError(
-                f"the model has {now.macs:,} MACs and had {self.macs:,} when it was counted; expected the same model. "
-                "Count it again."
-            )
-        return now
+        dense = count(module, self._source.inputs)
+        return derive(module, groups, dense.table, self._source.inputs.batch, live)
 
     def __rich__(self) -> Table:
         return _masked_table(self, self.after) if self.after is not None else _table_of(self)
@@ -142,10 +131,11 @@ class Cost:
 
 @dataclass(frozen=True)
 class _Source:
-    """What was counted."""
+    """What was counted, and the shapes that its parameters had then."""
 
     model: nn.Module
     inputs: Inputs
+    shapes: dict[str, torch.Size]
 
     @property
     def masked(self) -> bool:
@@ -154,6 +144,13 @@ class _Source:
     @cached_property
     def analysis(self) -> tuple[TracedModule, ChannelGroups, BoolArray]:
         """The model as a trace without masks, its channel groups, and for every label whether the masks let it live."""
+        now = _shapes(self.model)
+        for name in {**self.shapes, **now}:
+            if self.shapes.get(name) != now.get(name):
+                was, found = (str(tuple(shapes[name])) if name in shapes else "absent" for shapes in (self.shapes, now))
+                raise InputError(
+                    f"{name} is {found} and was {was} when the model was counted; expected no change. Count it again."
+                )
         with undisturbed(self.model):
             if isinstance(self.model, TracedModule) and not self.model.meta.get("provisional"):
                 module = copy.copy(self.model)
@@ -198,7 +195,7 @@ def count(model: nn.Module, example_inputs: Any) -> Cost:
     runnable = NodeByNode(dense, tally) if isinstance(dense, fx.GraphModule) else dense
     with undisturbed(dense), tally.watching(dense), AttentionCalls(tally), tally:
         tally.call("", type(dense).__name__, run, runnable, inputs)
-    return Cost(_rows(dense, tally, inputs.batch), _Source(model, inputs))
+    return Cost(_rows(dense, tally, inputs.batch), _Source(model, inputs, _shapes(model)))
 
 
 def is_masked(model: nn.Module) -> bool:
@@ -213,6 +210,10 @@ def unmasked(model: nn.Module) -> nn.Module:
     made = copy.copy(model)
     lift(made)
     return made
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
 def byte_count(model: nn.Module) -> int:

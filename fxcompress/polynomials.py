@@ -61,7 +61,7 @@ class Rows:
     groups: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cell:
     """Channels of one group that every parameter and contraction uses alike: only how many live counts.
 

@@ -112,7 +112,7 @@ class SymbolicRow:
         return self._figures[2].expression
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Symbolic:
     """Polynomials in the widths of a model's removable channel groups; ``symbolic["layer1.0.conv1"]`` is a width.
 

@@ -202,6 +202,16 @@ def test_work_that_samples_share_is_rounded_up_row_by_row() -> None:
     assert found.evaluate({"a": np.arange(1, 7)}).macs.tolist() == [found.evaluate({"a": n}).macs for n in range(1, 7)]
 
 
+def test_two_shared_products_in_one_module() -> None:
+    """The model has one row for both, its trace one for each: they may round differently, and nothing minds."""
+    model = Net(
+        lambda m, x: m.b(m.a(x) @ (m.left @ m.right) @ (m.right.T @ m.left.T)), a=nn.Linear(3, 6), b=nn.Linear(6, 2)
+    )
+    model.left, model.right = nn.Parameter(torch.randn(6, 7)), nn.Parameter(torch.randn(7, 5))
+    x = torch.randn(4, 3)
+    assert count(model, x).symbolic.evaluate() == figures(count(trace(model, x), x))
+
+
 def test_products_beyond_64_bits_do_not_wrap() -> None:
     model = Net(lambda m, x: m.b(m.a(x)), a=nn.Linear(3, 6, bias=False), b=nn.Linear(6, 2, bias=False))
     x = torch.randn(1, 3)
