@@ -6,9 +6,7 @@ from fxcompress.channels.groups import channel_groups as channel_groups
 from fxcompress.compress import Step as Step
 from fxcompress.compress import compress as compress
 from fxcompress.cost import Cost as Cost
-from fxcompress.cost import Latency as Latency
 from fxcompress.cost import count as count
-from fxcompress.cost import latency as latency
 from fxcompress.errors import FxCompressError as FxCompressError
 from fxcompress.errors import GraphError as GraphError
 from fxcompress.errors import InputError as InputError
@@ -16,6 +14,8 @@ from fxcompress.errors import PassError as PassError
 from fxcompress.errors import SelectionError as SelectionError
 from fxcompress.errors import TraceError as TraceError
 from fxcompress.errors import VerificationError as VerificationError
+from fxcompress.latency import Latency as Latency
+from fxcompress.latency import latency as latency
 from fxcompress.masking import masks as masks
 from fxcompress.masking import sparsity as sparsity
 from fxcompress.module import TracedModule as TracedModule
@@ -26,4 +26,5 @@ from fxcompress.pipeline import graph_pass as graph_pass
 from fxcompress.report import Report as Report
 from fxcompress.report import report as report
 from fxcompress.rewrite import Rewriter as Rewriter
+from fxcompress.symbolic import Symbolic as Symbolic
 from fxcompress.trace import trace as trace

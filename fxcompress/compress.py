@@ -92,7 +92,7 @@ def compress(
                 console.print(_line(item, result))
     module.recompile()
     if not console.quiet:
-        console.print(report(model, module, inputs))
+        console.print(report(model, module, inputs, latency=False))
     return module
 
 

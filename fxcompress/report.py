@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -15,8 +16,12 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
-from fxcompress.cost import as_text, byte_count, count, shown_shape
+from fxcompress.cost import byte_count, count, unmasked
 from fxcompress.errors import InputError
+from fxcompress.inputs import Inputs
+from fxcompress.latency import Latency, merged
+from fxcompress.latency import latency as measure
+from fxcompress.text import as_text, shown_shape
 
 
 @dataclass(frozen=True)
@@ -27,11 +32,13 @@ class Total:
         name: "params" (elements), "bytes" (of parameters and buffers), or "macs" (per sample).
         before: its value for the first model.
         after: its value for the second.
+        removed: its value for the second once ``Speedup`` has removed what is masked; None where nothing is.
     """
 
     name: str
     before: int
     after: int
+    removed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -60,19 +67,69 @@ class Report:
     Attributes:
         totals: params and bytes, and macs if there were inputs to count them with.
         rows: the changed layers, in the order in which the first model holds them; new ones last.
+        latency: the measured time of both models; None if it was not measured.
     """
 
     totals: tuple[Total, ...]
     rows: tuple[Change, ...]
+    latency: tuple[Latency, Latency] | None = None
+
+    @property
+    def slower(self) -> bool:
+        """Whether the second model was measured to be slower, beyond doubt about the medians."""
+        return self._gained() < 0
+
+    @property
+    def faster(self) -> bool:
+        """Whether the second model was measured to be faster, beyond doubt about the medians."""
+        return self._gained() > 0
+
+    def _gained(self) -> float:
+        """Seconds that the second model saves; 0 where the notches of the medians overlap."""
+        if self.latency is None:
+            return 0.0
+        before, after = self.latency
+        saved = before.median - after.median
+        return saved if abs(saved) > _notch(before) + _notch(after) else 0.0
 
     def __rich__(self) -> Group:
-        totals = Table(box=box.SIMPLE)
-        for header in ("", "before", "after", "kept"):
-            totals.add_column(header, justify="right" if header else "left")
+        return Group(self._totals(), *self._verdict(), self._layers())
+
+    def _totals(self) -> Table:
+        masked = any(total.removed is not None for total in self.totals)
+        table = Table(box=box.SIMPLE)
+        for header in ("", "before", "after", "kept", *(("after Speedup", "kept") if masked else ())):
+            table.add_column(header, justify="right" if header else "left")
         for total in self.totals:
-            totals.add_row(total.name, f"{total.before:,}", f"{total.after:,}", _share(total.before, total.after))
+            cells = [f"{total.before:,}", f"{total.after:,}", _share(total.before, total.after)]
+            if total.removed is not None:
+                cells += [f"{total.removed:,}", _share(total.before, total.removed)]
+            table.add_row(total.name, *cells)
+        if self.latency is not None:
+            before, after = self.latency
+            times = [f"{each.median * 1e3:.3f} ms" for each in self.latency]
+            table.add_row("latency", *times, _share(before.median, after.median))
+            table.add_row("  IQR", *(f"{each.iqr * 1e3:.3f} ms" for each in self.latency))
+        return table
+
+    def _verdict(self) -> list[str]:
+        """What the latencies say, in words."""
+        if self.latency is None:
+            return []
+        before, after = self.latency
+        how = f"medians of {before.runs} and {after.runs} runs, batch {after.batch}, {_threads(after.threads)}"
+        if not (self.slower or self.faster):
+            return [f"No difference in time that the measurements could tell ({how})."]
+        if self.faster:
+            return [f"{before.median / after.median:.2f} times as fast ({how})."]
+        lines = [f"SLOWER: it takes {after.median / before.median:.2f} times as long as before ({how})."]
+        if any(total.removed is not None for total in self.totals):
+            lines.append("It is masked: masks cost time, and only what Speedup removes saves any.")
+        return lines
+
+    def _layers(self) -> Table | str:
         if not self.rows:
-            return Group(totals, "No layer changed its shape.")
+            return "No layer changed its shape."
         layers = Table(box=box.SIMPLE)
         layers.add_column("layer", overflow="fold")
         layers.add_column("kind")
@@ -87,7 +144,7 @@ class Report:
                 *(f"{params:,}" for params in row.params),
                 _share(*row.params),
             )
-        return Group(totals, layers)
+        return layers
 
     def __str__(self) -> str:
         return as_text(self)
@@ -99,18 +156,22 @@ class Report:
         Path(path).write_text(console.export_html(), encoding="utf-8")
 
 
-def report(before: nn.Module, after: nn.Module, example_inputs: Any = None) -> Report:
+def report(before: nn.Module, after: nn.Module, example_inputs: Any = None, *, latency: bool = True) -> Report:
     """Compare two versions of a model, such as a model and what ``compress`` made of it.
 
     Layers are matched by name, so both must have kept their names. A layer has changed if the shape of one of
     its own parameters or buffers has; masked or quantized values in tensors of the same shape are no change.
     A module without parameters that only one of the models has is not listed.
 
+    A masked model is shown with both figures: as it is, and as it will be after ``Speedup``.
+
     Args:
         before: the model that was there first.
         after: the model to compare it with. Neither is changed.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments that both models run
-            on; without it MACs are not counted.
+            on; without it MACs are not counted and time is not measured.
+        latency: measure how long a forward pass of each takes, as :func:`fxcompress.latency` does; not done on the
+            meta device.
 
     Raises:
         InputError: one of the two is no module, or as for :func:`fxcompress.count`.
@@ -118,13 +179,38 @@ def report(before: nn.Module, after: nn.Module, example_inputs: Any = None) -> R
     for role, model in (("before", before), ("after", after)):
         if not isinstance(model, nn.Module):
             raise InputError(f"{role} is a {type(model).__name__}; expected a torch.nn.Module.")
+    rows = tuple(_changes(before, after))
+    if example_inputs is None:
+        old, new = unmasked(before), unmasked(after)
+        sizes = Total("params", _params(old), _params(new)), Total("bytes", byte_count(old), byte_count(new))
+        return Report(sizes, rows)
+    costs = count(before, example_inputs), count(after, example_inputs)
+    removed = costs[1].after
     totals = [
-        Total("params", _params(before), _params(after)),
-        Total("bytes", byte_count(before), byte_count(after)),
+        Total(name, getattr(costs[0], name), getattr(costs[1], name), getattr(removed, name, None))
+        for name in ("params", "bytes", "macs")
     ]
-    if example_inputs is not None:
-        totals.append(Total("macs", count(before, example_inputs).macs, count(after, example_inputs).macs))
-    return Report(tuple(totals), tuple(_changes(before, after)))
+    timed = latency and not any(tensor.is_meta for tensor in Inputs.parse(example_inputs).tensors())
+    return Report(tuple(totals), rows, _in_turns(before, after, example_inputs) if timed else None)
+
+
+def _in_turns(before: nn.Module, after: nn.Module, example_inputs: Any) -> tuple[Latency, Latency]:
+    """Both latencies, measured in turns, so that a machine that slows down does so for both."""
+    turns = [[measure(model, example_inputs, min_run_time=0.25) for model in (before, after)] for _ in range(3)]
+    first, second = (merged(each) for each in zip(*turns, strict=True))
+    return first, second
+
+
+def _notch(latency: Latency) -> float:
+    """Half the interval of confidence of a median, in seconds (McGill, Tukey and Larsen 1978, 1.57 IQR / sqrt(n)).
+
+    Two medians whose intervals do not overlap differ with 95 % confidence.
+    """
+    return 1.57 * latency.iqr / math.sqrt(max(len(latency.times), 1))
+
+
+def _threads(number: int) -> str:
+    return f"{number} thread{'s' if number > 1 else ''}"
 
 
 def _params(model: nn.Module, *, recurse: bool = True) -> int:
@@ -157,5 +243,5 @@ def _weight(shapes: dict[str, torch.Size]) -> tuple[int, ...] | None:
     return None if shape is None else tuple(shape)
 
 
-def _share(before: int, after: int) -> str:
+def _share(before: float, after: float) -> str:
     return f"{after / before:.1%}" if before else ""

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from fxcompress.cost import count, latency
+from fxcompress.cost import count
 from fxcompress.errors import InputError
+from fxcompress.latency import latency
 
 
 class Call(nn.Module):

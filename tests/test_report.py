@@ -1,5 +1,6 @@
 """The comparison of two models."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fxcompress import compress, count, latency
 from fxcompress.errors import InputError
+from fxcompress.latency import Latency, merged
+from fxcompress.passes import L1FilterPruner, Speedup
 from fxcompress.report import Change, Report, Total, report
 
 
@@ -29,7 +33,7 @@ class Net(nn.Module):
 
 
 def test_totals_and_changed_layers() -> None:
-    found = report(Net(8), Net(2), torch.randn(4, 3, 6, 6))
+    found = report(Net(8), Net(2), torch.randn(4, 3, 6, 6), latency=False)
     # width w: token w, conv 27 w, head 5 w + 5; the norm's buffers are 2 w floats and one int64
     assert found.totals == (
         Total("params", 8 + 216 + 45, 2 + 54 + 15),
@@ -50,7 +54,7 @@ def test_without_inputs_there_are_no_macs() -> None:
 
 def test_a_model_and_itself() -> None:
     model = Net(8)
-    found = report(model, model, torch.randn(1, 3, 6, 6))
+    found = report(model, model, torch.randn(1, 3, 6, 6), latency=False)
     assert found.rows == ()
     assert all(total.before == total.after for total in found.totals)
     assert "No layer changed its shape." in str(found)
@@ -103,7 +107,7 @@ def test_layers_without_tensors_are_not_listed() -> None:
 
 
 def test_the_text_shows_every_figure() -> None:
-    text = str(report(Net(8), Net(2), torch.randn(1, 3, 6, 6)))
+    text = str(report(Net(8), Net(2), torch.randn(1, 3, 6, 6), latency=False))
     for part in ("3,496", "874", "25.0%", "conv", "8x3x3x3", "2x3x3x3", "(model)", "BatchNorm2d"):
         assert part in text
     assert str(Report((), (Change("c", "PReLU", None, (), (0, 1)),))).count("(new)") == 1
@@ -142,3 +146,109 @@ def test_what_is_no_model() -> None:
     wrong: Any = torch.randn
     with pytest.raises(InputError, match=r"after is a builtin.*; expected a torch\.nn\.Module"):
         report(Net(2), wrong)
+
+
+# ---- time --------------------------------------------------------------------------------------------------------
+
+
+class Sleeps(nn.Module):
+    """A forward pass that takes so many seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+        self.passes = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        time.sleep(self.seconds)
+        return x
+
+
+def test_a_model_that_got_slower_is_called_so() -> None:
+    found = report(Sleeps(0.002), Sleeps(0.006), torch.randn(3, 2))
+    assert found.slower
+    assert not found.faster
+    assert found.latency is not None
+    before, after = found.latency
+    text = str(found)
+    assert f"SLOWER: it takes {after.median / before.median:.2f} times as long as before" in text
+    assert f"medians of {before.runs} and {after.runs} runs, batch 3, 1 thread)" in text
+    for each in (before, after):
+        assert f"{each.median * 1e3:.3f} ms" in text
+        assert f"{each.iqr * 1e3:.3f} ms" in text
+        assert 0.002 <= each.median < 0.05
+    assert "masked" not in text
+
+
+def test_a_model_that_got_faster_and_one_that_did_not_change() -> None:
+    faster = report(Sleeps(0.006), Sleeps(0.002), torch.randn(3, 2))
+    assert faster.faster
+    assert " times as fast (medians of" in str(faster)
+    assert "SLOWER" not in str(faster)
+    measured = Latency(0.010, 0.002, 1, 1, 40, (0.010,) * 40)
+    slightly = Latency(0.0105, 0.002, 1, 1, 40, (0.0105,) * 40)  # notches: 0.5 ms on either side
+    same = Report((), (), (measured, slightly))
+    assert (same.slower, same.faster) == (False, False)
+    assert "No difference in time that the measurements could tell" in str(same)
+    clearly = Latency(0.0115, 0.002, 1, 1, 40, (0.0115,) * 40)
+    assert Report((), (), (measured, clearly)).slower
+    assert Report((), (), (clearly, measured)).faster
+
+
+def test_both_models_are_measured_in_turns() -> None:
+    order: list[str] = []
+
+    class Noted(Sleeps):
+        def forward(self, x: Tensor) -> Tensor:
+            order.append(str(self.seconds))
+            return super().forward(x)
+
+    report(Noted(0.004), Noted(0.005), torch.randn(1, 2))
+    turns = [name for name, last in zip(order, [None, *order], strict=False) if name != last]
+    assert turns == ["0.004", "0.005"] * (len(turns) // 2)
+    assert len(turns) >= 6
+
+
+def test_measurements_that_belong_together() -> None:
+    parts = [Latency(0.2, 0.1, 1, 4, 3, (0.1, 0.2, 0.3)), Latency(0.5, 0.0, 1, 4, 2, (0.4, 0.5))]
+    found = merged(parts)
+    assert (found.median, found.threads, found.batch, found.runs) == (0.3, 1, 4, 5)
+    assert found.iqr == pytest.approx(0.2)
+    one = latency(Sleeps(0.001), torch.zeros(2, 2), threads=1, min_run_time=0.02)
+    assert merged([one]).median == pytest.approx(one.median)
+    assert merged([one]).iqr == pytest.approx(one.iqr)
+
+
+def test_time_is_not_measured_without_inputs_or_on_no_device() -> None:
+    assert report(Net(8), Net(2)).latency is None
+    assert report(Net(8).to("meta"), Net(2).to("meta"), torch.randn(1, 3, 6, 6, device="meta")).latency is None
+
+
+# ---- masked models -----------------------------------------------------------------------------------------------
+
+
+def test_a_masked_model_is_shown_with_both_figures() -> None:
+    model, x = Net(8).eval(), torch.randn(2, 3, 6, 6)
+    masked = compress(model, [L1FilterPruner(0.5)], example_inputs=x)
+    removed = compress(masked, [Speedup()], example_inputs=x)
+    dense, after = count(model, x), count(removed, x)
+    found = report(model, masked, x, latency=False)
+    assert found.totals == tuple(
+        Total(name, getattr(dense, name), getattr(dense, name), getattr(after, name))
+        for name in ("params", "bytes", "macs")
+    )
+    text = str(found)
+    assert "after Speedup" in text
+    assert f"{after.macs:,}" in text
+    assert report(masked, removed, x, latency=False).totals == tuple(
+        Total(name, getattr(dense, name), getattr(after, name)) for name in ("params", "bytes", "macs")
+    )
+    assert report(model, masked).totals[1] == Total("bytes", dense.bytes, dense.bytes)
+    assert "after Speedup" not in str(report(model, removed, x, latency=False))
+
+
+def test_a_masked_model_that_is_slower_is_told_why() -> None:
+    totals = (Total("params", 8, 8, 4),)
+    slow = Report(totals, (), (Latency(0.1, 0.0, 1, 1, 9, (0.1,) * 9), Latency(0.2, 0.0, 1, 1, 9, (0.2,) * 9)))
+    assert "masks cost time" in str(slow)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,8 +19,9 @@ def contract(
     right: tuple[tuple[int, ...], Sequence[Tensor]],
     summed: frozenset[int],
     consts: tuple[Labels, Labels],
+    repeats: int = 1,
 ) -> list[Tensor]:
-    """``sum over summed of left * right`` in one index space; returns the factors that remain.
+    """``sum over summed of left * right`` in one index space, ``repeats`` times; returns the factors that remain.
 
     Labels along the summed dimensions are matched between the operands and end. Where neither operand is a weight
     whose columns can be masked, the sum runs over the live channels only.
@@ -34,6 +36,7 @@ def contract(
             ledger.connect(inner, outer)
             ledger.produce(outer)
     kept = join(ledger, (left, right), "it is summed with a tensor without channels of its own")
+    ledger.contract(map(max, left[0], right[0]), kept, repeats)
     for factor in {id(f): f for f in [*left[1], *right[1]] if summed & set(dims_of(f))}.values():
         ledger.pin(factor, set(dims_of(factor)) - summed or set(), "its rows are not channels after the sum")
     if ended and not any(labels.direct for labels in consts):
@@ -137,6 +140,11 @@ def _one(call: Call, factors: list[Tensor]) -> Tensor | None:
     return factors[0] if factors else None
 
 
+def _positions(tensor: Tensor) -> int:
+    """At how many places of a tensor [N, C, *space] a kernel is laid."""
+    return tensor.shape[0] * math.prod(tensor.shape[2:])
+
+
 def _plain(
     call: Call, x: Labels, w: Labels, inputs: list[Tensor], rows: list[Tensor], columns: list[Tensor]
 ) -> list[Tensor]:
@@ -144,8 +152,8 @@ def _plain(
         ((1, x.shape[1]), [f.reshape(1, -1) for f in inputs]),
         (w.shape[:2], [f.reshape(1, -1) for f in columns] + [f.reshape(-1, 1) for f in rows]),
     )
-    kept = contract(call, a, b, frozenset({1}), (x, w))
-    return [f.reshape(-1) for f in kept]
+    repeats = _positions(call.result) * math.prod(w.shape[2:])
+    return [f.reshape(-1) for f in contract(call, a, b, frozenset({1}), (x, w), repeats)]
 
 
 def _transposed(
@@ -161,7 +169,8 @@ def _transposed(
     if groups == 1:
         a = ((x.shape[1], 1), [f.reshape(-1, 1) for f in inputs])
         b = (w.shape[:2], [f.reshape(-1, 1) for f in rows] + [f.reshape(1, -1) for f in columns])
-        return [f.reshape(-1) for f in contract(call, a, b, frozenset({0}), (x, w))]
+        repeats = _positions(call.arguments["input"]) * math.prod(w.shape[2:])
+        return [f.reshape(-1) for f in contract(call, a, b, frozenset({0}), (x, w), repeats)]
     ledger = call.ledger
     ledger.freeze([*inputs, *rows, *columns], "a grouped transposed convolution")
     return []
@@ -183,6 +192,7 @@ def _grouped(
         return []
     if w.const:
         ledger.produce([out])
+    repeats = _positions(call.result) * math.prod(w.shape[2:])
     per_group = out.reshape(groups, -1)
     if w.shape[1] == 1:  # depthwise
         if entering is None:
@@ -191,6 +201,7 @@ def _grouped(
             ledger.unite(entering.reshape(groups, 1), per_group)
             if per_group.shape[1] > 1:
                 ledger.constrain(per_group)
+        ledger.contract(w.shape[:2], [out.reshape(-1, 1)], repeats)
         return [out]
     if per_group.shape[1] == 1:
         ledger.freeze([out], "the only output of its convolution group")
@@ -198,11 +209,13 @@ def _grouped(
         ledger.constrain(per_group, pinned=(0,))
     if entering is None:
         ledger.freeze(columns, "its input has no channels of its own")
+        ledger.contract(w.shape[:2], [out.reshape(-1, 1)], repeats)
         return [out]
     ledger.connect([entering], [out])
     sources = entering.reshape(groups, -1)
     ledger.constrain(sources, pinned=(0,))
     taken = sources.repeat_interleave(per_group.shape[1], 0)  # (outputs, inputs / groups)
+    ledger.contract(w.shape[:2], [out.reshape(-1, 1), taken], repeats)
     for column in columns:
         if column.dim() == 2 or not _regroup(call, taken):
             ledger.unite(column if column.dim() == 2 else column.reshape(1, -1), taken)

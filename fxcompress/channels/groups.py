@@ -17,10 +17,10 @@ from fxcompress.channels.labels import BoolArray, IntArray, dims_of, distinct
 from fxcompress.channels.ledger import Axis
 from fxcompress.channels.propagate import WHOLE, propagate
 from fxcompress.channels.solve import Channels, solve
-from fxcompress.cost import as_text
 from fxcompress.errors import InputError
 from fxcompress.inputs import Inputs
 from fxcompress.module import TracedModule, building
+from fxcompress.text import as_text
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,18 @@ class Constraint:
         return Constraint(Labels(tuple(made.shape), (made,), rows=self.labels.rows), self.pinned, self.node)
 
 
+@dataclass(frozen=True)
+class Contraction:
+    """Products that ``node`` sums: ``repeats`` times (positions, kernel) an index space with these labels.
+
+    The space holds one product for each of its elements, those along the summed dimensions included.
+    """
+
+    node: str
+    space: Labels
+    repeats: int
+
+
 @dataclass
 class Ledger:
     """Everything that a propagation found out, in the order in which it did."""
@@ -98,6 +110,7 @@ class Ledger:
     constraints: list[Constraint] = field(default_factory=list)
     produced: list[IntArray] = field(default_factory=list)
     layers: list[tuple[IntArray, IntArray]] = field(default_factory=list)
+    contractions: list[Contraction] = field(default_factory=list)
     live_only: set[str] = field(default_factory=set)
     node: str = ""
     next_label: int = 1
@@ -156,6 +169,10 @@ class Ledger:
     def produce(self, factors: Iterable[Tensor]) -> None:
         """These labels are rows of a weight that produces channels: they are what gets scored."""
         self.produced.extend(distinct(factor.numpy()) for factor in factors)
+
+    def contract(self, shape: Iterable[int], factors: Iterable[Tensor], repeats: int) -> None:
+        """One product is computed for each live element of this index space, ``repeats`` times."""
+        self.contractions.append(Contraction(self.node, Labels(tuple(shape), tuple(factors)), repeats))
 
     def connect(self, consumed: Iterable[Tensor], produced: Iterable[Tensor]) -> None:
         """A weight reads these channels and produces those."""
