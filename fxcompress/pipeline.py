@@ -30,6 +30,7 @@ class Context:
         verify: whether claims are checked by running models.
         notes: what the passes had to say, for the history.
         align: set by a pass that changes shapes: what a value of the module before it is in the one after it.
+        rounded: set by a pass that computed new weights in this run although it seldom does; see ``Pass.rounds``.
     """
 
     inputs: Inputs | None = None
@@ -37,6 +38,7 @@ class Context:
     verify: bool = True
     notes: list[str] = field(default_factory=list)
     align: Align | None = None
+    rounded: bool = False
     _analyses: dict[str, ChannelGroups] = field(default_factory=dict)
 
     def groups(self, module: TracedModule) -> ChannelGroups:
@@ -90,6 +92,11 @@ class Pass(ABC):
     needs_inputs: ClassVar[bool] = False
     #: Running it again changes nothing.
     idempotent: ClassVar[bool] = False
+
+    @property
+    def claims(self) -> bool:
+        """Whether this instance claims what its class preserves; an option may take the claim back."""
+        return self.preserves
 
     @property
     def name(self) -> str:
@@ -238,15 +245,19 @@ def _rounding(module: TracedModule) -> float:
     return max((tolerance_of(p.dtype) for p in module.parameters() if p.is_floating_point()), default=1e-5)
 
 
-def _check_claim(item: Pass, reference: TracedModule, result: TracedModule, context: Context) -> float:
-    """The largest relative difference between what a pass gave and what it promised to keep."""
+def check_claim(item: Pass, reference: TracedModule, result: TracedModule, context: Context) -> float:
+    """The largest relative difference between what a pass gave and what it promised to keep.
+
+    Raises:
+        VerificationError: it is larger than rounding explains.
+    """
     assert context.inputs is not None
     return verify(
         reference,
         result,
         context.inputs,
         batched=bool(result.meta["batched"]),
-        tolerance=_rounding(result) if item.rounds else None,
+        tolerance=_rounding(result) if item.rounds or context.rounded else None,
         what=f"the result of {item.name}",
         align=context.align,
     ).difference
@@ -261,16 +272,16 @@ def run_pass(item: Pass, module: TracedModule, context: Context) -> PassResult:
     """
     start = time.perf_counter()
     said = len(context.notes)
-    check_claim = item.preserves and context.verify and context.inputs is not None
+    checked = item.claims and context.verify and context.inputs is not None
     try:
-        context.align = None
+        context.align, context.rounded = None, False
         item.requires(module, context)
         before = Snapshot(module)
-        reference = item.reference(module, context) if check_claim else None
+        reference = item.reference(module, context) if checked else None
         result = item.run(module, context)
         item.ensures(result, context)
-        gap = None if reference is None else _check_claim(item, reference, result, context)
-        if item.preserves and context.verify and context.inputs is None:
+        gap = None if reference is None else check_claim(item, reference, result, context)
+        if item.claims and context.verify and context.inputs is None:
             context.notes.append("the claim to preserve the function was not checked: there are no example inputs")
     except FxCompressError as error:
         error.add_note(f"while running {item!r}")

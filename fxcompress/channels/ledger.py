@@ -94,6 +94,7 @@ class Ledger:
     produced: list[IntArray] = field(default_factory=list)
     layers: list[tuple[IntArray, IntArray]] = field(default_factory=list)
     live_only: set[str] = field(default_factory=set)
+    ended: list[Tensor] = field(default_factory=list)
     node: str = ""
     next_label: int = 1
 
@@ -147,6 +148,10 @@ class Ledger:
     def produce(self, factors: Iterable[Tensor]) -> None:
         """These labels are rows of a weight that produces channels: they are what gets scored."""
         self.produced.extend(np.unique(factor.numpy()) for factor in factors)
+
+    def end(self, factors: Iterable[Tensor]) -> None:
+        """Every element of these factors goes into one result: the channels end here, and what they hold is read."""
+        self.ended.extend(factors)
 
     def connect(self, consumed: Iterable[Tensor], produced: Iterable[Tensor]) -> None:
         """A weight reads these channels and produces those."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fxcompress.channels.labels import Labels, dims_of
 from fxcompress.channels.ledger import Kind, Ledger
 from fxcompress.channels.operators import operator_name, read_arguments, rule_for
-from fxcompress.channels.rules import Call
+from fxcompress.channels.rules import Call, Rule
 from fxcompress.inputs import Inputs, positional
 from fxcompress.layers import understood
 from fxcompress.module import TracedModule, evaluating
@@ -67,12 +67,23 @@ _SINGULAR = {"div": 1, "fmod": 1, "remainder": 1} | dict.fromkeys(
 )
 
 
+class Observer(Protocol):
+    """What wants to see every operator go by, after its labels were found."""
+
+    def called(self, call: Call, rule: Rule | None, inplace: bool) -> None:
+        """An operator ran; ``rule`` is what gave its results their labels, None for an unknown one."""
+
+    def closed(self, values: list[Any]) -> None:
+        """A module ran whose inside nobody sees, on these values."""
+
+
 class _Watch(TorchDispatchMode):
     """Gives every tensor that an operator makes its labels."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, observer: Observer | None) -> None:
         super().__init__()
         self.ledger = ledger
+        self.observer = observer
         self.table = WeakTensorKeyDictionary()
         self.parameters: dict[int, str] = {}
         self.values_only = True
@@ -123,6 +134,8 @@ class _Watch(TorchDispatchMode):
         else:
             made = None
         self._assign(call, result, made)
+        if self.observer is not None:
+            self.observer.called(call, rule, inplace)
         if before is not None:
             self._written(before, tensors[0])
 
@@ -183,6 +196,8 @@ class _Interpreter(fx.Interpreter):
             watch.asleep = False
         if reason:
             self._freeze(n, reason)
+        if reason and watch.observer is not None:
+            watch.observer.closed([self.env[source] for source in n.all_input_nodes])
         if n.op == "output":
             for labels in _labels_in(pytree.tree_map(self._describe, result)):
                 watch.ledger.freeze(labels.factors, "it is an output of the model")
@@ -221,13 +236,13 @@ def _labels_in(value: Any) -> list[Labels]:
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Labels)]
 
 
-def propagate(module: TracedModule, inputs: Inputs) -> Facts:
+def propagate(module: TracedModule, inputs: Inputs, observer: Observer | None = None) -> Facts:
     """Run a traced model on ``inputs`` in eval mode and follow every channel through it.
 
-    The module's mode and buffers are as before afterwards.
+    The module's mode and buffers are as before afterwards. An observer is shown every operator with its labels.
     """
     ledger = Ledger()
-    watch = _Watch(ledger)
+    watch = _Watch(ledger, observer)
     state = [*module.named_parameters(), *module.named_buffers()]
     for name, tensor in state:
         ledger.node = name
