@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from fxcompress.channels.constants import Findings, Intake, Reading, Verdict, find_constants
+from fxcompress.channels.constants import Affine, Findings, Intake, Reading, Verdict, find_constants
 from fxcompress.channels.groups import ChannelGroups, Group
 from fxcompress.channels.labels import BoolArray, IntArray, Labels, dims_of
 from fxcompress.channels.solve import Channels
@@ -47,9 +47,9 @@ def has_zero_slices(module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class Fold:
-    """What the bias of a layer takes over: float64, one number for each of its dense outputs."""
+    """What the bias of an affine map takes over: float64, one number for each of its dense outputs."""
 
-    node: fx.Node
+    reader: Affine
     amounts: Tensor
 
 
@@ -98,45 +98,53 @@ def decide(module: TracedModule, groups: ChannelGroups, findings: Findings, wors
     return Decision(live, tuple(_folds(module, findings.intakes, live)), lines)
 
 
-def _calls(intakes: list[Intake]) -> dict[str, list[Intake]]:
-    """The intakes of every layer, call by call."""
+def _calls(intakes: list[Intake]) -> list[list[Intake]]:
+    """The intakes of every bias (or weight without one), call by call."""
     found: dict[str, list[Intake]] = {}
     for intake in intakes:
-        found.setdefault(str(intake.node.target), []).append(intake)
-    return found
+        found.setdefault(intake.reader.bias or intake.reader.weight, []).append(intake)
+    return list(found.values())
 
 
 def _contradictions(module: TracedModule, intakes: list[Intake]) -> Iterator[Reading]:
     """Channels whose constants no bias can take: it would have to take two, or somebody else reads it."""
-    names: dict[int, int] = {}
-    for _, parameter in module.named_parameters(remove_duplicate=False):
-        names[id(parameter)] = names.get(id(parameter), 0) + 1
-    read = {str(node.target) for node in module.graph.find_nodes(op="get_attr")}
-    for name, calls in _calls(intakes).items():
-        layer = module.get_submodule(name)
-        bias = layer._parameters.get("bias")
-        shared = bias is not None and (names[id(bias)] > 1 or f"{name}.bias" in read)
-        used = _used_columns(layer)
+    for calls in _calls(intakes):
+        reader = calls[0].reader
+        name = reader.layer or reader.node.name
+        shared = bool(reader.bias) and bool(
+            _users(module, reader.bias) - {item.reader.layer or item.reader.node for item in calls}
+        )
         first = np.nan_to_num(calls[0].values)
         for intake in calls:
-            differs = used & (np.isfinite(intake.values) & (np.nan_to_num(intake.values) != first))
-            bad = used & (np.nan_to_num(intake.values) != 0) if shared else differs
-            reason = "constant {} enters " + name
-            reason += ", whose bias is shared" if shared else ", which is called with another one elsewhere"
-            for labels in intake.labels:
-                if bad.any():
-                    verdicts = np.where(bad, Verdict.STAYS, Verdict.HARMLESS)
-                    yield Reading(labels, verdicts, intake.values, reason)
+            values = np.nan_to_num(intake.values)
+            used = _used_columns(module, intake)
+            bad = used & ((values != 0) if shared else np.isfinite(intake.values) & (values != first))
+            other = "whose bias is shared" if shared else "which is called with another one elsewhere"
+            if bad.any():
+                verdicts = np.where(bad, Verdict.STAYS, Verdict.HARMLESS)
+                for labels in intake.labels:
+                    yield Reading(labels, verdicts, intake.values, f"constant {{}} enters {name}, {other}")
 
 
-def _used_columns(layer: nn.Module) -> BoolArray:
-    """Which inputs of a layer meet a weight that is not zero."""
-    weight = layer.get_parameter("weight").detach()
-    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
-        return (weight != 0).flatten(1).any(1).cpu().numpy()
+def _users(module: TracedModule, name: str) -> set[str | fx.Node]:
+    """Who reads a parameter, under any of its names: layers by name, other nodes themselves."""
+    tensor = module.get_parameter(name)
+    names = {other for other, item in module.named_parameters(remove_duplicate=False) if item is tensor}
+    users: set[str | fx.Node] = {other.rpartition(".")[0] for other in names}
+    users &= {str(node.target) for node in module.graph.nodes if node.op == "call_module"}
+    for node in module.graph.find_nodes(op="get_attr"):
+        if node.target in names:
+            users |= set(node.users)
+    return users
+
+
+def _used_columns(module: TracedModule, intake: Intake) -> BoolArray:
+    """Which inputs of an affine map meet a weight that is not zero."""
+    weight = module.get_parameter(intake.reader.weight).detach()
     used = (weight != 0).reshape(*weight.shape[:2], -1).any(-1)
-    groups = layer.groups if isinstance(layer, nn.modules.conv._ConvNd) else 1
-    return used.reshape(groups, -1, used.shape[1]).any(1).reshape(-1).cpu().numpy()
+    if intake.transposed:
+        return used.any(1).cpu().numpy()
+    return used.reshape(intake.groups, -1, used.shape[1]).any(1).reshape(-1).cpu().numpy()
 
 
 # ---- folding ---------------------------------------------------------------------------------------------------------
@@ -151,30 +159,32 @@ def _gone(intake: Intake, live: BoolArray) -> BoolArray:
 
 
 def _folds(module: TracedModule, intakes: list[Intake], live: BoolArray) -> Iterator[Fold]:
-    """What every layer's bias takes over from the columns that go."""
-    for name, calls in _calls(intakes).items():
-        intake, layer = calls[0], module.get_submodule(name)
-        if not intake.exact:
-            continue  # nothing but zeros goes there
-        constants = np.where(_gone(intake, live), np.nan_to_num(intake.values), 0.0)
-        if constants.any():
-            yield Fold(intake.node, contribution(layer, torch.from_numpy(constants)))
+    """What every bias takes over from the columns that go."""
+    for intake, *_ in _calls(intakes):
+        gone = _gone(intake, live)
+        if intake.exact and np.nan_to_num(intake.values)[gone].any():  # where it is not exact only zeros go
+            yield Fold(intake.reader, _contribution(module, intake, gone))
 
 
-def contribution(layer: nn.Module, constants: Tensor) -> Tensor:
-    """What constants at a layer's inputs add to its outputs, where the whole kernel sees them: float64 ``[out]``."""
-    weight = layer.get_parameter("weight").detach()
-    constants = constants.to(weight.device)
-    taps = weight.reshape(*weight.shape[:2], -1).sum(-1, dtype=torch.float64)
-    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
-        return constants @ taps / float(np.prod(layer.stride))
-    if isinstance(layer, nn.modules.conv._ConvNd) and layer.groups > 1:
-        entering = constants.reshape(layer.groups, 1, -1)
-        return (taps.reshape(layer.groups, -1, taps.shape[1]) * entering).sum(-1).reshape(-1)
-    return taps @ constants
+def _contribution(module: TracedModule, intake: Intake, gone: BoolArray) -> Tensor:
+    """What the constants of columns add to an affine map where the whole kernel sees them: float64 ``[out]``."""
+    weight = module.get_parameter(intake.reader.weight).detach()
+    columns = np.flatnonzero(gone & (np.nan_to_num(intake.values) != 0))
+    constants = torch.from_numpy(intake.values[columns]).to(weight.device)
+    index = torch.from_numpy(columns).to(weight.device)
+    if intake.transposed:
+        return constants @ weight[index].flatten(2).sum(-1, dtype=torch.float64) / intake.apart
+    if intake.groups == 1:
+        taps = weight[:, index].reshape(len(weight), len(columns), -1)
+        return taps.sum(-1, dtype=torch.float64) @ constants
+    taps = weight.reshape(intake.groups, -1, *weight.shape[1:])
+    entering = weight.new_zeros(len(intake.values), dtype=torch.float64)
+    entering[index] = constants
+    by_group = taps.flatten(3).sum(-1, dtype=torch.float64) if taps.dim() > 3 else taps.double()
+    return (by_group * entering.reshape(intake.groups, 1, -1)).sum(-1).reshape(-1)
 
 
-def live_outputs(labels: Labels, live: BoolArray, dim: int) -> Tensor:
+def _live_outputs(labels: Labels, live: BoolArray, dim: int) -> Tensor:
     """Which indices of a dimension stay."""
     kept = torch.ones(labels.shape[dim], dtype=torch.bool)
     for factor in labels.factors:
@@ -183,34 +193,38 @@ def live_outputs(labels: Labels, live: BoolArray, dim: int) -> Tensor:
     return kept
 
 
-def fold(rewriter: Rewriter, node: fx.Node, amounts: Tensor, ndim: int) -> str:
-    """Let a layer's bias take constants over; the running mean of the BatchNorm behind it where it has no bias.
+def _output_dim(module: TracedModule, reader: Affine) -> int:
+    """The dimension of the output that the bias lies along."""
+    name = getattr(reader.node.target, "__name__", "")
+    linear = isinstance(module.get_submodule(reader.layer), nn.Linear) if reader.layer else name == "linear"
+    return -1 if linear else 1
+
+
+def _fold(rewriter: Rewriter, reader: Affine, amounts: Tensor, ndim: int) -> str:
+    """Let a bias take constants over; the running mean of the BatchNorm behind it where there is none.
 
     Args:
         rewriter: of the module.
-        node: the call of the layer.
+        reader: the affine map.
         amounts: float64, one number for each output.
-        ndim: number of dimensions of the layer's output.
+        ndim: number of dimensions of its output.
 
     Returns:
         A line for the notes.
     """
-    name = str(node.target)
-    layer = rewriter.module.get_submodule(name)
-    bias = layer._parameters.get("bias")
-    if bias is not None:
-        rewriter.set_tensor(f"{name}.bias", _sum(bias, amounts))
-        return f"{name}.bias"
-    norm = _norm_behind(rewriter.module, node, ndim)
+    if reader.bias:
+        rewriter.set_tensor(reader.bias, _sum(rewriter.module.get_parameter(reader.bias), amounts))
+        return reader.bias
+    norm = _norm_behind(rewriter.module, reader.node, ndim)
     if norm:
         mean = rewriter.module.get_buffer(f"{norm}.running_mean")
         rewriter.set_tensor(f"{norm}.running_mean", _sum(mean, -amounts))
         return f"{norm}.running_mean"
-    weight = layer.get_parameter("weight")
-    made = torch.zeros_like(amounts, dtype=weight.dtype)
-    layer.register_parameter("bias", nn.Parameter(_sum(made, amounts), requires_grad=weight.requires_grad))
+    layer, weight = rewriter.module.get_submodule(reader.layer), rewriter.module.get_parameter(reader.weight)
+    made = _sum(torch.zeros_like(amounts, dtype=weight.dtype), amounts)
+    layer.register_parameter("bias", nn.Parameter(made, requires_grad=weight.requires_grad))
     rewriter.edits += 1
-    return f"{name}.bias (added)"
+    return f"{reader.layer}.bias (added)"
 
 
 def _sum(tensor: Tensor, amounts: Tensor) -> Tensor:
@@ -231,9 +245,7 @@ def _norm_behind(module: TracedModule, node: fx.Node, ndim: int) -> str:
     return str(user.target) if fits and str(user.target) not in read else ""
 
 
-def remove(
-    module: TracedModule, groups: ChannelGroups, decision: Decision, author: str, notes: list[str]
-) -> Align:
+def remove(module: TracedModule, groups: ChannelGroups, decision: Decision, author: str, notes: list[str]) -> Align:
     """Remove the channels that a decision names and fold their constants.
 
     Args:
@@ -250,12 +262,11 @@ def remove(
     told = []
     with rewriting(module, author) as rewriter:
         for item in decision.folds:
-            labels = groups.channels.facts.values[item.node.name]
-            layer = module.get_submodule(str(item.node.target))
-            kept = live_outputs(labels, decision.live, -1 if isinstance(layer, nn.Linear) else 1)
+            labels = groups.channels.facts.values[item.reader.node.name]
+            kept = _live_outputs(labels, decision.live, _output_dim(module, item.reader))
             amounts = item.amounts[kept.to(item.amounts.device)]
             if amounts.any():
-                told.append(fold(rewriter, item.node, amounts, len(labels.shape)))
+                told.append(_fold(rewriter, item.reader, amounts, len(labels.shape)))
     if told:
         notes.append(f"constants folded into {', '.join(told)}")
     return plan.align
@@ -270,28 +281,28 @@ def approximate(module: TracedModule, groups: ChannelGroups, inputs: Inputs, aut
     findings = find_constants(module, inputs, inexact=True)
     decision = decide(module, groups, findings, Verdict.INEXACT)
     with rewriting(module, author) as rewriter:
-        for intake in findings.intakes:
+        for intake, *calls in _calls(findings.intakes):
+            readers = {item.reader.layer or item.reader.node for item in (intake, *calls)}
             gone = _gone(intake, decision.live)
-            if not intake.exact and np.nan_to_num(intake.values)[gone].any():
-                flatten_channels(rewriter, intake, gone, len(groups.channels.facts.values[intake.node.name].shape))
+            if intake.exact or _users(module, intake.reader.weight) - readers:
+                continue
+            if np.nan_to_num(intake.values)[gone].any():
+                _blind(rewriter, intake, gone, len(groups.channels.facts.values[intake.reader.node.name].shape))
     return sum(int((~decision.live[group.components]).sum()) for group in groups)
 
 
-def flatten_channels(rewriter: Rewriter, intake: Intake, gone: BoolArray, ndim: int) -> None:
-    """The approximation, as an edit: a layer no longer sees these columns, and its bias holds what they add inside."""
-    layer = rewriter.module.get_submodule(str(intake.node.target))
-    constants = np.where(gone, np.nan_to_num(intake.values), 0.0)
-    fold(rewriter, intake.node, contribution(layer, torch.from_numpy(constants)), ndim)
-    weight = layer.get_parameter("weight").detach().clone()
+def _blind(rewriter: Rewriter, intake: Intake, gone: BoolArray, ndim: int) -> None:
+    """An affine map no longer sees these columns; its bias holds what they add inside."""
+    module, reader = rewriter.module, intake.reader
+    _fold(rewriter, reader, _contribution(module, intake, gone), ndim)
+    weight = module.get_parameter(reader.weight).detach().clone()
     columns = torch.from_numpy(gone).to(weight.device)
-    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
+    if intake.transposed:
         weight[columns] = 0
-    elif isinstance(layer, nn.modules.conv._ConvNd) and layer.groups > 1:
-        grouped = weight.reshape(layer.groups, -1, *weight.shape[1:])
-        grouped.masked_fill_(columns.reshape(layer.groups, 1, -1, *[1] * (weight.dim() - 2)), 0)
     else:
-        weight[:, columns] = 0
-    rewriter.set_tensor(f"{intake.node.target}.weight", weight)
+        grouped = weight.view(intake.groups, -1, *weight.shape[1:])
+        grouped.masked_fill_(columns.reshape(intake.groups, 1, -1, *[1] * (weight.dim() - 2)), 0)
+    rewriter.set_tensor(reader.weight, weight)
 
 
 # ---- reasons ---------------------------------------------------------------------------------------------------------
@@ -344,7 +355,9 @@ class _Notes:
         reason, value = self.reason.get(component, ("nobody reads them", float("nan")))
         if np.isnan(value) and "{}" in reason:
             others = tuple(dict.fromkeys(others))
-            reason = f"{others[0]} makes them too" if others else "what is read of them is no constant"
+            reason = "what is read of them is no constant"
+            if others:
+                reason = f"{', '.join(others)} produce{'s' if len(others) == 1 else ''} them too"
         return reason, value
 
 

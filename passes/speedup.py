@@ -142,7 +142,8 @@ class Speedup(Pass):
             check_claim(self, reference, module, context)
         batched = bool(module.meta["batched"])
         measured = verify(exact, module, context.inputs, batched=batched, tolerance=math.inf).difference
-        context.notes.append(f"{count} channels approximated: the outputs change by {measured:.3g} (max abs, relative)")
+        channels = f"{count} channel{'s' if count > 1 else ''}"
+        context.notes.append(f"{channels} approximated: the outputs change by {measured:.3g} (max abs, relative)")
         return staying
 
     def ensures(self, module: TracedModule, context: Context) -> None:
@@ -159,10 +160,11 @@ class Speedup(Pass):
         channels = groups.channels
         flags = _alive_slices(masking)
         alive = np.zeros(len(channels.component), dtype=bool)
-        for axis in channels.facts.ledger.axes:
-            if axis.kind == "parameter":
-                kept = flags.get((axis.name, axis.dim), np.ones(axis.size, dtype=bool))
-                alive[channels.component[axis.start + np.flatnonzero(kept)]] = True
+        for name, _ in module.named_parameters():
+            mask = masking.elements.get(name)
+            for factor in channels.facts.state[name].factors:
+                kept = np.ones(tuple(factor.shape), dtype=bool) if mask is None else _kept(mask, factor)
+                alive[channels.component[factor.numpy()[kept]]] = True
         dead = [np.empty(0, dtype=np.int64)]
         for group in groups:
             _check_not_emptied(group, flags)
@@ -183,6 +185,13 @@ def _multiply(module: TracedModule, masks: Mapping[str, Tensor], author: str) ->
         for name, mask in masks.items():
             parameter = module.get_parameter(name)
             rewriter.set_tensor(name, parameter.detach() * mask.to(parameter.device))
+
+
+def _kept(mask: Tensor, factor: Tensor) -> BoolArray:
+    """For every element of a factor of a parameter's labels whether the mask keeps something of it."""
+    dims = [dim for dim, size in enumerate(factor.shape) if size == 1]
+    kept: BoolArray = (mask.any(dim=dims, keepdim=True) if dims else mask).cpu().numpy()
+    return kept
 
 
 def _alive_slices(masking: Masking) -> dict[tuple[str, int], BoolArray]:

@@ -31,7 +31,8 @@ def compact(constants: Tensor) -> Known:
     for dim, size in enumerate(constants.shape):
         if size > 1:
             first = constants.narrow(dim, 0, 1)
-            if constants.stride(dim) == 0 or bool(((constants == first) | (constants != constants) & (first != first)).all()):
+            both = torch.isnan(constants) & torch.isnan(first)
+            if constants.stride(dim) == 0 or bool(((constants == first) | both).all()):
                 constants = first
     return None if bool(torch.isnan(constants).all()) else constants
 

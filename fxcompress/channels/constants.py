@@ -11,6 +11,7 @@ nothing is read there, or a constant that a bias can take, or why not.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -59,20 +60,46 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Intake:
-    """The constants that enter a layer with a bias (or room for one), column by column.
+class Affine:
+    """A contraction with a parameter whose bias could take something over.
 
     Attributes:
         node: the call.
-        labels: for every factor of the columns their labels.
-        values: the constants, NaN = unknown.
-        exact: whether the bias can take them exactly.
+        weight: the parameter's name.
+        bias: its name; empty for a layer that has none and could be given one.
     """
 
     node: fx.Node
+    weight: str
+    bias: str
+
+    @property
+    def layer(self) -> str:
+        """The module that the node calls; empty for a functional call."""
+        return str(self.node.target) if self.node.op == "call_module" else ""
+
+
+@dataclass(frozen=True)
+class Intake:
+    """The constants that enter an affine map, column by column.
+
+    Attributes:
+        reader: the map.
+        labels: for every factor of the columns their labels.
+        values: the constants, NaN = unknown.
+        exact: whether the bias can take them exactly.
+        groups: of a convolution.
+        transposed: whether the weight is ``[in, out, ...]``.
+        apart: of a transposed convolution the product of its strides.
+    """
+
+    reader: Affine
     labels: tuple[IntArray, ...]
     values: FloatArray
     exact: bool
+    groups: int = 1
+    transposed: bool = False
+    apart: int = 1
 
 
 @dataclass
@@ -130,7 +157,8 @@ class Constants:
 
     def called(self, call: Call, rule: Rule | None, inplace: bool) -> None:
         """Find the constants of an operator's results, and what it reads of channels that end in it."""
-        made = self._made(call, rule, inplace)
+        window = self._window(call) if rule is contractions.convolution else None
+        made = self._made(call, rule, inplace) if window is None else self._convolved(call, window)
         results = list(call.result) if isinstance(call.result, (tuple, list)) else [call.result]
         if inplace:
             self.closed([call.tensors()[0]])
@@ -138,12 +166,12 @@ class Constants:
         for tensor, value in zip(results, known, strict=False):
             if isinstance(tensor, Tensor) and value is not None:
                 self._table[tensor] = value
-        if rule is contractions.convolution:
-            self._take_in(call)
+        if window is not None:
+            self._take_in(call, window)
         ended = call.ledger.ended[self._ended :]
         self._ended = len(call.ledger.ended)
         if ended:
-            self._read(call, rule, ended)
+            self._read(call, rule, window, ended)
 
     def closed(self, values: Iterable[Any]) -> None:
         """These tensors, and everything that shares their memory, may have been written into."""
@@ -167,9 +195,7 @@ class Constants:
         if rule is None or torch.Tag.nondeterministic_seeded in call.func.tags:
             return None
         made: Any = None
-        if rule is contractions.convolution:
-            made = self._convolved(call)  # a convolution without weights that are not zero makes constants of anything
-        elif rule is contractions.matmul:
+        if rule is contractions.matmul:  # whose weights may be zero where nothing is known of what they meet
             made = self._product(call).result(call, self.of)
         elif rule is reductions.factory or rule is reductions.like:
             made = values.factory(call)
@@ -190,25 +216,18 @@ class Constants:
         """Whether a node computes with a size, which may be the batch's: what depends on it is no constant."""
         return any(_is_size(source) for source in node.all_input_nodes)
 
-    def _convolved(self, call: Call) -> Known:
+    def _convolved(self, call: Call, window: Window) -> Known:
         bias = call.arguments.get("bias")
         known = None if bias is None else self.of(bias)
         if bias is not None and known is None:
             return None
-        made, stopped = self._window(call).result(known, self.inexact)
+        made, stopped = window.result(known, self.inexact)
         if made is None:
             return None
-        node, name = self._place(call)
+        verdicts = np.where(torch.isfinite(stopped).numpy(), Verdict.INEXACT, Verdict.HARMLESS)
         for factor in call.of(call.result).factors:
-            if factor.shape[1] > 1:
-                self.findings.obstacles.append(
-                    Reading(
-                        factor.reshape(-1).numpy(),
-                        np.where(torch.isfinite(stopped).numpy(), Verdict.INEXACT, Verdict.HARMLESS),
-                        stopped.numpy(),
-                        self._entering(call, name),
-                    )
-                )
+            if factor.numel() == len(verdicts):
+                self.findings.obstacles.append(_reading(factor, verdicts, self._entering(call), stopped.numpy()))
         return values.compact(made.reshape([1, -1] + [1] * (call.result.dim() - 2)))
 
     def _window(self, call: Call) -> Window:
@@ -220,12 +239,12 @@ class Constants:
 
     # ---- readings ------------------------------------------------------------------------------------------------
 
-    def _read(self, call: Call, rule: Rule | None, ended: list[Tensor]) -> None:
+    def _read(self, call: Call, rule: Rule | None, window: Window | None, ended: list[Tensor]) -> None:
         """Note what an operator reads of the labels that end in it; those that no rule speaks of stay."""
         told = [np.empty(0, dtype=np.int64)]
         made: list[Reading] = []
-        if rule is contractions.convolution:
-            made = self._read_window(call, ended)
+        if window is not None:
+            made = self._read_window(call, window, ended)
         elif rule is contractions.matmul:
             made = self._read_product(call)
         elif call.name in ("sum", "nansum"):
@@ -243,38 +262,38 @@ class Constants:
     def _statistic(self, call: Call) -> str:
         return f"{self._place(call)[1]} takes a statistic over channels"
 
-    def _read_window(self, call: Call, ended: list[Tensor]) -> list[Reading]:
-        window = self._window(call)
-        node, name = self._place(call)
+    def _read_window(self, call: Call, window: Window, ended: list[Tensor]) -> list[Reading]:
         known = Verdict.STAYS
-        if self._layer(node, _CONVOLUTIONS):
+        if self._affine(self._place(call)[0]):
             known = Verdict.INEXACT if window.varies else Verdict.FOLDS
         verdicts = window.verdicts(known, Verdict.HARMLESS, Verdict.STAYS)
-        reason = self._entering(call, name)
+        reason = self._entering(call)
         columns = [factor for factor in ended if factor.numel() == len(verdicts)]
         return [_reading(factor, verdicts, reason, window.inputs.numpy()) for factor in columns]
 
-    def _entering(self, call: Call, name: str) -> str:
-        if not self._layer(self._place(call)[0], _CONVOLUTIONS):
+    def _entering(self, call: Call) -> str:
+        node, name = self._place(call)
+        if not self._affine(node):
             return f"constant {{}} enters {name}, which is no layer with a bias"
         kind = "transposed" if call.arguments["transposed"] else "zero-padded"
         return f"constant {{}} enters the {kind} convolution {name}"
 
-    def _take_in(self, call: Call) -> None:
+    def _take_in(self, call: Call, window: Window) -> None:
         """Remember what enters a convolution layer, in case its bias is to take it."""
-        window = self._window(call)
-        node, _ = self._place(call)
-        x = call.labels("input")
-        columns = tuple(_along(factor, 1) for factor in x.factors if factor.shape[1] > 1)
-        if columns and window.used is not None and self._layer(node, _CONVOLUTIONS):
-            self.findings.intakes.append(Intake(node, columns, window.inputs.numpy(), not window.varies))
+        reader = self._affine(self._place(call)[0])
+        columns = tuple(_along(factor, 1) for factor in call.labels("input").factors if factor.shape[1] > 1)
+        if columns and window.used is not None and reader is not None:
+            exact, transposed = not window.varies, bool(call.arguments["transposed"])
+            values, apart = window.inputs.numpy(), math.prod(call.arguments["stride"])
+            intake = Intake(reader, columns, values, exact, call.arguments["groups"], transposed, apart)
+            self.findings.intakes.append(intake)
 
     def _read_product(self, call: Call) -> list[Reading]:
         product = self._product(call)
         node, name = self._place(call)
         first, second, _ = contractions.operands_of(call)
         left, right = call.arguments[first], call.arguments[second]
-        layer = self._layer(node, (nn.Linear,)) and call.of(right).const and not call.of(left).const
+        reader = self._affine(node) if call.of(right).const and not call.of(left).const else None
         reason = f"{name} multiplies it with other activations"
         if call.of(right).const:
             reason = f"constant {{}} enters {name}, which is no layer with a bias"
@@ -290,12 +309,12 @@ class Constants:
                     made.append(_reading(factor, verdicts, reason))
                     continue
                 known = np.isfinite(constants).reshape(verdicts.shape)
-                verdicts = np.where(~zero & known & layer, Verdict.FOLDS, verdicts)
+                verdicts = np.where(~zero & known & (reader is not None), Verdict.FOLDS, verdicts)
                 made.append(_reading(factor, verdicts, reason, constants))
                 if operand is left:
                     columns.append(factor.reshape(-1).numpy())
-        if layer and columns:
-            self.findings.intakes.append(Intake(node, tuple(columns), constants, True))
+        if reader is not None and columns:
+            self.findings.intakes.append(Intake(reader, tuple(columns), constants, True))
         return made
 
     def _place(self, call: Call) -> tuple[fx.Node, str]:
@@ -303,19 +322,30 @@ class Constants:
         node = self.nodes[call.ledger.node]
         return node, str(node.target) if node.op == "call_module" else node.name
 
-    def _layer(self, node: fx.Node, kinds: tuple[type[nn.Module], ...]) -> bool:
-        return node.op == "call_module" and type(self.module.get_submodule(str(node.target))) in kinds
+    def _affine(self, node: fx.Node) -> Affine | None:
+        """What a node multiplies with a parameter and adds a bias to, or could; None if it does not."""
+        if node.op == "call_module":
+            layer = self.module.get_submodule(str(node.target))
+            if not isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)):
+                return None
+            return Affine(node, f"{node.target}.weight", f"{node.target}.bias" if layer.bias is not None else "")
+        if node.op != "call_function" or getattr(node.target, "__name__", "") not in _AFFINE:
+            return None
+        named = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | dict(node.kwargs)
+        weight, bias = named.get("weight"), named.get("bias")
+        if not (_is_parameter(weight, self.module) and _is_parameter(bias, self.module)):
+            return None
+        assert isinstance(weight, fx.Node)
+        assert isinstance(bias, fx.Node)
+        return Affine(node, str(weight.target), str(bias.target))
 
 
-#: Layers with a bias, or room for one, that see a constant as what it is: their padding, if any, is zeros.
-_CONVOLUTIONS: tuple[type[nn.Module], ...] = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
+_AFFINE = frozenset("linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split())
+
+
+def _is_parameter(value: Any, module: nn.Module) -> bool:
+    names = dict(module.named_parameters(remove_duplicate=False))
+    return isinstance(value, fx.Node) and value.op == "get_attr" and value.target in names
 
 
 def _along(factor: Tensor, dim: int) -> IntArray:
