@@ -210,7 +210,7 @@ def _fold(rewriter: Rewriter, reader: Affine, amounts: Tensor, ndim: int) -> str
         ndim: number of dimensions of its output.
 
     Returns:
-        A line for the notes.
+        The tensor that did, for the notes.
     """
     if reader.bias:
         rewriter.set_tensor(reader.bias, _sum(rewriter.module.get_parameter(reader.bias), amounts))
@@ -245,7 +245,7 @@ def _norm_behind(module: TracedModule, node: fx.Node, ndim: int) -> str:
     return str(user.target) if fits and str(user.target) not in read else ""
 
 
-def remove(module: TracedModule, groups: ChannelGroups, decision: Decision, author: str, notes: list[str]) -> Align:
+def remove(module: TracedModule, groups: ChannelGroups, decision: Decision, author: str) -> tuple[Align, list[str]]:
     """Remove the channels that a decision names and fold their constants.
 
     Args:
@@ -253,10 +253,9 @@ def remove(module: TracedModule, groups: ChannelGroups, decision: Decision, auth
         groups: its channel analysis.
         decision: about these groups.
         author: the pass, for provenance.
-        notes: gets a line that lists what took constants over, if anything did.
 
     Returns:
-        What a value of the module before is in the one after.
+        What a value of the module before is in the one after; and the tensors that took constants over.
     """
     plan = shrink(module, groups, decision.live, author)
     told = []
@@ -267,9 +266,7 @@ def remove(module: TracedModule, groups: ChannelGroups, decision: Decision, auth
             amounts = item.amounts[kept.to(item.amounts.device)]
             if amounts.any():
                 told.append(_fold(rewriter, item.reader, amounts, len(labels.shape)))
-    if told:
-        notes.append(f"constants folded into {', '.join(told)}")
-    return plan.align
+    return plan.align, told
 
 
 def approximate(module: TracedModule, groups: ChannelGroups, inputs: Inputs, author: str) -> int:

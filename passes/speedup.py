@@ -118,16 +118,24 @@ class Speedup(Pass):
 
     def _remove_constant(self, module: TracedModule, context: Context) -> list[str]:
         """Remove channels that are constant or unread where that is exact; why others with zero weights stay."""
-        if not has_zero_slices(module):
-            return []
         assert context.inputs is not None
-        groups = context.groups(module)
-        decision = decide(module, groups, find_constants(module, context.inputs), Verdict.FOLDS)
-        if not decision.live.all():
-            align = remove(module, groups, decision, self.name, context.notes)
+        folded: list[str] = []
+        staying: tuple[str, ...] = ()
+        while has_zero_slices(module):  # rows that went may have been all that read a channel: every round shrinks
+            groups = context.groups(module)
+            decision = decide(module, groups, find_constants(module, context.inputs), Verdict.FOLDS)
+            staying = decision.notes
+            if decision.live.all():
+                break
+            align, names = remove(module, groups, decision, self.name)
+            folded += names
             context.align = align if context.align is None else _composed(context.align, align)
-            context.rounded = context.rounded or bool(decision.folds)
-        return list(decision.notes)
+        else:
+            staying = ()
+        if folded:
+            context.rounded = True
+            context.notes.append(f"constants folded into {', '.join(dict.fromkeys(folded))}")
+        return list(staying)
 
     def _approximate(self, module: TracedModule, context: Context, staying: list[str]) -> list[str]:
         """Take constants for what they are inside the border, and remove what that sets free; why others stay."""
