@@ -509,7 +509,7 @@ def test_statistics_stay_when_approximating() -> None:
 
 def test_an_approximation_checks_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     """The claim is off for the approximation alone: a wrong fold behind an unpadded reader is still an error."""
-    monkeypatch.setattr(fxcompress.constant_channels, "_contribution", wrong)
+    monkeypatch.setattr(import_module("fxcompress.constant_channels"), "_contribution", wrong)
     with pytest.raises(VerificationError, match="Speedup differs"):
         speedup(FOLDED["1x1"](), IMAGE, "a", approximate=True)
 
@@ -546,7 +546,7 @@ def test_the_check_sees_refusals_that_are_ignored(name: str, monkeypatch: pytest
 
 
 def test_nothing_is_analysed_where_no_slice_is_zero(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(fxcompress.pipeline, "analyse")
+    monkeypatch.delattr(import_module("fxcompress.pipeline"), "analyse")
     net = padded()
     done = fxcompress.compress(net, [Speedup()], example_inputs=IMAGE)
     assert not done.meta["history"][-1].modified

@@ -62,8 +62,10 @@ def pointwise(call: Call, of: Of, inplace: bool) -> Any:
         unknown = unknown | torch.isnan(constants)
         zero = zero | (constants == 0)
     operands = {id(tensor): _typed(constants, tensor.dtype) for tensor, constants in zip(tensors, given, strict=True)}
+    for tensor in tensors:  # not every kernel broadcasts
+        operands[id(tensor)] = operands[id(tensor)].expand(unknown.shape)
     if inplace:
-        operands[id(tensors[0])] = operands[id(tensors[0])].expand(unknown.shape).clone()
+        operands[id(tensors[0])] = operands[id(tensors[0])].clone()
     arguments = {name: _put(value, operands) for name, value in call.arguments.items()}
     if isinstance(arguments.get("dtype"), torch.dtype) and arguments["dtype"].is_floating_point:
         arguments["dtype"] = torch.float64
