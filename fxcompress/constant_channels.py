@@ -93,7 +93,7 @@ def decide(module: TracedModule, groups: ChannelGroups, findings: Findings, wors
     live = channels.live(dead)
     if len(dead):
         live = settle(module, channels, live)
-    notes = _Notes(module, channels, [*findings.obstacles, *readings], verdicts, worst)
+    notes = _Notes(module, channels, [readings, findings.obstacles], verdicts, worst)
     lines = tuple(line for group in groups for line in notes.of(group, live))
     return Decision(live, tuple(_folds(module, findings.intakes, live)), lines)
 
@@ -309,17 +309,29 @@ class _Notes:
     """Why channels with zero weights stay."""
 
     def __init__(
-        self, module: TracedModule, channels: Channels, readings: list[Reading], verdicts: IntArray, worst: Verdict
+        self,
+        module: TracedModule,
+        channels: Channels,
+        findings: list[list[Reading]],
+        verdicts: IntArray,
+        worst: Verdict,
     ) -> None:
+        """``findings`` are the readings, and the obstacles that explain why what is read is no constant."""
         self.module, self.channels, self.verdicts, self.worst = module, channels, verdicts, worst
-        self.reason: dict[int, tuple[str, float]] = {}
+        self.reasons, self.obstacles = (self._by_component(readings) for readings in findings)
+
+    def _by_component(self, readings: list[Reading]) -> dict[int, tuple[str, float]]:
+        """The reason of the worst reading of every component, one with a constant before one without."""
+        found: dict[int, tuple[tuple[int, bool], str, float]] = {}
         for reading in readings:
-            bad = reading.verdicts > worst
-            components = channels.component[reading.labels[bad]].tolist()
-            for component, value in zip(components, reading.values[bad].tolist(), strict=True):
-                known = self.reason.get(component)
-                if known is None or (np.isnan(known[1]) and not np.isnan(value)):
-                    self.reason[component] = (reading.reason, value)
+            bad = reading.verdicts > self.worst
+            components = self.channels.component[reading.labels[bad]].tolist()
+            told = zip(components, reading.verdicts[bad].tolist(), reading.values[bad].tolist(), strict=True)
+            for component, verdict, value in told:
+                rank = (verdict, not np.isnan(value))
+                if component not in found or found[component][0] < rank:
+                    found[component] = (rank, reading.reason, value)
+        return {component: (reason, value) for component, (_, reason, value) in found.items()}
 
     def of(self, group: Group, live: BoolArray) -> Iterator[str]:
         """One line for each reason."""
@@ -349,7 +361,9 @@ class _Notes:
             return group.reason, float("nan")
         if 0 <= self.verdicts[component] <= self.worst:
             return "as many must stay in every row, and one at least", float("nan")
-        reason, value = self.reason.get(component, ("nobody reads them", float("nan")))
+        reason, value = self.reasons.get(component, ("nobody reads them", float("nan")))
+        if np.isnan(value) and "{}" in reason and component in self.obstacles:
+            return self.obstacles[component]
         if np.isnan(value) and "{}" in reason:
             others = tuple(dict.fromkeys(others))
             reason = "what is read of them is no constant"
