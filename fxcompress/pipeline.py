@@ -33,6 +33,7 @@ class Context:
         notes: what the passes had to say, for the history.
         align: set by a pass that changes shapes: what a value of the module before it is in the one after it.
         masking: the module's masks while they are lifted off its graph, else None; see :attr:`Pass.lifts`.
+        rounded: set by a pass that computed new weights in this run although it seldom does; see ``Pass.rounds``.
     """
 
     inputs: Inputs | None = None
@@ -41,6 +42,7 @@ class Context:
     notes: list[str] = field(default_factory=list)
     align: Align | None = None
     masking: Masking | None = None
+    rounded: bool = False
     _snapshot: tuple[TracedModule, Snapshot] | None = None
     _latest: tuple[Any, ChannelGroups] | None = None
     _analyses: dict[str, ChannelGroups] = field(default_factory=dict)
@@ -112,6 +114,11 @@ class Pass(ABC):
     #: It replaces tensors, or writes into them where autograd's version counter sees it (not through ``.data``): that
     #: it changed nothing is known without reading every value.
     versioned: ClassVar[bool] = False
+
+    @property
+    def claims(self) -> bool:
+        """Whether this instance claims what its class preserves; an option may take the claim back."""
+        return self.preserves
 
     @property
     def name(self) -> str:
@@ -285,15 +292,19 @@ def _rounding(module: TracedModule) -> float:
     return max((tolerance_of(p.dtype) for p in module.parameters() if p.is_floating_point()), default=1e-5)
 
 
-def _check_claim(item: Pass, reference: TracedModule, result: TracedModule, context: Context) -> float:
-    """The largest relative difference between what a pass gave and what it promised to keep."""
+def check_claim(item: Pass, reference: TracedModule, result: TracedModule, context: Context) -> float:
+    """The largest relative difference between what a pass gave and what it promised to keep.
+
+    Raises:
+        VerificationError: it is larger than rounding explains.
+    """
     assert context.inputs is not None
     return verify(
         reference,
         result,
         context.inputs,
         batched=bool(result.meta["batched"]),
-        tolerance=_rounding(result) if item.rounds else None,
+        tolerance=_rounding(result) if item.rounds or context.rounded else None,
         what=f"the result of {item.name}",
         align=context.align,
     ).difference
@@ -314,23 +325,23 @@ def run_pass(item: Pass, module: TracedModule, context: Context, *, lays: bool =
     """
     start = time.perf_counter()
     said = len(context.notes)
-    check_claim = item.preserves and context.verify and context.inputs is not None
+    checked = item.claims and context.verify and context.inputs is not None
     try:
-        context.align = None
+        context.align, context.rounded = None, False
         item.requires(module, context)
         _hold(item, module, context)
         before = _snapshot(item, module, context)
-        reference = item.reference(module, context) if check_claim else None
+        reference = item.reference(module, context) if checked else None
         result = item.run(module, context)
         item.ensures(result, context)
         after = Snapshot(result, context.masking, values=not item.versioned)
         modified = before.differs(after)
         context._snapshot = result, after
-        if context.masking is not None and (lays or check_claim):
+        if context.masking is not None and (lays or checked):
             context.masked(result, item.name)
             context.masking = None
-        gap = None if reference is None else _check_claim(item, reference, result, context)
-        if item.preserves and context.verify and context.inputs is None:
+        gap = None if reference is None else check_claim(item, reference, result, context)
+        if item.claims and context.verify and context.inputs is None:
             context.notes.append("the claim to preserve the function was not checked: there are no example inputs")
     except FxCompressError as error:
         error.add_note(f"while running {item!r}")

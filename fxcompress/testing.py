@@ -348,7 +348,7 @@ def _idempotent(case: Case) -> str:
 
 
 def _preserves(case: Case) -> str:
-    if not case.item.preserves:
+    if not case.item.claims:
         return ""
     context = Context(inputs=case.inputs[0], seed=case.seed, verify=False)
     reference = case.item.reference(copy.deepcopy(case.before), context)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -11,20 +13,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fxcompress.channels.constants import Verdict, find_constants
 from fxcompress.channels.groups import ChannelGroups, Group
 from fxcompress.channels.labels import BoolArray
+from fxcompress.constant_channels import approximate, decide, has_zero_slices, remove
 from fxcompress.errors import InputError, PassError
 from fxcompress.masking import Masking, lay
 from fxcompress.module import MASKS, TracedModule
-from fxcompress.pipeline import Context, Pass
+from fxcompress.pipeline import Context, Pass, check_claim
 from fxcompress.plan import settle
 from fxcompress.rewrite import rewriting
 from fxcompress.shrink import shrink
+from fxcompress.verify import Align, verify
 
 
 @dataclass(frozen=True)
 class Speedup(Pass):
     """Removes every channel whose slices are masked in all their members; multiplies other masks into the weights.
+
+    What then is zero, by a mask or by itself, makes further channels constant or unread: those go too where that is
+    exact. Their constants are folded into whoever reads them: a bias, the running mean of the BatchNorm behind a layer
+    without one, or a bias that is added. Channels with zero weights that stay are listed with the reason.
 
     The result computes the same function as the masked module in eval mode, and has no mask nodes. With nothing to
     remove it changes nothing.
@@ -32,9 +41,12 @@ class Speedup(Pass):
     Args:
         masks: masks that come from elsewhere, ``{"conv1.weight": bool tensor}``, True = keep, joined with the
             module's own. A channel goes if they mask all its slices, those that consume it included.
+        approximate: remove channels too whose constant is not the same at every position (zero padding), folding what
+            arrives inside. The difference that this makes is measured and noted; the rest is checked as always.
     """
 
     masks: Mapping[str, Tensor] | None = field(default=None, repr=False)
+    approximate: bool = False
 
     preserves: ClassVar[bool] = True
     needs_inputs: ClassVar[bool] = True
@@ -53,8 +65,9 @@ class Speedup(Pass):
         parameters = dict(module.named_parameters(remove_duplicate=False))
         for name, mask in (self.masks or {}).items():
             if name not in parameters:
-                example = next(iter(parameters))
-                raise InputError(f"masks has {name!r}, which is no parameter; expected names like {example!r}.")
+                near = difflib.get_close_matches(str(name), parameters, 3, 0.3) or list(parameters)[:1]
+                expected = ", ".join(map(repr, near))
+                raise InputError(f"masks has {name!r}, which is no parameter; expected names like {expected}.")
             shape = tuple(parameters[name].shape)
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != shape:
                 found = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
@@ -65,28 +78,83 @@ class Speedup(Pass):
         if not self.masks:
             return super().reference(module, context)
         masked, own, groups = copy.deepcopy(module), context.masking or Masking(), context.groups(module)
-        dead = self._joined(masked, own, groups)[0].dead
+        dead = self._joined(masked, own, groups).dead
         _multiply(masked, self.masks, self.name)
         lay(masked, Masking(own.elements, dead), groups, self.name)
         return masked
 
+    @property
+    def claims(self) -> bool:
+        """An approximation is measured; all else that is removed then is checked by :meth:`run`."""
+        return not self.approximate
+
     def run(self, module: TracedModule, context: Context) -> TracedModule:
-        """Remove what the masks say."""
+        """Remove what the masks say, and what holds nothing but a constant."""
+        before = sum(parameter.numel() for parameter in module.parameters())
+        reference = self.reference(module, context) if self.approximate and context.verify else None
+        masked = self._remove_masked(module, context)
+        staying = self._remove_constant(module, context)
+        if reference is not None:
+            check_claim(self, reference, module, context)
+        if self.approximate:
+            staying = self._approximate(module, context, staying)
+        after = sum(parameter.numel() for parameter in module.parameters())
+        if masked or after != before:
+            context.notes.append(f"{before - after:,} of {before:,} parameters removed")
+        context.notes += staying
+        return module
+
+    def _remove_masked(self, module: TracedModule, context: Context) -> bool:
+        """Remove channels that are masked in all their members, multiply other masks in; whether there were any."""
         masking, context.masking = context.masking or Masking(), Masking()
         if not self.masks and not masking:
-            return module
+            return False
         groups = context.groups(module)
-        masking, notes = self._joined(module, masking, groups)
-        context.notes += notes
+        masking = self._joined(module, masking, groups)
         live = masking.live(groups.channels)
-        before = sum(parameter.numel() for parameter in module.parameters())
         if live.all():
             _multiply(module, masking.elements, self.name)
         else:
             context.align = shrink(module, groups, live, self.name, masking.elements).align
-        after = sum(parameter.numel() for parameter in module.parameters())
-        context.notes.append(f"{before - after:,} of {before:,} parameters removed")
-        return module
+        return True
+
+    def _remove_constant(self, module: TracedModule, context: Context) -> list[str]:
+        """Remove channels that are constant or unread where that is exact; why others with zero weights stay."""
+        assert context.inputs is not None
+        folded: list[str] = []
+        staying: tuple[str, ...] = ()
+        while has_zero_slices(module):  # rows that went may have been all that read a channel: every round shrinks
+            groups = context.groups(module)
+            decision = decide(module, groups, find_constants(module, context.inputs), Verdict.FOLDS)
+            staying = decision.notes
+            if decision.live.all():
+                break
+            align, names = remove(module, groups, decision, self.name)
+            folded += names
+            context.align = align if context.align is None else _composed(context.align, align)
+        else:
+            staying = ()
+        if folded:
+            context.rounded = True
+            context.notes.append(f"constants folded into {', '.join(dict.fromkeys(folded))}")
+        return list(staying)
+
+    def _approximate(self, module: TracedModule, context: Context, staying: list[str]) -> list[str]:
+        """Take constants for what they are inside the border, and remove what that sets free; why others stay."""
+        assert context.inputs is not None
+        exact = copy.deepcopy(module)
+        if not staying or not (count := approximate(module, context.groups(module), context.inputs, self.name)):
+            return staying
+        reference = copy.deepcopy(module) if context.verify else None
+        context.align, context.rounded = None, False
+        staying = self._remove_constant(module, context)
+        if reference is not None:
+            check_claim(self, reference, module, context)
+        batched = bool(module.meta["batched"])
+        measured = verify(exact, module, context.inputs, batched=batched, tolerance=math.inf).difference
+        channels = f"{count} channel{'s' if count > 1 else ''}"
+        context.notes.append(f"{channels} approximated: the outputs change by {measured:.3g} (max abs, relative)")
+        return staying
 
     def ensures(self, module: TracedModule, context: Context) -> None:
         """No mask is left."""
@@ -94,28 +162,31 @@ class Speedup(Pass):
         if context.masking or hasattr(module, MASKS) or any("mask" in node.meta for node in module.graph.nodes):
             raise PassError(f"{self.name} left mask nodes in the graph")
 
-    def _joined(self, module: TracedModule, masking: Masking, groups: ChannelGroups) -> tuple[Masking, list[str]]:
-        """The module's masking with the given masks, channels dead whose slices are all masked; and what stays."""
+    def _joined(self, module: TracedModule, masking: Masking, groups: ChannelGroups) -> Masking:
+        """The module's masking with the given masks, and channels dead whose slices are all masked."""
         if not self.masks:
-            return masking, []
+            return masking
         masking = masking.joined(self.masks)
         channels = groups.channels
         flags = _alive_slices(masking)
         alive = np.zeros(len(channels.component), dtype=bool)
-        for axis in channels.facts.ledger.axes:
-            if axis.kind == "parameter":
-                kept = flags.get((axis.name, axis.dim), np.ones(axis.size, dtype=bool))
-                alive[channels.component[axis.start + np.flatnonzero(kept)]] = True
-        notes = []
+        for name, _ in module.named_parameters():
+            mask = masking.elements.get(name)
+            for factor in channels.facts.state[name].factors:
+                kept = np.ones(tuple(factor.shape), dtype=bool) if mask is None else _kept(mask, factor)
+                alive[channels.component[factor.numpy()[kept]]] = True
         dead = [np.empty(0, dtype=np.int64)]
         for group in groups:
-            masked = _masked_channels(group, flags)
-            gone = ~alive[group.components] if group.removable else np.zeros(group.width, dtype=bool)
-            dead.append(group.components[gone])
-            if (masked & ~gone).any():
-                notes.append(_staying(group, masked & ~gone, flags))
+            _check_not_emptied(group, flags)
+            if group.removable:
+                dead.append(group.components[~alive[group.components]])
         live = settle(module, channels, masking.live(channels) & channels.live(np.concatenate(dead)))
-        return masking.with_live(channels, live), notes
+        return masking.with_live(channels, live)
+
+
+def _composed(first: Align, second: Align) -> Align:
+    """What a value is after two removals."""
+    return lambda name, value: second(name, first(name, value))
 
 
 def _multiply(module: TracedModule, masks: Mapping[str, Tensor], author: str) -> None:
@@ -124,6 +195,13 @@ def _multiply(module: TracedModule, masks: Mapping[str, Tensor], author: str) ->
         for name, mask in masks.items():
             parameter = module.get_parameter(name)
             rewriter.set_tensor(name, parameter.detach() * mask.to(parameter.device))
+
+
+def _kept(mask: Tensor, factor: Tensor) -> BoolArray:
+    """For every element of a factor of a parameter's labels whether the mask keeps something of it."""
+    dims = [dim for dim, size in enumerate(factor.shape) if size == 1]
+    kept: BoolArray = (mask.any(dim=dims, keepdim=True) if dims else mask).cpu().numpy()
+    return kept
 
 
 def _alive_slices(masking: Masking) -> dict[tuple[str, int], BoolArray]:
@@ -136,12 +214,8 @@ def _alive_slices(masking: Masking) -> dict[tuple[str, int], BoolArray]:
     return alive
 
 
-def _masked_channels(group: Group, flags: Mapping[tuple[str, int], BoolArray]) -> BoolArray:
-    """The channels of a group whose producing slices are all masked.
-
-    Raises:
-        InputError: all of them are.
-    """
+def _check_not_emptied(group: Group, flags: Mapping[tuple[str, int], BoolArray]) -> None:
+    """Raise :class:`InputError` if all producing slices of a group are masked."""
     alive = np.zeros(group.width, dtype=bool)
     for item in group.slices:
         kept = flags.get((item.parameter, item.dim))
@@ -151,15 +225,3 @@ def _masked_channels(group: Group, flags: Mapping[tuple[str, int], BoolArray]) -
             f"the given masks mask every channel of group {group.name}; expected at least one to stay. Nothing would "
             "be computed from an empty layer: keep a channel, or take the layer out of the model."
         )
-    return ~alive
-
-
-def _staying(group: Group, staying: BoolArray, flags: Mapping[tuple[str, int], BoolArray]) -> str:
-    """Why masked channels are not removed."""
-    if not group.removable:
-        return f"{int(staying.sum())} masked channels of {group.name} stay: {group.reason}"
-    buffers = ("running_mean", "running_var")
-    whole = [name for name, dim in group.members if (name, dim) not in flags and not name.endswith(buffers)]
-    return (
-        f"{int(staying.sum())} masked channels of {group.name} stay: not masked in {', '.join(whole) or 'all slices'}"
-    )

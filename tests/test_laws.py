@@ -50,6 +50,7 @@ PASSES: tuple[Pass, ...] = (
     RandomFilterPruner(0.4, seed=4, scope="global"),
     FoldBatchNorm(),
     Speedup(),
+    Speedup(approximate=True),
     drop_identities,
 )
 every_pass = pytest.mark.parametrize("item", PASSES, ids=[f"{i}-{item.name}" for i, item in enumerate(PASSES)])

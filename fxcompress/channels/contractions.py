@@ -38,6 +38,7 @@ def contract(
     kept = join(ledger, (left, right), "it is summed with a tensor without channels of its own")
     ledger.contract(map(max, left[0], right[0]), kept, repeats)
     for factor in {id(f): f for f in [*left[1], *right[1]] if summed & set(dims_of(f))}.values():
+        ledger.end([factor])
         ledger.pin(factor, set(dims_of(factor)) - summed or set(), "its rows are not channels after the sum")
     if ended and not any(labels.direct for labels in consts):
         ledger.live_only.add(ledger.node)
@@ -66,11 +67,17 @@ def _product(
     return [f.squeeze(summed) for f in kept]
 
 
-def matmul(call: Call) -> Labels:
-    """``mm``, ``bmm``, ``mv``, ``dot`` and their forms with an added bias."""
+def operands_of(call: Call) -> tuple[str, str, bool]:
+    """The names of the arguments that a matrix product multiplies, and whether it adds ``self`` to the result."""
     names = [name for name in ("self", "mat1", "batch1", "mat2", "batch2", "vec", "tensor") if name in call.arguments]
     added = call.name.startswith(("add", "badd"))
     first, second = names[1:3] if added else names[:2]
+    return first, second, added
+
+
+def matmul(call: Call) -> Labels:
+    """``mm``, ``bmm``, ``mv``, ``dot`` and their forms with an added bias."""
+    first, second, added = operands_of(call)
     batched = call.arguments[first].dim() == 3
     shapes = call.arguments[first].dim(), call.arguments[second].dim()
     if batched:
@@ -212,6 +219,7 @@ def _grouped(
         ledger.contract(w.shape[:2], [out.reshape(-1, 1)], repeats)
         return [out]
     ledger.connect([entering], [out])
+    ledger.end([entering])
     sources = entering.reshape(groups, -1)
     ledger.constrain(sources, pinned=(0,))
     taken = sources.repeat_interleave(per_group.shape[1], 0)  # (outputs, inputs / groups)

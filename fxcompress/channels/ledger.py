@@ -112,6 +112,7 @@ class Ledger:
     layers: list[tuple[IntArray, IntArray]] = field(default_factory=list)
     contractions: list[Contraction] = field(default_factory=list)
     live_only: set[str] = field(default_factory=set)
+    ended: list[Tensor] = field(default_factory=list)
     node: str = ""
     next_label: int = 1
 
@@ -173,6 +174,10 @@ class Ledger:
     def contract(self, shape: Iterable[int], factors: Iterable[Tensor], repeats: int) -> None:
         """One product is computed for each live element of this index space, ``repeats`` times."""
         self.contractions.append(Contraction(self.node, Labels(tuple(shape), tuple(factors)), repeats))
+
+    def end(self, factors: Iterable[Tensor]) -> None:
+        """Every element of these factors goes into one result: the channels end here, and what they hold is read."""
+        self.ended.extend(factors)
 
     def connect(self, consumed: Iterable[Tensor], produced: Iterable[Tensor]) -> None:
         """A weight reads these channels and produces those."""

@@ -6,7 +6,7 @@ import operator
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,7 +18,7 @@ from fxcompress.channels.contractions import standing_in
 from fxcompress.channels.labels import Labels, dims_of, labels_in
 from fxcompress.channels.ledger import Kind, Ledger
 from fxcompress.channels.operators import operator_name, read_arguments, rule_for
-from fxcompress.channels.rules import Call
+from fxcompress.channels.rules import Call, Rule
 from fxcompress.inputs import Inputs, positional, tensors_in
 from fxcompress.layers import understood
 from fxcompress.module import TracedModule, evaluating, state_of, submodule
@@ -72,12 +72,23 @@ _SINGULAR = {"div": 1, "fmod": 1, "remainder": 1} | dict.fromkeys(
 )
 
 
+class Observer(Protocol):
+    """What wants to see every operator go by, after its labels were found."""
+
+    def called(self, call: Call, rule: Rule | None, inplace: bool) -> None:
+        """An operator ran; ``rule`` is what gave its results their labels, None for an unknown one."""
+
+    def closed(self, values: list[Any]) -> None:
+        """A module ran whose inside nobody sees, on these values."""
+
+
 class _Watch(TorchDispatchMode):
     """Gives every tensor that an operator makes its labels."""
 
-    def __init__(self, ledger: Ledger, *, computes: bool) -> None:
+    def __init__(self, ledger: Ledger, observer: Observer | None, *, computes: bool) -> None:
         super().__init__()
         self.ledger = ledger
+        self.observer = observer
         self.computes = computes
         self.table: dict[int, tuple[weakref.ref[Tensor], Labels]] = {}  # an id may be used again
         self.parameters: dict[int, str] = {}
@@ -151,6 +162,8 @@ class _Watch(TorchDispatchMode):
         else:
             made = None
         self._assign(call, result, made)
+        if self.observer is not None:
+            self.observer.called(call, rule, inplace)
         if before is not None:
             self._written(before, tensors[0])
 
@@ -242,6 +255,8 @@ class _Interpreter:
             watch.asleep = False
         if reason:
             self._freeze(node, reason)
+            if watch.observer is not None:
+                watch.observer.closed([fetch(source) for source in node.all_input_nodes])
         if watch.moves_only:
             self.moves.add(node.name)
         return result
@@ -292,23 +307,24 @@ class _Interpreter:
         return leaf if isinstance(leaf, (int, float, bool, str, type(None))) else None
 
 
-def propagate(module: TracedModule, inputs: Inputs) -> Facts:
+def propagate(module: TracedModule, inputs: Inputs, observer: Observer | None = None) -> Facts:
     """Run a traced model on ``inputs`` in eval mode and follow every channel through it.
 
     Products are not computed: their values decide nothing, unless user code reads them (an opaque module), or an
-    operator refuses the ones that stand in for them. The module's mode and buffers are as before afterwards.
+    operator refuses the ones that stand in for them. The module's mode and buffers are as before afterwards. An
+    observer is shown every operator with its labels.
     """
-    if not module.meta["opaque"]:
+    if not module.meta["opaque"] and observer is None:
         try:
-            return _propagate(module, inputs, computes=False)
+            return _propagate(module, inputs, None, computes=False)
         except Exception:  # noqa: BLE001 - whatever an operator raises over its operands' values
             pass
-    return _propagate(module, inputs, computes=True)
+    return _propagate(module, inputs, observer, computes=True)
 
 
-def _propagate(module: TracedModule, inputs: Inputs, *, computes: bool) -> Facts:
+def _propagate(module: TracedModule, inputs: Inputs, observer: Observer | None, *, computes: bool) -> Facts:
     ledger = Ledger()
-    watch = _Watch(ledger, computes=computes)
+    watch = _Watch(ledger, observer, computes=computes)
     state = state_of(module)
     interpreter = _Interpreter(module, watch, module.meta["opaque"])
     before = []

@@ -12,7 +12,7 @@ from fxcompress.channels.labels import Labels, aligned, column_of, dims_of
 from fxcompress.channels.rules import Call, join
 
 
-def _dims(call: Call, ndim: int) -> frozenset[int]:
+def reduced_dims(call: Call, ndim: int) -> frozenset[int]:
     """The dimensions that an operator's ``dim`` argument names; all of them where it names none."""
     given = call.arguments.get("dim")
     if given is None or given == []:
@@ -29,6 +29,7 @@ def _reduce(call: Call, factors: Iterable[Tensor], dims: frozenset[int]) -> list
         if not mine & dims:
             remaining.append(factor)
         elif mine <= dims or column_of(factor) in dims:
+            ledger.end([factor])
             ledger.pin(factor, mine - dims, "its rows are not channels after the sum")
             ledger.live_only.add(ledger.node)
         else:  # a sum over rows: columns that meet are one channel
@@ -43,7 +44,7 @@ def _reduce(call: Call, factors: Iterable[Tensor], dims: frozenset[int]) -> list
 def reduction(call: Call) -> Any:
     """sum, mean, max, norm, ...: labels along the reduced dimensions end, and only the live ones count."""
     source = call.tensors[0]
-    dims = _dims(call, source.dim())
+    dims = reduced_dims(call, source.dim())
     kept = _reduce(call, call.of(source).factors, dims)
     first = call.result[0] if isinstance(call.result, (tuple, list)) else call.result
     if first.dim() < source.dim():
@@ -62,7 +63,7 @@ def extremum(call: Call) -> Any:
 def softmax(call: Call) -> Labels:
     """A statistic over a dimension that keeps it."""
     labels = call.labels("self")
-    _reduce_keeping(call, labels, _dims(call, len(labels.shape)))
+    _reduce_keeping(call, labels, reduced_dims(call, len(labels.shape)))
     return call.made(labels.factors)
 
 
@@ -71,6 +72,7 @@ def _reduce_keeping(call: Call, labels: Labels, dims: frozenset[int]) -> None:
         mine = set(dims_of(factor))
         if mine & dims:
             call.ledger.live_only.add(call.ledger.node)
+            call.ledger.end([factor])
             if not mine <= dims:
                 call.ledger.pin(factor, mine - dims, "its rows keep their number")
 
@@ -92,6 +94,7 @@ def group_norm(call: Call) -> Any:
             if groups > 1:
                 call.ledger.constrain(factor.reshape(groups, -1))
             call.ledger.live_only.add(call.ledger.node)
+            call.ledger.end([factor])
         else:
             call.ledger.freeze([factor], "group statistics run over its positions")
     made = call.made(_affine(call, labels, 1), 0)
@@ -126,12 +129,17 @@ def _without(call: Call, labels: Labels, dims: frozenset[int]) -> list[Labels]:
     return [call.made(kept, i) for i in range(1, len(call.result))]
 
 
+def positions_of(name: str, ndim: int) -> range:
+    """The spatial dimensions of a pooling or interpolation, by the operator's name."""
+    found = re.search(r"(\d)d", name)
+    return range(ndim - (int(found.group(1)) if found else 0), ndim)
+
+
 def spatial(call: Call) -> Any:
     """Pooling and interpolation: channels pass, positions do not."""
     source = call.tensors[0]
     labels = call.of(source)
-    found = re.search(r"(\d)d", call.name)
-    trailing = set(range(source.dim() - (int(found.group(1)) if found else 0), source.dim()))
+    trailing = set(positions_of(call.name, source.dim()))
     kept = []
     for factor in labels.factors:
         if trailing & set(dims_of(factor)):
@@ -147,7 +155,7 @@ def along(call: Call) -> Any:
     """Operators that depend on the order along a dimension (sort, cumsum, argmax, tril): that dimension freezes."""
     source = call.tensors[0]
     labels = call.of(source)
-    dims = _dims(call, source.dim()) if "dim" in call.arguments else frozenset(range(source.dim()))
+    dims = reduced_dims(call, source.dim()) if "dim" in call.arguments else frozenset(range(source.dim()))
     if call.name in ("tril", "triu"):
         dims = frozenset({source.dim() - 1, source.dim() - 2})
     kept = []
