@@ -19,7 +19,7 @@ from fxcompress.channels.labels import BoolArray, IntArray, Labels, dims_of
 from fxcompress.channels.solve import Channels
 from fxcompress.errors import GraphError
 from fxcompress.inputs import Inputs
-from fxcompress.module import TracedModule
+from fxcompress.module import TracedModule, modules_of
 from fxcompress.plan import settle
 from fxcompress.rewrite import Rewriter, rewriting
 from fxcompress.shrink import shrink
@@ -31,13 +31,11 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 def has_zero_slices(module: nn.Module) -> bool:
     """Whether some weight has a row or a column of zeros: without one no channel is constant that is not so already."""
     tables = (nn.Embedding, nn.EmbeddingBag)
-    for holder in module.modules():
-        for name, parameter in holder.named_parameters(recurse=False):
-            if name == "bias" or not parameter.is_floating_point():
+    for holder in modules_of(module).values():
+        for name, parameter in holder._parameters.items():
+            if parameter is None or name == "bias" or not parameter.is_floating_point() or bool(parameter.all()):
                 continue
             used = parameter.detach() != 0
-            if bool(used.all()):
-                continue
             for dim in range(1 if isinstance(holder, tables) else 0, min(used.dim(), 2)):
                 others = [d for d in range(used.dim()) if d != dim]
                 if used.shape[dim] > 1 and not bool((used.any(dim=others) if others else used).all()):

@@ -57,12 +57,12 @@ class Masking:
 
     def live(self, channels: Channels) -> BoolArray:
         """For every label of an analysis whether it lives."""
-        gone: list[np.ndarray[Any, Any]] = [np.empty(0, dtype=np.int64)]
+        gone: BoolArray = np.zeros(len(channels.component), dtype=bool)
         for axis in channels.facts.ledger.axes if self.dead else ():
             flags = self.dead.get((axis.name, axis.dim))
             if flags is not None and axis.kind != "made" and len(flags) == axis.size:
-                gone.append(channels.component[axis.start + np.flatnonzero(flags)])
-        return channels.live(np.concatenate(gone))
+                gone[axis.start : axis.start + axis.size] = flags
+        return channels.live(channels.component[gone])
 
     def joined(self, elements: Mapping[str, Tensor]) -> Masking:
         """With further element masks; what is masked stays masked."""

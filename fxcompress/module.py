@@ -127,7 +127,8 @@ def copied(model: nn.Module) -> nn.Module:
     """
     memo: dict[int, Any] = {}
     for module in modules_of(model).values():
-        for value in vars(module).values():
+        for name in own_attributes(module):
+            value = vars(module)[name]
             if isinstance(value, torch.Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
     state = list(state_of(model).values())
@@ -156,7 +157,7 @@ def _copy_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     made = memo[id(module)] = kind.__new__(kind)
     attributes = vars(made)
     for key, value in vars(module).items():
-        if type(value) in _IMMUTABLE:
+        if type(value) in _IMMUTABLE or (type(value) is tuple and all(type(item) in _IMMUTABLE for item in value)):
             attributes[key] = value
         elif type(value) in (dict, OrderedDict, set) and not value:
             attributes[key] = type(value)()
@@ -199,6 +200,21 @@ def submodule(module: nn.Module, name: str) -> nn.Module:
             raise GraphError(f"there is no module {name!r}: nothing called {part!r} in a {type(module).__name__}.")
         module = found
     return module
+
+
+def owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds a parameter or buffer, and its name there."""
+    path, _, leaf = name.rpartition(".")
+    return submodule(module, path), leaf
+
+
+#: What every module has, empty or not: its tables, its hooks and its mode.
+_STANDARD = frozenset(vars(nn.Module()))
+
+
+def own_attributes(module: nn.Module) -> set[str]:
+    """Names of the attributes that a module has beyond those of every module."""
+    return vars(module).keys() - _STANDARD
 
 
 @contextmanager

@@ -128,7 +128,8 @@ class Recorder(TorchFunctionMode):
         self.inputs: dict[str, Tensor] = {}
         self._dynamic: set[fx.Node] = set()
         self._attributes: dict[int, str] = {}
-        for name, tensor in state_of(model).items():
+        self.state = state_of(model)
+        for name, tensor in self.state.items():
             self._attributes.setdefault(id(tensor), name)
 
     # ---- what comes past -----------------------------------------------------------------------------------

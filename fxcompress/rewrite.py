@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from fxcompress.errors import GraphError
-from fxcompress.module import TracedModule, modules_of, submodule
+from fxcompress.module import TracedModule, modules_of, owner, submodule
 from fxcompress.recorder import mutates
 
 Value = Any
@@ -117,8 +117,7 @@ class Rewriter:
 
     def owner(self, name: str) -> tuple[nn.Module, str]:
         """The module that holds a parameter or buffer, and its name there."""
-        path, _, leaf = name.rpartition(".")
-        return submodule(self.module, path), leaf
+        return owner(self.module, name)
 
     def set_tensor(self, name: str, tensor: Tensor) -> None:
         """Replace the tensor of a parameter or buffer, under all its names; parameters stay parameters."""

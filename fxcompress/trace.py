@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from fxcompress.attention import multihead_attention
 from fxcompress.errors import FxCompressError, InputError, TraceError
 from fxcompress.inputs import Inputs, check_devices, other_batch, tensors_in
-from fxcompress.module import TracedModule, building, copied, modules_of, state_of
+from fxcompress.module import TracedModule, building, copied, modules_of, own_attributes, owner, state_of
 from fxcompress.nodes import scale_size
 from fxcompress.recorder import CONSTANTS, MODE_HOLDER, Recorder, TrainingFlag, ValueReadError
 
@@ -161,8 +161,9 @@ def _record_all(model: nn.Module, work: nn.Module, inputs: Inputs, opaque: set[s
 def _record(model: nn.Module, work: nn.Module, inputs: Inputs, opaque: set[str], known: frozenset[int]) -> Recorder:
     recorder = Recorder(work, known)
     inputs = inputs.map(Tensor.clone)
-    bound, buffers = _bind(work, inputs), _buffers(work)
-    originals = _buffers(model)
+    bound = _bind(work, inputs)
+    originals = {name: t for name, t in state_of(model).items() if not isinstance(t, nn.Parameter)}
+    buffers = {name: (owner(work, name), t) for name, t in recorder.state.items() if name in originals}
     with _instrumented(work, recorder, opaque), torch.no_grad(), torch.random.fork_rng(devices=[]):
         for name, (value, optional) in bound.items():
             recorder.placeholder(name, value, optional)
@@ -177,10 +178,10 @@ def _record(model: nn.Module, work: nn.Module, inputs: Inputs, opaque: set[str],
                 "Expected inputs on which model(*inputs) runs."
             ) from error
         finally:
-            held = _buffers(work)
-            for buffer, original in zip(held.values(), originals.values(), strict=True):
-                buffer.copy_(original)
-        replaced = sorted(name for name, buffer in held.items() if buffer is not buffers.get(name))
+            held = {name: getattr(*place) for name, (place, _) in buffers.items()}
+            for name, buffer in held.items():
+                buffer.copy_(originals[name])
+        replaced = sorted(name for name, (_, buffer) in buffers.items() if held[name] is not buffer)
         if replaced:
             warnings.warn(
                 f"the forward replaces {', '.join(replaced)} by a new tensor, which a graph cannot do: the result "
@@ -274,22 +275,15 @@ def _scoped_forward(recorder: Recorder, path: str, forward: Callable[..., Any]) 
     return run
 
 
-#: Where a module keeps what is found by name.
-_REGISTERED = frozenset(("_modules", "_parameters", "_buffers"))
-
-
 def _plain_tensors(model: nn.Module) -> Iterator[Tensor]:
     """Tensors kept as ordinary attributes of modules: constants that no ``register_buffer`` knows."""
     for module in modules_of(model).values():
-        for name, value in vars(module).items():
+        for name in own_attributes(module):
+            value = vars(module)[name]
             if isinstance(value, Tensor):
                 yield value
-            elif isinstance(value, (dict, list, tuple)) and value and name not in _REGISTERED:
+            elif isinstance(value, (dict, list, tuple)) and value:
                 yield from tensors_in(value)
-
-
-def _buffers(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in state_of(model).items() if not isinstance(tensor, nn.Parameter)}
 
 
 # ---- the batch dimension -------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxcompress.channels.constants import Verdict, find_constants
 from fxcompress.channels.groups import ChannelGroups, Group
@@ -19,7 +19,7 @@ from fxcompress.channels.labels import BoolArray
 from fxcompress.constant_channels import approximate, decide, has_zero_slices, remove
 from fxcompress.errors import InputError, PassError
 from fxcompress.masking import Masking, lay
-from fxcompress.module import MASKS, TracedModule
+from fxcompress.module import MASKS, TracedModule, state_of
 from fxcompress.pipeline import Context, Pass, check_claim
 from fxcompress.plan import settle
 from fxcompress.rewrite import rewriting
@@ -90,7 +90,7 @@ class Speedup(Pass):
 
     def run(self, module: TracedModule, context: Context) -> TracedModule:
         """Remove what the masks say, and what holds nothing but a constant."""
-        before = sum(parameter.numel() for parameter in module.parameters())
+        before = _size(module)
         reference = self.reference(module, context) if self.approximate and context.verify else None
         masked = self._remove_masked(module, context)
         staying = self._remove_constant(module, context)
@@ -98,7 +98,7 @@ class Speedup(Pass):
             check_claim(self, reference, module, context)
         if self.approximate:
             staying = self._approximate(module, context, staying)
-        after = sum(parameter.numel() for parameter in module.parameters())
+        after = _size(module)
         if masked or after != before:
             context.notes.append(f"{before - after:,} of {before:,} parameters removed")
         context.notes += staying
@@ -187,6 +187,11 @@ class Speedup(Pass):
 def _composed(first: Align, second: Align) -> Align:
     """What a value is after two removals."""
     return lambda name, value: second(name, first(name, value))
+
+
+def _size(module: TracedModule) -> int:
+    """Number of elements of all parameters."""
+    return sum(tensor.numel() for tensor in state_of(module).values() if isinstance(tensor, nn.Parameter))
 
 
 def _multiply(module: TracedModule, masks: Mapping[str, Tensor], author: str) -> None:

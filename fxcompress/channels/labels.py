@@ -63,7 +63,9 @@ def labels_in(value: Any) -> list[Labels]:
 def distinct(labels: IntArray) -> IntArray:
     """Sorted, each once. (numpy's own ``unique`` puts integers into a hash table, which takes ten times as long.)"""
     ordered = np.sort(labels, axis=None)
-    return ordered[np.diff(ordered, prepend=ordered[:1] - 1) > 0]
+    first = np.ones(len(ordered), dtype=bool)
+    np.not_equal(ordered[1:], ordered[:-1], out=first[1:])
+    return ordered[first]
 
 
 def dims_of(factor: Tensor) -> tuple[int, ...]:
