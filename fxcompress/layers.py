@@ -57,7 +57,7 @@ def functional(layer: nn.Module, x: Any, weight: Any, bias: Any) -> _Call | None
 
 def understood(layer: nn.Module) -> bool:
     """Whether the channels of a leaf layer's own parameters can be masked and removed."""
-    if not any(True for _ in layer.parameters(recurse=False)):
+    if all(parameter is None for parameter in layer._parameters.values()):
         return True
     return isinstance(layer, nn.modules.batchnorm._NormBase) or functional(layer, None, None, None) is not None
 

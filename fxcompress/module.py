@@ -236,31 +236,33 @@ def modules_of(module: nn.Module, *, every_name: bool = False) -> dict[str, nn.M
         module: the root.
         every_name: a module that has several names is listed under all of them, not only the first.
     """
-    found: dict[str, nn.Module] = {}
-    seen: set[int] = set()
-    waiting = [("", module)]
-    while waiting:
-        name, item = waiting.pop()
-        if not every_name and id(item) in seen:
-            continue
-        seen.add(id(item))
-        found[name] = item
-        children = item._modules
-        if children:
-            prefix = f"{name}." if name else ""
-            waiting += [(prefix + key, child) for key, child in reversed(children.items()) if child is not None]
+    found = {"": module}
+    seen = {id(module)}
+
+    def visit(prefix: str, parent: nn.Module) -> None:
+        for key, child in parent._modules.items():
+            if child is None or (id(child) in seen and not every_name):
+                continue
+            seen.add(id(child))
+            name = prefix + key
+            found[name] = child
+            if child._modules:
+                visit(f"{name}.", child)
+
+    visit("", module)
     return found
 
 
 def state_of(module: nn.Module, *, every_name: bool = False) -> dict[str, torch.Tensor]:
     """All parameters, then all buffers, by name; tied ones under their first name, or ``every_name``."""
-    modules = modules_of(module, every_name=every_name)
+    modules = modules_of(module, every_name=every_name).items()
+    parameters = [(name, item._parameters) for name, item in modules if item._parameters]
+    buffers = [(name, item._buffers) for name, item in modules if item._buffers]
     found: dict[str, torch.Tensor] = {}
-    for table in ("_parameters", "_buffers"):
+    for tables in (parameters, buffers):
         seen: set[int] = set()
-        for name, item in modules.items():
-            own = vars(item)[table]
-            for key, tensor in own.items() if own else ():
+        for name, own in tables:
+            for key, tensor in own.items():
                 if tensor is not None and (every_name or id(tensor) not in seen):
                     seen.add(id(tensor))
                     found[f"{name}.{key}" if name else key] = tensor

@@ -6,6 +6,7 @@ real, and leaves a node behind. Control flow is not its business, because Python
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
 import sys
@@ -87,11 +88,16 @@ class ValueReadError(Exception):
         self.scope, self.what, self.line = scope, what, line
 
 
+@functools.cache
+def _skipped(filename: str) -> bool:
+    return filename.startswith(_SKIPPED_FOLDERS)
+
+
 def user_line() -> str:
     """``file:line`` of the innermost frame that belongs neither to torch nor to fxcompress."""
     frame = sys._getframe(1)
     while frame.f_back is not None:
-        if not frame.f_code.co_filename.startswith(_SKIPPED_FOLDERS):
+        if not _skipped(frame.f_code.co_filename):
             break
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
