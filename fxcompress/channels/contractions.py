@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -241,50 +240,3 @@ def _regroup(call: Call, taken: Tensor) -> bool:
     return bool(
         call.relabel(weight, Labels(labels.shape, (*kept, mine), labels.const, labels.direct, rows=frozenset({0})))
     )
-
-
-#: Operators whose (first) result has the shape and the dtype of their first argument.
-_SHAPE_KEEPING = frozenset(
-    """
-    relu hardtanh hardswish hardsigmoid sigmoid silu gelu elu leaky_relu tanh mish softplus
-    native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training
-    """.split()
-)
-
-
-def standing_in(name: str, inplace: bool, args: Sequence[Any]) -> Any:
-    """What stands in for the result of an operator that is not computed: ones in the shape of a product, its input for
-    an activation or BatchNorm; None for any other operator."""
-    if name in _SHAPE_KEEPING:
-        made = args[0] if inplace else args[0].detach()
-        return (made, made.new_empty(0), made.new_empty(0)) if "batch_norm" in name else made
-    if name in ("mm", "bmm"):
-        return args[0].new_ones((*args[0].shape[:-1], args[1].shape[-1]))
-    if name in ("addmm", "baddbmm"):
-        return args[1].new_ones((*args[1].shape[:-1], args[2].shape[-1]))
-    if name == "convolution":
-        return args[0].new_ones(_convolved(*args[:9]))
-    return None
-
-
-def _convolved(
-    x: Tensor,
-    weight: Tensor,
-    _bias: Tensor | None,
-    strides: Sequence[int],
-    paddings: Sequence[int],
-    dilations: Sequence[int],
-    transposed: bool,
-    output_paddings: Sequence[int],
-    groups: int,
-) -> list[int]:
-    """The shape of a convolution's output."""
-    shape = [x.shape[0], weight.shape[1] * groups if transposed else weight.shape[0]]
-    for i, (size, kernel) in enumerate(zip(x.shape[2:], weight.shape[2:], strict=True)):
-        stride, padding, dilation = (a[i % len(a)] for a in (strides, paddings, dilations))
-        reach = dilation * (kernel - 1)
-        if transposed:
-            shape.append((size - 1) * stride - 2 * padding + reach + output_paddings[i % len(output_paddings)] + 1)
-        else:
-            shape.append((size + 2 * padding - reach - 1) // stride + 1)
-    return shape

@@ -85,6 +85,8 @@ def canonical(factor: Tensor) -> Tensor | None:
 
 def aligned(factor: Tensor, ndim: int) -> Tensor:
     """A factor with dimensions of size 1 put in front, as broadcasting does."""
+    if factor.dim() == ndim:
+        return factor
     return factor.reshape((1,) * (ndim - factor.dim()) + tuple(factor.shape))
 
 

@@ -68,7 +68,7 @@ def rule_for(func: Any, name: str, arguments: dict[str, Any]) -> Rule | None:
     if name in _BINARY and "dim" not in arguments:
         return reductions.reduction
     rule = RULES.get(name)
-    if rule is None and _is_pointwise(func):
+    if rule is None and is_pointwise(func, name):
         return rules.pointwise
     return rule
 
@@ -80,8 +80,10 @@ def read_arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 @cache
-def _is_pointwise(func: Any) -> bool:
-    return torch.Tag.pointwise in func.tags
+def is_pointwise(func: Any, name: str) -> bool:
+    """Whether an operator works element by element: somebody said so here, or ATen does."""
+    rule = RULES.get(name)
+    return rule is rules.pointwise or (rule is None and torch.Tag.pointwise in func.tags)
 
 
 @cache

@@ -14,11 +14,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxcompress.channels.contractions import standing_in
 from fxcompress.channels.labels import Labels, dims_of, labels_in
 from fxcompress.channels.ledger import Kind, Ledger
-from fxcompress.channels.operators import operator_name, read_arguments, rule_for
+from fxcompress.channels.operators import is_pointwise, operator_name, read_arguments, rule_for
 from fxcompress.channels.rules import Call, Rule
+from fxcompress.channels.stand_ins import stand_in
 from fxcompress.inputs import Inputs, positional, tensors_in
 from fxcompress.layers import understood
 from fxcompress.module import TracedModule, evaluating, state_of, submodule
@@ -121,8 +121,11 @@ class _Watch(TorchDispatchMode):
         if self.asleep or func.namespace == "prim" or _restrides(func, args):
             return func(*args, **kwargs)
         name, inplace = operator_name(func)
-        stand_in = None if self.computes else standing_in(name, inplace, args)
-        result = func(*args, **kwargs) if stand_in is None else stand_in
+        result = None
+        if not self.computes:
+            result = stand_in(name, args, self.of, inplace=inplace, pointwise=is_pointwise(func, name))
+        if result is None:
+            result = func(*args, **kwargs)
         self.moves_only = self.moves_only and name in _MOVES and not inplace
         self.asleep = True
         try:
