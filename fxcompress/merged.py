@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from fxcompress.channels.labels import BoolArray, Cut, Labels, dims_of
 from fxcompress.nodes import live_index, select_live
@@ -24,8 +25,8 @@ from fxcompress.rewrite import Rewriter
 Step = tuple[int, fx.Node, fx.Node | int]
 
 
-def repeats_within(labels: Labels, dim: int) -> bool:
-    """Whether labels along a dimension come in runs of equal ones, all equally long and longer than 1."""
+def run_length(labels: Labels, dim: int) -> int:
+    """How many equal labels follow each other along a dimension; 1 if not always equally many."""
     runs = []
     for factor in labels.factors:
         if dim in dims_of(factor):
@@ -33,7 +34,18 @@ def repeats_within(labels: Labels, dim: int) -> bool:
             breaks = torch.cat((torch.zeros(1, dtype=torch.long), (~same.all(dim=1)).nonzero().reshape(-1) + 1))
             lengths = torch.cat((breaks, torch.tensor([factor.shape[dim]]))).diff()
             runs.append(int(lengths.min()) if bool((lengths == lengths[0]).all()) else 1)
-    return math.gcd(*runs) > 1
+    return math.gcd(*runs) or 1
+
+
+def _runs(labels: Labels) -> int:
+    return math.prod(run_length(labels, dim) for dim in labels.varying())
+
+
+def _unmasked(node: fx.Node) -> fx.Node:
+    """The node of the dense graph that mask nodes stand for."""
+    while "mask" in node.meta:
+        (node, *_) = node.all_input_nodes
+    return node
 
 
 class Merged:
@@ -58,7 +70,7 @@ class Merged:
             cut: one of its cuts.
             holder: name of the module that keeps constants.
         """
-        if not any(repeats_within(labels, dim) for dim in cut.dims):
+        if all(run_length(labels, dim) == 1 for dim in cut.dims) or self._repeats_by_literals(source):
             return None
         dead = self._dead_elements(source, holder)
         if dead is None:
@@ -90,27 +102,42 @@ class Merged:
         labels = self.plan.value(node)
         if not isinstance(labels, Labels) or not labels.factors:
             return None
-        if not any(repeats_within(labels, dim) for dim in labels.varying()):
+        if _runs(labels) == 1:
             return self._spread(node, labels, holder)
-        clean = node
-        while "mask" in clean.meta:
-            (clean, *_) = clean.all_input_nodes
-        sources = [item for item in clean.all_input_nodes if isinstance(self.plan.value(item), Labels)]
-        if clean.name in self.plan.channels.facts.moves:
-            if len(sources) != 1 or (dead := self._dead_elements(sources[0], holder)) is None:
-                return None
+        node = _unmasked(node)
+        source = self._source(node)
+        dead = None if source is None else self._dead_elements(source, holder)
+        if dead is None or node.name not in self.plan.channels.facts.moves:
+            return dead
+        args: Any = fx.map_arg(node.args, lambda item: dead if item is source else item)
+        kwargs: Any = fx.map_arg(dict(node.kwargs), lambda item: dead if item is source else item)
+        return self._after(node, node.op, node.target, args, kwargs)
 
-            def read(item: fx.Node, old: fx.Node = sources[0], new: fx.Node = dead) -> fx.Node:
-                return new if item is old else item
-
-            args: Any = fx.map_arg(clean.args, read)
-            kwargs: Any = fx.map_arg(dict(clean.kwargs), read)
-            return self._after(clean, clean.op, clean.target, args, kwargs)
+    def _source(self, node: fx.Node) -> fx.Node | None:
+        """The one input whose elements ``node`` rearranges, or of which it computes each element's successor."""
+        labels = self.plan.value(node)
+        sources = [item for item in node.all_input_nodes if isinstance(self.plan.value(item), Labels)]
+        if node.name in self.plan.channels.facts.moves:
+            return sources[0] if len(sources) == 1 else None
         for source in sources:
             other = self.plan.value(source)
             if other.shape == labels.shape and np.array_equal(self._mask(other), self._mask(labels)):
-                return self._dead_elements(source, holder)
+                return source
         return None
+
+    def _repeats_by_literals(self, node: fx.Node) -> bool:
+        """Whether equal labels follow each other only because a number in the graph says how often to repeat them."""
+        copies, found = 1, _runs(self.plan.value(node))
+        while copies != found:  # towards the inputs, so this ends
+            node = _unmasked(node)
+            source = self._source(node)
+            if source is None:
+                return False
+            more, left = divmod(math.prod(self.plan.value(node).shape), math.prod(self.plan.value(source).shape))
+            if left or (more > 1 and more not in pytree.tree_leaves((node.args, dict(node.kwargs)))):
+                return False
+            copies, node = copies * more, source
+        return True
 
     def _mask(self, labels: Labels) -> BoolArray:
         mask: BoolArray = np.ones((1,) * len(labels.shape), dtype=bool)

@@ -9,7 +9,7 @@ import onnxruntime
 import pytest
 import torch
 from ordinary_cases import cases, compressed, every_case, example, images
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fxcompress
@@ -38,24 +38,27 @@ def close(found: Tensor, expected: Tensor) -> None:
 def check_compiled(model: TracedModule, name: str, backend: str) -> None:
     """One graph for the forward, at several batch sizes, and for a training step; what was trained is removed."""
     torch._dynamo.reset()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # a backend draws other random numbers
     counter = CompileCounterWithBackend(backend)
     compiled: Any = torch.compile(model, fullgraph=True, backend=counter)
     for batch in (2, 5, 3, 7):
         close(evaluated(compiled, images(name, batch)), evaluated(model, images(name, batch)))
     assert counter.frame_count == 2, "the second batch size makes the batch dynamic, others need nothing new"
     assert compiled.state_dict().keys() == {f"_orig_mod.{key}" for key in model.state_dict()}
-    eager, kept = copy.deepcopy(model).train(), masks(model)
-    model.train()
+    eager, kept = copy.deepcopy(model).double().train(), masks(model)
+    model.double().train()  # statistics over a few pixels magnify rounding
     optimizers = [torch.optim.SGD(item.parameters(), lr=0.05, momentum=0.9) for item in (compiled, eager)]
     for step in range(2):
         for item, optimizer in zip((compiled, eager), optimizers, strict=True):
             optimizer.zero_grad()
-            item(images(name, 4, step)).square().mean().backward()
+            item(images(name, 4, step).double()).square().mean().backward()
             optimizer.step()
     for (key, one), (_, other) in zip(model.state_dict().items(), eager.state_dict().items(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9, msg=lambda text, key=key: f"{key}: {text}")
     assert all(torch.equal(mask, kept[key]) for key, mask in masks(model).items())
-    x = example(name)
+    x = example(name).double()
     removed = fxcompress.compress(model, [Speedup()], example_inputs=x)
     close(evaluated(removed.eval(), x), evaluated(model.eval(), x))
 

@@ -87,6 +87,29 @@ def test_other_resolutions(name: str, batch: int) -> None:
         torch.testing.assert_close(evaluated(removed, x), expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("repeat", ["expand", "repeat_interleave", "expand to the image"])
+def test_what_a_literal_repeats_has_constant_places(repeat: str) -> None:
+    """As keys and values are, that several heads share; what a size repeats has not."""
+
+    def step(m: Net, x: Tensor) -> Tensor:
+        y = m.stem(x)
+        if repeat == "expand":
+            wide = y.unsqueeze(2).expand(-1, -1, 3, -1, -1).flatten(1, 2)
+        elif repeat == "repeat_interleave":
+            wide = y.repeat_interleave(3, dim=1)
+        else:
+            wide = y.mean((2, 3))[:, :, None, None].expand(-1, -1, x.shape[2], x.shape[3]).flatten(1)[:, :, None, None]
+        return m.head((y * wide.exp().norm(dim=1, keepdim=True)).mean((2, 3)))
+
+    model = Net(step, stem=nn.Conv2d(3, 8, 3), head=nn.Linear(8, 5)).double()
+    example, x = torch.randn(2, 3, 8, 10).double(), torch.randn(3, 3, 7, 6).double()
+    masked = fxcompress.compress(model, [RandomFilterPruner(0.5)], example_inputs=example)
+    removed = fxcompress.compress(masked, [Speedup()], example_inputs=example)
+    torch.testing.assert_close(evaluated(masked, x), evaluated(removed, x), rtol=1e-9, atol=1e-9)
+    searched = any(node.target is live_index for node in masked.graph.nodes)
+    assert searched == (repeat == "expand to the image")
+
+
 @pytest.mark.parametrize("name", STATISTICS)
 def test_masks_come_off_without_a_trace(name: str) -> None:
     model, example = network(STATISTICS[name]), torch.randn(2, 3, 8, 10)

@@ -194,13 +194,13 @@ def _grouped(
     if per_group.shape[1] == 1:
         ledger.freeze([out], "the only output of its convolution group")
     else:
-        ledger.constrain(per_group, pinned=(0,))
+        ledger.divide(out, groups, pinned=(0,))
     if entering is None:
         ledger.freeze(columns, "its input has no channels of its own")
         return [out]
     ledger.connect([entering], [out])
     sources = entering.reshape(groups, -1)
-    ledger.constrain(sources, pinned=(0,))
+    ledger.divide(entering, groups, pinned=(0,))
     taken = sources.repeat_interleave(per_group.shape[1], 0)  # (outputs, inputs / groups)
     for column in columns:
         if column.dim() == 2 or not _regroup(call, taken):

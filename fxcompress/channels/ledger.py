@@ -83,6 +83,14 @@ class Constraint:
         return Constraint(Labels(tuple(made.shape), (made,), rows=self.labels.rows), self.pinned, self.node)
 
 
+@dataclass(frozen=True)
+class Division:
+    """An operator, at ``node``, takes the channels of a dimension in groups: ``labels`` are (groups, group size)."""
+
+    labels: IntArray
+    node: str
+
+
 @dataclass
 class Ledger:
     """Everything that a propagation found out, in the order in which it did."""
@@ -91,6 +99,7 @@ class Ledger:
     equalities: list[Equality] = field(default_factory=list)
     freezes: list[Freeze] = field(default_factory=list)
     constraints: list[Constraint] = field(default_factory=list)
+    divisions: list[Division] = field(default_factory=list)
     produced: list[IntArray] = field(default_factory=list)
     layers: list[tuple[IntArray, IntArray]] = field(default_factory=list)
     live_only: set[str] = field(default_factory=set)
@@ -143,6 +152,12 @@ class Ledger:
         """The live part of a factor must have a shape: a rectangle, or rows of equal length."""
         labels = Labels(tuple(factor.shape), (factor,), rows=frozenset(pinned))
         self.constraints.append(Constraint(labels, frozenset(pinned), self.node))
+
+    def divide(self, factor: Tensor, groups: int, pinned: Iterable[int] = ()) -> None:
+        """The running operator takes a factor's channels in groups, which must keep equally many."""
+        rows = factor.reshape(groups, -1)
+        self.divisions.append(Division(rows.numpy(), self.node))
+        self.constrain(rows, pinned)
 
     def produce(self, factors: Iterable[Tensor]) -> None:
         """These labels are rows of a weight that produces channels: they are what gets scored."""
