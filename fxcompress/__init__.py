@@ -1,5 +1,8 @@
 """A compiler that makes PyTorch models smaller and faster."""
 
+from fxcompress.channels.dependencies import GroupedLayers as GroupedLayers
+from fxcompress.channels.dependencies import LayerSet as LayerSet
+from fxcompress.channels.dependencies import LayerSets as LayerSets
 from fxcompress.channels.groups import ChannelGroups as ChannelGroups
 from fxcompress.channels.groups import Group as Group
 from fxcompress.channels.groups import channel_groups as channel_groups

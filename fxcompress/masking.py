@@ -21,6 +21,7 @@ from fxcompress.channels.labels import BoolArray, Cut, Labels, dims_of
 from fxcompress.channels.solve import Channels
 from fxcompress.errors import GraphError
 from fxcompress.layers import close_layer, is_open, open_layer
+from fxcompress.merged import Merged, Step
 from fxcompress.module import MASKS, TracedModule, copy_graph, evaluating, submodule
 from fxcompress.nodes import apply_mask, restore_live, select_live
 from fxcompress.plan import Plan
@@ -237,6 +238,8 @@ class _Inserter:
         self.module = rewriter.module
         self.buffers: dict[bytes, str] = {}
         self.masked_outputs: set[str] = set()
+        self.merged = Merged(rewriter, plan)
+        self.found: dict[tuple[fx.Node, bytes], list[Step]] = {}
 
     def channels(self) -> None:
         live_only = self.plan.channels.facts.ledger.live_only
@@ -277,14 +280,14 @@ class _Inserter:
                 continue
             value = source
             for cut in self.plan.cuts(labels) or ():
-                value = self._select(value, node, labels, cut)
+                value = self._select(value, source, node, labels, cut)
             if value is not source:
                 self.rewriter.read(node, source, value)
         results = self.plan.value(node)
         for labels, produced in [(results, node)] if isinstance(results, Labels) else self._parts(node):
             value = produced
             for cut in reversed(self.plan.cuts(labels) or ()):
-                value = self._restore(value, produced, labels, cut)
+                value = self._restore(value, node, labels, cut)
 
     def _parts(self, node: fx.Node) -> list[tuple[Labels, fx.Node]]:
         return [(value, user) for user in node.users if isinstance(value := self.plan.value(user), Labels)]
@@ -304,17 +307,26 @@ class _Inserter:
     def _dense(self, literal: Any) -> Any:
         return fx.map_arg(literal, self.plan.value)
 
-    def _select(self, value: fx.Node, user: fx.Node, labels: Labels, cut: Cut) -> fx.Node:
-        for dim, index, size in _steps(labels, cut):
-            buffer = self._buffer(user, index, before=True)
-            value = self.rewriter.insert_before(user, "call_function", select_live, (value, dim, buffer, size))
+    def _select(self, value: fx.Node, source: fx.Node, user: fx.Node, labels: Labels, cut: Cut) -> fx.Node:
+        steps = self.merged.steps(source, labels, cut, LIVE)
+        if steps is None:
+            steps = [(dim, self._buffer(user, index, before=True), size) for dim, index, size in _steps(labels, cut)]
+        else:
+            self.found[user, _key(labels, cut)] = steps
+        for dim, index, size in steps:
+            value = self.rewriter.insert_before(user, "call_function", select_live, (value, dim, index, size))
             value.meta["mask"] = True
         return value
 
-    def _restore(self, value: fx.Node, produced: fx.Node, labels: Labels, cut: Cut) -> fx.Node:
-        for dim, index, size in reversed(_steps(labels, cut)):
-            buffer = self._buffer(value, index)
-            made = self.rewriter.insert_after(buffer, "call_function", restore_live, (value, dim, buffer, size))
+    def _restore(self, value: fx.Node, user: fx.Node, labels: Labels, cut: Cut) -> fx.Node:
+        """``value``, computed by ``user``, with zeros; an input cut like it knows where, if sizes alone do not."""
+        steps = self.found.get((user, _key(labels, cut)))
+        if steps is None:
+            steps = [(dim, self._buffer(value, index), size) for dim, index, size in _steps(labels, cut)]
+        for dim, index, size in reversed(steps):
+            made = self.rewriter.insert_after(
+                max(value, index), "call_function", restore_live, (value, dim, index, size)
+            )
             made.meta["mask"] = True
             self.rewriter.replace(value, made)
             value = made
@@ -332,6 +344,12 @@ class _Inserter:
         node = insert(place, "get_attr", name, ())
         node.meta["mask"] = True
         return node
+
+
+def _key(labels: Labels, cut: Cut) -> bytes:
+    """Equal for two values that are cut in the same way."""
+    arrays = [*cut.keep, *([] if cut.gather is None else [cut.gather])]
+    return str((labels.shape, cut.dims, cut.column)).encode() + b"".join(array.tobytes() for array in arrays)
 
 
 def _steps(labels: Labels, cut: Cut) -> list[tuple[int, Tensor, int]]:

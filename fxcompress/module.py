@@ -103,7 +103,7 @@ _COMPILED_LATER = ContextVar("compiled_later", default=False)
 def _compile_and_run(module: TracedModule, *args: Any, **kwargs: Any) -> Any:
     """The forward of a module whose graph has no code yet."""
     fx.GraphModule.recompile(module)
-    return module.forward(*args, **kwargs)
+    return type(module).forward(module, *args, **kwargs)
 
 
 @contextmanager
@@ -157,7 +157,7 @@ def _copy_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     made = memo[id(module)] = kind.__new__(kind)
     attributes = vars(made)
     for key, value in vars(module).items():
-        if type(value) in _IMMUTABLE or (type(value) is tuple and all(type(item) in _IMMUTABLE for item in value)):
+        if type(value) in _IMMUTABLE or _is_immutable_tuple(value):
             attributes[key] = value
         elif type(value) in (dict, OrderedDict, set) and not value:
             attributes[key] = type(value)()
@@ -168,6 +168,10 @@ def _copy_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         else:
             attributes[key] = copy.deepcopy(value, memo)
     return made
+
+
+def _is_immutable_tuple(value: Any) -> bool:
+    return type(value) is tuple and all(type(item) in _IMMUTABLE for item in value)
 
 
 def _copy_children(modules: dict[str, nn.Module | None], memo: dict[int, Any]) -> dict[str, nn.Module | None]:

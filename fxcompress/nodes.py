@@ -41,6 +41,29 @@ def restore_live(tensor: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
     return tensor.new_zeros(shape).scatter(dim, _rows(index, tensor, dim), tensor)
 
 
+def live_index(dead: Tensor, dim: int, kept: int, size: int, rows: tuple[int, ...]) -> Tensor:
+    """Where the live elements of a value lie along ``dim``, in order.
+
+    Args:
+        dead: of the value's shape: 1 where an element is dead, 0 elsewhere (int64).
+        dim: the dimension that shrinks.
+        kept: of every ``size`` elements along ``dim`` as many live.
+        size: see ``kept``.
+        rows: dimensions along which the answer differs. Along all others an index is dead if everything there is.
+
+    Returns:
+        int64: 1-D without ``rows``; with them one dimension for each of the value's, of size 1 where rows agree.
+    """
+    length = dead.shape[dim]
+    others = [d for d in range(dead.dim()) if d != dim and d not in rows]
+    if others:
+        dead = dead.amin(others, keepdim=True)
+    places = torch.arange(length, device=dead.device).reshape([-1 if d == dim else 1 for d in range(dead.dim())])
+    # No boolean index: how many live must follow from sizes alone, or no exporter could tell shapes.
+    order = (dead * length + places).sort(dim).values.narrow(dim, 0, length * kept // size) % length
+    return order if rows else order.reshape(-1)
+
+
 def require_recorded(value: object, name: str, recorded: object) -> None:
     """An input that is no tensor has been recorded as a constant: another value would need another graph.
 

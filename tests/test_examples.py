@@ -95,8 +95,9 @@ def python_of(page: str) -> str:
 
 
 @pytest.mark.parametrize("page", PAGES_WITH_CODE)
-def test_python_code_on_a_page_runs(page: str) -> None:
-    """The blocks of a page run one after the other."""
+def test_python_code_on_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of a page run one after the other; the files that they write are not left behind."""
+    monkeypatch.chdir(tmp_path)
     source = python_of(page)
     assert source.strip()
     exec(compile(source, ROOT / page, "exec"), {"__name__": "page"})

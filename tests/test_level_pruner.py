@@ -230,13 +230,25 @@ def test_a_second_pruner_counts_from_the_dense_number() -> None:
 
 def test_speedup_multiplies_elements_in_and_keeps_the_shapes() -> None:
     net = pair()
-    masked = fxcompress.compress(net, [LevelPruner(0.5)], example_inputs=X)
+    masked = fxcompress.compress(net, [LevelPruner(0.2)], example_inputs=X)
+    found = [mask for name, mask in fxcompress.masks(masked).items() if name.endswith("weight")]
+    assert all(mask.any(dim).all() for mask in found for dim in (0, 1)), "a whole slice would be removed"
     plain = fxcompress.compress(masked, [Speedup()], example_inputs=X)
     assert fxcompress.masks(plain) == {}
     assert list(plain.state_dict()) == list(net.state_dict())
     for name in ("a.weight", "b.weight"):
         expected = net.get_parameter(name) * fxcompress.masks(masked)[name]
         assert torch.equal(plain.get_parameter(name), expected)
+    torch.testing.assert_close(plain(X), masked(X))
+
+
+def test_a_row_whose_elements_are_all_masked_is_a_constant_and_goes() -> None:
+    net = pair()
+    masked = fxcompress.compress(net, [LevelPruner(0.5)], example_inputs=X)
+    keep = fxcompress.masks(masked)["a.weight"].any(1)
+    assert not keep.all()
+    plain = fxcompress.compress(masked, [Speedup()], example_inputs=X)
+    assert plain.get_submodule("a").out_features == keep.sum()
     torch.testing.assert_close(plain(X), masked(X))
 
 

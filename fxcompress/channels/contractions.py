@@ -212,7 +212,7 @@ def _grouped(
     if per_group.shape[1] == 1:
         ledger.freeze([out], "the only output of its convolution group")
     else:
-        ledger.constrain(per_group, pinned=(0,))
+        ledger.divide(out, groups, pinned=(0,))
     if entering is None:
         ledger.freeze(columns, "its input has no channels of its own")
         ledger.contract(w.shape[:2], [out.reshape(-1, 1)], repeats)
@@ -220,7 +220,7 @@ def _grouped(
     ledger.connect([entering], [out])
     ledger.end([entering])
     sources = entering.reshape(groups, -1)
-    ledger.constrain(sources, pinned=(0,))
+    ledger.divide(entering, groups, pinned=(0,))
     taken = sources.repeat_interleave(per_group.shape[1], 0)  # (outputs, inputs / groups)
     ledger.contract(w.shape[:2], [out.reshape(-1, 1), taken], repeats)
     for column in columns:

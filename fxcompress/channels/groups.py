@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import networkx as nx
 import numpy as np
 from rich.table import Table
-from torch import nn
+from torch import fx, nn
 
+from fxcompress.channels.dependencies import (
+    GroupedLayers,
+    LayerSets,
+    Place,
+    coupled,
+    grouped,
+    shared_inputs,
+    write_csv,
+    write_graph,
+)
 from fxcompress.channels.labels import BoolArray, IntArray, dims_of, distinct
 from fxcompress.channels.ledger import Axis
 from fxcompress.channels.propagate import WHOLE, propagate
@@ -81,9 +92,12 @@ class Group:
 class ChannelGroups:
     """The channel groups of a model, in the order of its graph. Iterable; ``groups["name"]`` finds one."""
 
-    def __init__(self, groups: tuple[Group, ...], channels: Channels) -> None:
+    def __init__(
+        self, groups: tuple[Group, ...], channels: Channels, places: Mapping[str, Place] | None = None
+    ) -> None:
         self._groups = groups
         self.channels = channels
+        self._places = places or {}
 
     def __iter__(self) -> Iterator[Group]:
         return iter(self._groups)
@@ -115,16 +129,53 @@ class ChannelGroups:
                 reason=group.reason,
                 layers=group.layers,
             )
-        owner = self._owners()
+        owner = self.owners()
         for consumed, produced in self.channels.facts.ledger.layers:
             sources, targets = (
                 set(owner[self.channels.component[labels]].tolist()) - {-1} for labels in (consumed, produced)
             )
-            layer = self._axes_of(produced)[0].name.rpartition(".")[0]
+            layer = self.axes_of(produced)[0].name.rpartition(".")[0]
             for source, target in itertools.product(sorted(sources), sorted(targets)):
                 if source != target:
                     graph.add_edge(self._groups[source].name, self._groups[target].name, layer=layer)
         return graph
+
+    @property
+    def coupled(self) -> LayerSets:
+        """Sets of several layers that produce the same channels, each of which stands or falls in all of them."""
+        return coupled(self)
+
+    @property
+    def grouped(self) -> GroupedLayers:
+        """Layers that take channels in groups (grouped convolutions, GroupNorm), and in how many: of the channels that
+        enter or leave, every group keeps equally many. A depthwise convolution is none: its groups are single
+        channels, each of which goes with the one that it reads. Heads of attention are ``rows`` of their group.
+        """
+        return grouped(self, self._places)
+
+    @property
+    def shared_inputs(self) -> LayerSets:
+        """Sets of layers that read the same channels, and lose the same columns (where the input has no channels, as an
+        image has not: that read the same tensor). What passes every channel on, as a depthwise convolution does, reads
+        none."""
+        return shared_inputs(self, self._places)
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write one row for each group: name, width, rows, removable, reason, layers, members (``;`` between items).
+
+        Raises:
+            OSError: the file cannot be written; one that was there is as before.
+        """
+        write_csv(self, path)
+
+    def to_graph(self, path: str | os.PathLike[str]) -> None:
+        """Write :attr:`graph`. The suffix says how: .graphml, .gml, .gexf, .json (node-link), .dot (Graphviz).
+
+        Raises:
+            InputError: another suffix.
+            OSError: the file cannot be written; one that was there is as before.
+        """
+        write_graph(self, path)
 
     def explain(self, name: str, other: str | None = None) -> str:
         """Why a layer's channels are coupled with other layers', or frozen: the path of nodes that says so.
@@ -159,7 +210,7 @@ class ChannelGroups:
         return [
             f"{name} is frozen at {freeze.node}: {freeze.reason}"
             for freeze in ledger.freezes
-            if any(axis.name.startswith(f"{name}.") for axis in self._axes_of(freeze.labels))
+            if any(axis.name.startswith(f"{name}.") for axis in self.axes_of(freeze.labels))
             and freeze.reason.endswith(WHOLE)
         ][:1]
 
@@ -193,14 +244,15 @@ class ChannelGroups:
             raise InputError(f"no channel group contains {name!r}; near names: {near}.")
         return found
 
-    def _owners(self) -> IntArray:
+    def owners(self) -> IntArray:
         """For every component the index of its group, or -1."""
         owner = np.full(len(self.channels.component), -1, dtype=np.int64)
         for index, group in enumerate(self._groups):
             owner[group.components] = index
         return owner
 
-    def _axes_of(self, labels: IntArray) -> list[Axis]:
+    def axes_of(self, labels: IntArray) -> list[Axis]:
+        """The axes that labels lie on."""
         axes = self.channels.facts.ledger.axes
         starts = np.array([axis.start for axis in axes])
         return [axes[i] for i in distinct(np.searchsorted(starts, labels, side="right") - 1)]
@@ -229,7 +281,7 @@ class ChannelGroups:
         for freeze in self.channels.facts.ledger.freezes:
             labels = freeze.labels[mine[self.channels.component[freeze.labels]]]
             if len(labels):
-                axis = self._axes_of(labels)[0]
+                axis = self.axes_of(labels)[0]
                 way = "" if str(axis) == start else " by " + _path(paths, start, str(axis))
                 return [f"  frozen at {freeze.node}: {freeze.reason}{way}"]
         return [f"  frozen: {group.reason}"]
@@ -267,7 +319,12 @@ def analyse(module: TracedModule, inputs: Inputs) -> ChannelGroups:
     with building():
         facts = propagate(module, inputs)
         channels = solve(facts, module.graph)
-        return ChannelGroups(tuple(_groups(channels)), channels)
+        places = {
+            node.name: Place(str(node.target), node.args[0].name)
+            for node in module.graph.find_nodes(op="call_module")
+            if node.args and isinstance(node.args[0], fx.Node)
+        }
+        return ChannelGroups(tuple(_groups(channels)), channels, places)
 
 
 def _groups(channels: Channels) -> Iterator[Group]:

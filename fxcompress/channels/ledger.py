@@ -100,6 +100,14 @@ class Contraction:
     repeats: int
 
 
+@dataclass(frozen=True)
+class Division:
+    """An operator, at ``node``, takes the channels of a dimension in groups: ``labels`` are (groups, group size)."""
+
+    labels: IntArray
+    node: str
+
+
 @dataclass
 class Ledger:
     """Everything that a propagation found out, in the order in which it did."""
@@ -108,6 +116,7 @@ class Ledger:
     equalities: list[Equality] = field(default_factory=list)
     freezes: list[Freeze] = field(default_factory=list)
     constraints: list[Constraint] = field(default_factory=list)
+    divisions: list[Division] = field(default_factory=list)
     produced: list[IntArray] = field(default_factory=list)
     layers: list[tuple[IntArray, IntArray]] = field(default_factory=list)
     contractions: list[Contraction] = field(default_factory=list)
@@ -166,6 +175,12 @@ class Ledger:
         """The live part of a factor must have a shape: a rectangle, or rows of equal length."""
         labels = Labels(tuple(factor.shape), (factor,), rows=frozenset(pinned))
         self.constraints.append(Constraint(labels, frozenset(pinned), self.node))
+
+    def divide(self, factor: Tensor, groups: int, pinned: Iterable[int] = ()) -> None:
+        """The running operator takes a factor's channels in groups, which must keep equally many."""
+        rows = factor.reshape(groups, -1)
+        self.divisions.append(Division(rows.numpy(), self.node))
+        self.constrain(rows, pinned)
 
     def produce(self, factors: Iterable[Tensor]) -> None:
         """These labels are rows of a weight that produces channels: they are what gets scored."""

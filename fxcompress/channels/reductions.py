@@ -92,7 +92,7 @@ def group_norm(call: Call) -> Any:
     for factor in labels.factors:
         if dims_of(factor) == (1,):
             if groups > 1:
-                call.ledger.constrain(factor.reshape(groups, -1))
+                call.ledger.divide(factor, groups)
             call.ledger.live_only.add(call.ledger.node)
             call.ledger.end([factor])
         else:
