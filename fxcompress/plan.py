@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from fxcompress.channels.labels import BoolArray, Cut, Labels, cut_shape, cut_tensor, labels_in, plan_cuts
+from fxcompress.channels.labels import BoolArray, Cut, Labels, cut_shape, cut_tensor, dims_of, labels_in, plan_cuts
 from fxcompress.channels.solve import Channels, source_of
 from fxcompress.errors import GraphError
 from fxcompress.literals import LITERALS, InexpressibleError, Scaled
@@ -59,6 +59,7 @@ class Plan:
         self.module, self.channels, self.live = module, channels, live
         self.graph = module.graph
         self._cuts: dict[int, tuple[Labels, tuple[Cut, ...] | None]] = {}
+        self._simple: dict[int, tuple[Tensor, tuple[Cut, ...] | None]] = {}
         self._numbers: dict[str, Any] = {}
         self._collapsed: set[fx.Node] = set()
         self._steps: dict[fx.Node, Call | Gather | None] = {}
@@ -89,8 +90,17 @@ class Plan:
         """How a tensor with these labels shrinks; None where what is left has no shape (inside a shuffle)."""
         found = self._cuts.get(id(labels))
         if found is None:
-            found = self._cuts[id(labels)] = (labels, plan_cuts(labels, self.live))
+            found = self._cuts[id(labels)] = labels, self._plan_cuts(labels)
         return found[1]
+
+    def _plan_cuts(self, labels: Labels) -> tuple[Cut, ...] | None:
+        if len(labels.factors) != 1 or len(dims_of(labels.factors[0])) > 1:
+            return plan_cuts(labels, self.live)
+        (factor,) = labels.factors  # most often the very one that the node before had
+        known = self._simple.get(id(factor))
+        if known is None:
+            known = self._simple[id(factor)] = factor, plan_cuts(labels, self.live)
+        return known[1]
 
     def shape(self, labels: Labels) -> tuple[int, ...]:
         """A tensor's live shape."""

@@ -26,22 +26,22 @@ def contract(
     whose columns can be masked, the sum runs over the live channels only.
     """
     ledger = call.ledger
-    ended = False
+    ending: dict[int, Tensor] = {}
     for (_, factors), labels in zip((left, right), consts, strict=True):
-        inner = [f for f in factors if summed & set(dims_of(f))]
-        ended = ended or bool(inner)
+        inner = [f for f in factors if not summed.isdisjoint(dims_of(f))]
+        ending.update((id(factor), factor) for factor in inner)
         if labels.const and not all(other.const for other in consts):
-            outer = [f for f in factors if not summed & set(dims_of(f))]
+            outer = [f for f in factors if summed.isdisjoint(dims_of(f))]
             ledger.connect(inner, outer)
             ledger.produce(outer)
     kept = join(ledger, (left, right), "it is summed with a tensor without channels of its own")
     ledger.contract(map(max, left[0], right[0]), kept, repeats)
-    for factor in {id(f): f for f in [*left[1], *right[1]] if summed & set(dims_of(f))}.values():
-        ledger.end([factor])
-        ledger.pin(factor, set(dims_of(factor)) - summed or set(), "its rows are not channels after the sum")
-    if ended and not any(labels.direct for labels in consts):
+    ledger.end(ending.values())
+    for factor in ending.values():
+        ledger.pin(factor, set(dims_of(factor)) - summed, "its rows are not channels after the sum")
+    if ending and not any(labels.direct for labels in consts):
         ledger.live_only.add(ledger.node)
-    return [f for f in kept if not summed & set(dims_of(f))]
+    return [f for f in kept if summed.isdisjoint(dims_of(f))]
 
 
 def _spread(labels: Labels, places: Sequence[int], ndim: int) -> tuple[tuple[int, ...], list[Tensor]]:
@@ -100,15 +100,17 @@ def convolution(call: Call) -> Labels:
     ledger, groups = call.ledger, call.arguments["groups"]
     x, w = call.labels("input"), call.labels("weight")
     channel = 1
-    spatial = [f for f in x.factors if set(dims_of(f)) - {0, channel}]
+    entering, weighing = ([(f, dims_of(f)) for f in labels.factors] for labels in (x, w))
+    spatial = [f for f, dims in entering if max(dims) > channel]
     for factor in spatial:
         _tie_positions(ledger, factor, channel)
-    inputs = [_at(f, channel) for f in spatial] + [f for f in x.factors if dims_of(f) == (channel,)]
+    inputs = [_at(f, channel) for f in spatial] + [f for f, dims in entering if dims == (channel,)]
     inputs = [f.reshape(-1) for f in inputs if f.shape[channel] > 1]
-    ledger.freeze([f for f in x.factors if 0 in dims_of(f)], "it lies in the batch dimension")
-    ledger.freeze([f for f in w.factors if set(dims_of(f)) - {0, 1}], "it is a kernel position")
-    rows = [f.reshape(-1) for f in w.factors if dims_of(f) == (0,)]
-    columns = [f.reshape(w.shape[:2] if len(dims_of(f)) > 1 else -1) for f in w.factors if dims_of(f) in ((1,), (0, 1))]
+    ledger.freeze([f for f, dims in entering if 0 in dims], "it lies in the batch dimension")
+    ledger.freeze([f for f, dims in weighing if max(dims) > 1], "it is a kernel position")
+    rows = [f.reshape(-1) for f, dims in weighing if dims == (0,)]
+    columns = [f.reshape(-1) for f, dims in weighing if dims == (1,)]
+    columns += [f.reshape(w.shape[:2]) for f, dims in weighing if dims == (0, 1)]
     if call.arguments["transposed"]:
         out = _transposed(call, x, w, inputs, rows, columns, groups)
     elif groups == 1:

@@ -62,7 +62,10 @@ def labels_in(value: Any) -> list[Labels]:
 
 def distinct(labels: IntArray) -> IntArray:
     """Sorted, each once. (numpy's own ``unique`` puts integers into a hash table, which takes ten times as long.)"""
-    ordered = np.sort(labels, axis=None)
+    ordered = labels.reshape(-1)
+    if (ordered[1:] > ordered[:-1]).all():  # as fresh labels are
+        return ordered
+    ordered = np.sort(ordered)
     first = np.ones(len(ordered), dtype=bool)
     np.not_equal(ordered[1:], ordered[:-1], out=first[1:])
     return ordered[first]

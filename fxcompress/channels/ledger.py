@@ -149,10 +149,10 @@ class Ledger:
         if left.shape != right.shape:
             left, right = torch.broadcast_tensors(left, right)
         a, b = left.reshape(-1).numpy(), right.reshape(-1).numpy()
-        different = a != b
-        if not different.any():
+        if a[0] == b[0] and (a == b).all():
             return
         if len(a) > _FEW:  # a batch or space merged into a dimension repeats pairs many times
+            different = a != b
             pairs = np.sort(a[different] * self.next_label + b[different])
             pairs = pairs[np.diff(pairs, prepend=-1) > 0]
             a, b = pairs // self.next_label, pairs % self.next_label

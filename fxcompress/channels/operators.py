@@ -14,10 +14,11 @@ _ROWS: dict[Rule, str] = {
     rules.same: "clone alias detach contiguous lift_fresh lift_fresh_copy",
     rules.view: "view _unsafe_view reshape _reshape_alias",
     rules.expand: "expand",
-    rules.movement: """permute transpose t numpy_T select slice split split_with_sizes unbind squeeze unsqueeze unfold
-        diagonal movedim roll flip repeat pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle narrow
-        reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d
-        rot90 unsafe_split unsafe_split_with_sizes unsafe_chunk chunk""",
+    rules.permutation: "permute transpose t numpy_T movedim unsqueeze",
+    rules.movement: """select slice split split_with_sizes unbind squeeze unfold diagonal roll flip repeat pixel_shuffle
+        pixel_unshuffle channel_shuffle native_channel_shuffle narrow reflection_pad1d reflection_pad2d reflection_pad3d
+        replication_pad1d replication_pad2d replication_pad3d rot90 unsafe_split unsafe_split_with_sizes unsafe_chunk
+        chunk""",
     rules.cat: "cat",
     rules.stack: "stack",
     rules.pad: "constant_pad_nd",

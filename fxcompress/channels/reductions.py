@@ -115,11 +115,12 @@ def _affine(call: Call, labels: Labels, dim: int) -> list[Tensor]:
     """Join an input with per-channel parameters that lie along ``dim`` (and, for LayerNorm, the ones before)."""
     ndim = len(labels.shape)
     operands: list[tuple[tuple[int, ...], Sequence[Tensor]]] = [(labels.shape, labels.factors)]
+    behind = (1,) * (ndim - 1 - dim)
     for tensor in call.tensors[1:]:
         item = call.of(tensor)
-        behind = (1,) * (ndim - 1 - dim)
-        shape = (1,) * (ndim - len(item.shape) - len(behind)) + item.shape + behind
-        operands.append((shape, [aligned(f.reshape(tuple(f.shape) + behind), ndim) for f in item.factors]))
+        before = (1,) * (ndim - len(item.shape) - len(behind))
+        factors = [factor.reshape(before + tuple(factor.shape) + behind) for factor in item.factors]
+        operands.append((before + item.shape + behind, factors))
     return join(call.ledger, operands, "its affine parameters meet a tensor without channels of its own")
 
 

@@ -144,6 +144,13 @@ def movement(call: Call) -> Any:
     return made if many else made[0]
 
 
+def permutation(call: Call) -> Labels:
+    """Dimensions in another order, or new ones of size 1: the operator itself, run on the factors as they are."""
+    (_, source), *rest = call.arguments.items()
+    labels = call.of(source)
+    return call.made([call.func(factor, **dict(rest)) for factor in labels.factors], direct=labels.direct)
+
+
 def view(call: Call) -> Labels:
     """A reshape: only the blocks of dimensions in which labels vary are touched."""
     labels = call.labels("self")

@@ -9,6 +9,7 @@ depends on the input is frozen there.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ _PRODUCTS = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2), "c
 #: Operators whose (first) result has the shape and the dtype of their first argument.
 _SHAPE_KEEPING = frozenset("relu hardtanh hardswish hardsigmoid sigmoid silu gelu elu leaky_relu tanh mish".split())
 _BATCH_NORMS = frozenset("native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training".split())
+_NOTHING = torch.empty(0)
 _BINARY = frozenset("add sub mul".split())
 
 
@@ -49,7 +51,7 @@ def stand_in(
     if name in _SHAPE_KEEPING:
         return first.detach()
     if name in _BATCH_NORMS:
-        return first.detach(), first.new_empty(0), first.new_empty(0)
+        return first.detach(), _NOTHING, _NOTHING
     if name in _BINARY and isinstance(args[1], Tensor) and args[1].dtype == first.dtype:
         return _ones(first, torch.broadcast_shapes(first.shape, args[1].shape))
     return None
@@ -69,7 +71,12 @@ def _stands_in(tensor: Tensor) -> bool:
 
 
 def _ones(like: Tensor, shape: Sequence[int]) -> Tensor:
-    return like.new_ones(()).expand(shape)
+    return _one(like.dtype, like.device).expand(shape)
+
+
+@cache
+def _one(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.ones((), dtype=dtype, device=device)
 
 
 def _joined_shape(tensors: Sequence[Tensor], dim: int = 0) -> list[int]:
