@@ -109,11 +109,12 @@ def _parse_inputs(model: nn.Module, pipeline: Sequence[Pass], example_inputs: An
     inputs = None if example_inputs is None else Inputs.parse(example_inputs)
     if inputs is not None:
         check_devices(model, inputs)
-    for name, parameter in state_of(model).items():
-        if not isinstance(parameter, nn.Parameter):
-            continue
-        tensor = parameter.detach()
-        if tensor.is_floating_point() and not math.isfinite(tensor.sum()) and not bool(torch.isfinite(tensor).all()):
+    state = state_of(model).items()
+    weights = {name: t.detach() for name, t in state if isinstance(t, nn.Parameter) and t.is_floating_point()}
+    if math.isfinite(nn.utils.get_total_norm(weights.values())):
+        return inputs
+    for name, tensor in weights.items():
+        if not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
             raise InputError(
                 f"{name} holds {bad} values that are NaN or infinite; expected finite weights. Check the training run."

@@ -8,7 +8,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar, NamedTuple, overload
 
 import torch
 from torch import fx
@@ -258,8 +258,7 @@ def _signature(graph: fx.Graph) -> list[Any]:
     return [(node, node.op, node.target, node.args, node.kwargs) for node in graph.nodes]
 
 
-@dataclass(frozen=True)
-class _Held:
+class _Held(NamedTuple):
     """A tensor in a snapshot: itself, or a weak reference to it; its version; and the digest of its values, or 0."""
 
     source: torch.Tensor | weakref.ref[torch.Tensor]

@@ -374,12 +374,18 @@ def _members(channels: Channels, sets: list[IntArray]) -> list[tuple[tuple[str, 
         owner[chosen] = index
     owner = owner[channels.component]
     found: list[list[tuple[str, int]]] = [[] for _ in sets]
+    axes = {(axis.name, axis.dim): axis for axis in channels.facts.ledger.axes if axis.kind != "made"}
     for name, labels in channels.facts.state.items():
         for factor in labels.factors:
-            mine = owner[factor.reshape(-1).numpy()]
+            dims = dims_of(factor)
+            if len(dims) == 1:
+                axis = axes[name, dims[0]]
+                mine = owner[axis.start : axis.start + axis.size]
+            else:  # a grouped weight carries the labels of what it reads
+                mine = owner[factor.reshape(-1).numpy()]
             for index in mine[:1] if (mine == mine[0]).all() else distinct(mine):
                 if index >= 0:  # columns of a grouped weight differ from row to row: the last dimension is theirs
-                    found[index].append((name, dims_of(factor)[-1]))
+                    found[index].append((name, dims[-1]))
     return list(map(tuple, found))
 
 

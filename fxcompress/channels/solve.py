@@ -150,7 +150,8 @@ def _stuck(constraint: Constraint, component: IntArray) -> IntArray:
 
 
 def _multi(labels: Labels) -> bool:
-    return any(len(dims_of(factor)) > 1 for factor in labels.factors)
+    """Whether some factor varies along several dimensions."""
+    return any(factor.numel() != max(factor.shape) for factor in labels.factors)
 
 
 def _soft_nodes(facts: Facts, graph: fx.Graph) -> frozenset[str]:
@@ -211,7 +212,8 @@ def _constraints(facts: Facts, graph: fx.Graph, component: IntArray, soft: froze
     """What rules asked for, and that every value that is not soft keeps a shape and an element; no duplicates."""
     found = list(facts.ledger.constraints)
     for name, labels in facts.state.items():
-        found += [block for block in _blocks(labels, name) if _multi(block.labels)]
+        if _multi(labels):
+            found += [block for block in _blocks(labels, name) if _multi(block.labels)]
     seen: set[tuple[int, torch.Size, tuple[int, ...]]] = set()
     for node in graph.nodes:
         if node.name in soft or node.op in ("get_attr", "output"):
