@@ -230,6 +230,9 @@ def building() -> Iterator[None]:
         yield
     finally:
         if enabled:
+            if not gc.get_freeze_count():  # what was made goes to the oldest generation without being looked at
+                gc.freeze()
+                gc.unfreeze()
             gc.enable()
 
 
