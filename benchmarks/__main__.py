@@ -1,4 +1,4 @@
-"""`make bench` runs this: `python -m benchmarks [pace] [depth] [memory] [stages] [--rounds N]`."""
+"""`make bench` runs this: `python -m benchmarks [pace] [depth] [memory] [pricing] [stages] [--rounds N]`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the model zoo
 
 from benchmarks.memory import peaks
 from benchmarks.pace import beside_the_peer, by_depth
+from benchmarks.pricing import price
 from benchmarks.stages import stages
 
-BENCHMARKS = ("pace", "depth", "memory", "stages")
+BENCHMARKS = ("pace", "depth", "memory", "pricing", "stages")
 
 
 def main() -> None:
@@ -33,6 +34,8 @@ def main() -> None:
             console.print(by_depth(options.rounds))
         elif name == "memory":
             console.print(peaks())
+        elif name == "pricing":
+            console.print(price(rounds=options.rounds))
         else:
             console.print(*stages(options.rounds))
 

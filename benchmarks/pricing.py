@@ -4,22 +4,17 @@ One thread, 224x224, batch 1. Counting, the analysis and the polynomials are mea
 median is shown; all on the wall.
 """
 
-import argparse
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import TypeVar
 
 import numpy as np
 import torch
+from model_zoo import build
 
 import fxcompress
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from model_zoo import build
 
 Result = TypeVar("Result")
 
@@ -78,18 +73,3 @@ def price(name: str = "resnet50", allocations: int = 100_000, rounds: int = 5) -
         assert figures.macs.shape == (allocations,)
         seconds.append(elapsed)
     return Pricing(name, allocations, len(symbolic.widths), counting, deriving, compiling, tuple(seconds))
-
-
-def main() -> None:
-    """Print what :func:`price` measured."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.pricing", description=__doc__)
-    parser.add_argument("--model", default="resnet50")
-    parser.add_argument("--allocations", type=int, default=100_000)
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    print(price(options.model, options.allocations, options.rounds))
-
-
-if __name__ == "__main__":
-    main()
