@@ -165,9 +165,11 @@ class ChannelPruner(Pass):
             values = score.detach().double().cpu().numpy()
             if np.isnan(values).any():
                 raise PassError(f"{self.name}.score({layer.name}) gave NaN; expected finite scores.")
-            combine = np.maximum if self.reduce == "max" else np.add
-            combine.at(total, item.channels, values)
-            np.add.at(seen, item.channels, 1.0)
+            if self.reduce == "max":
+                np.maximum.at(total, item.channels, values)
+            else:
+                total += np.bincount(item.channels, values, group.width)
+                seen += np.bincount(item.channels, minlength=group.width)
         return total / seen if self.reduce == "mean" else total
 
     # ---- how many ----------------------------------------------------------------------------------------------
