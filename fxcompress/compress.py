@@ -16,11 +16,12 @@ from rich.console import Console
 from torch import nn
 
 from fxcompress.errors import InputError, TraceError
+from fxcompress.exclusive import exclusive
 from fxcompress.inputs import Inputs, check_devices, other_batch
-from fxcompress.module import TracedModule, building, compiled_later, copied, state_of
+from fxcompress.module import TracedModule, copied, state_of
 from fxcompress.pipeline import Context, Pass, PassResult, parse_passes, run_pass
 from fxcompress.report import report
-from fxcompress.trace import trace
+from fxcompress.trace import capture
 from fxcompress.verify import TOLERANCE, difference
 
 
@@ -45,6 +46,7 @@ class Step:
     difference: float | None
 
 
+@exclusive
 def compress(
     model: nn.Module,
     passes: Sequence[Pass],
@@ -79,18 +81,20 @@ def compress(
     inputs = _parse_inputs(model, pipeline, example_inputs)
     console = Console(stderr=True, quiet=not (sys.stderr.isatty() if progress is None else progress))
     context = Context(inputs=inputs, seed=seed, verify=verify)
-    with torch.random.fork_rng(devices=[]), building(), compiled_later():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        module = trace(model, None if inputs is None else inputs)
+        module = capture(model, inputs, waiting=True)
         if verify and inputs is not None and not isinstance(model, TracedModule):
             _check_trace(model, module, inputs)
         for item, following in itertools.zip_longest(pipeline, pipeline[1:]):
+            if not item.versioned:
+                module.ready()
             result = run_pass(item, module, context, lays=following is None or not following.lifts)
             module = result.module
             module.meta["history"] = (*module.meta["history"], _step(item, result))
             if not console.quiet:
                 console.print(_line(item, result))
-    module.recompile()
+    module.ready()
     if not console.quiet:
         console.print(report(model, module, inputs, latency=False))
     return module
@@ -124,7 +128,7 @@ def _parse_inputs(model: nn.Module, pipeline: Sequence[Pass], example_inputs: An
 
 def _check_trace(model: nn.Module, module: TracedModule, inputs: Inputs) -> None:
     """The traced graph computes what the model does, at the example's batch size and at another where there is one."""
-    twin, trial = copied(model), copy.deepcopy(module)
+    twin, trial = copied(model, plainly=True), copy.deepcopy(module)
     with torch.no_grad():
         gap = _gap(twin, trial, inputs)
         if not gap <= TOLERANCE[torch.float32]:

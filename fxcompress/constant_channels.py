@@ -6,7 +6,7 @@ W * constant``, where every position sees the same sum (design 6).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -239,7 +239,10 @@ def _norm_behind(module: TracedModule, node: fx.Node, ndim: int) -> str:
     read = {str(other.target).rpartition(".")[0] for other in module.graph.find_nodes(op="get_attr")}
     once = targets.count(str(user.target)) == targets.count(str(node.target)) == 1
     aligned = ndim == 2 or not isinstance(layer, nn.Linear)  # BatchNorm normalises dimension 1
-    fits = isinstance(norm, _NORMS) and norm.running_mean is not None and once and aligned
+    if not isinstance(norm, _NORMS) or norm.running_mean is None:
+        return ""
+    owners = [other for other in modules_of(module).values() for b in other._buffers.values() if b is norm.running_mean]
+    fits = once and aligned and len(owners) == 1
     return str(user.target) if fits and str(user.target) not in read else ""
 
 
@@ -376,3 +379,47 @@ def _with_values(reason: str, found: list[float]) -> str:
     low, high = min(found), max(found)
     text = f"{low:.3g}" if f"{low:.3g}" == f"{high:.3g}" else f"{low:.3g} to {high:.3g}"
     return reason.format(text)
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What :func:`remove_constants` did.
+
+    Attributes:
+        align: what a value of the module before is in the one after; None if nothing went.
+        folded: the tensors that took constants over.
+        staying: how many channels with zero weights stay, and why, one line for each group and reason.
+    """
+
+    align: Align | None
+    folded: tuple[str, ...]
+    staying: tuple[str, ...]
+
+
+def remove_constants(
+    module: TracedModule, inputs: Inputs, author: str, groups_of: Callable[[TracedModule], ChannelGroups]
+) -> Removal:
+    """Remove every channel that is constant or unread where that is exact.
+
+    Args:
+        module: a clean traced module, changed in place.
+        inputs: example inputs.
+        author: the pass, for provenance.
+        groups_of: gives the channel analysis of a module.
+    """
+    align: Align | None = None
+    folded: list[str] = []
+    while has_zero_slices(module):  # rows that went may have been all that read a channel: every round shrinks
+        groups = groups_of(module)
+        decision = decide(module, groups, find_constants(module, inputs), Verdict.FOLDS)
+        if decision.live.all():
+            return Removal(align, tuple(folded), decision.notes)
+        step, names = remove(module, groups, decision, author)
+        align = step if align is None else composed(align, step)
+        folded += names
+    return Removal(align, tuple(folded), ())
+
+
+def composed(first: Align, second: Align) -> Align:
+    """What a value is after two removals."""
+    return lambda name, value: second(name, first(name, value))

@@ -22,9 +22,11 @@ from torch import Tensor, fx, nn
 
 from fxcompress.channels.groups import ChannelGroups, analyse
 from fxcompress.channels.labels import BoolArray
+from fxcompress.constant_channels import remove_constants
 from fxcompress.errors import InputError
+from fxcompress.exclusive import exclusive
 from fxcompress.inputs import Inputs
-from fxcompress.masking import lift
+from fxcompress.masking import lift, masks
 from fxcompress.module import MASKS, TracedModule
 from fxcompress.shrink import shrink
 from fxcompress.symbolic import Symbolic, derive
@@ -90,6 +92,7 @@ class Cost:
         return sum(row.elementwise for row in self.table)
 
     @cached_property
+    @exclusive
     def after(self) -> Cost | None:
         """What the model costs once ``Speedup`` has removed what is masked; None for a model without masks.
 
@@ -100,13 +103,15 @@ class Cost:
         """
         if self._source is None or not self._source.masked:
             return None
+        inputs = self._source.inputs
         module, groups, live = self._source.analysis
         module = copy.deepcopy(module)
-        if not live.all():
-            shrink(module, groups, live, "count")
-        return count(module, self._source.inputs)
+        shrink(module, groups, live, "count", masks(self._source.model))
+        remove_constants(module, inputs, "count", lambda clean: analyse(clean, inputs))
+        return count(module, inputs)
 
     @cached_property
+    @exclusive
     def symbolic(self) -> Symbolic:
         """MACs, params and bytes as polynomials in the widths of the channel groups.
 
@@ -161,6 +166,7 @@ class _Source:
         return module, groups, masking.live(groups.channels)
 
 
+@exclusive
 def count(model: nn.Module, example_inputs: Any) -> Cost:
     """Count what one forward pass of `model` in eval mode costs.
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.benchmark import Timer
 
 from fxcompress.errors import InputError
+from fxcompress.exclusive import exclusive
 from fxcompress.undisturbed import checked, run, undisturbed
 
 
@@ -42,6 +43,7 @@ class Latency:
         )
 
 
+@exclusive
 def latency(model: nn.Module, example_inputs: Any, *, threads: int | None = None, min_run_time: float = 1.0) -> Latency:
     """Measure the time of a forward pass of `model` in eval mode, without gradients.
 

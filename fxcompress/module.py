@@ -20,6 +20,8 @@ from torch import fx, nn
 from fxcompress.errors import GraphError, InputError
 
 MASKS = "_masks"
+#: What a module holds, by the names of its attributes.
+_HELD = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "training")
 
 
 class TracedModule(fx.GraphModule):
@@ -33,11 +35,14 @@ class TracedModule(fx.GraphModule):
     """
 
     @classmethod
-    def build(cls, tree: nn.Module, graph: fx.Graph, meta: dict[str, Any]) -> TracedModule:
+    def build(cls, tree: nn.Module, graph: fx.Graph, meta: dict[str, Any], *, waiting: bool = False) -> TracedModule:
         """A module that runs ``graph`` over the submodules, parameters and buffers of ``tree`` (taken, not copied)."""
-        with compiled_later():  # the empty graph never runs
-            made = cls(nn.Module(), fx.Graph())
-        for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "training"):
+        token = _EMPTY.set(True)  # the empty graph never runs
+        made = cls(nn.Module(), fx.Graph())
+        _EMPTY.reset(token)
+        if waiting:
+            made.wait()
+        for name in _HELD:
             made.__dict__[name] = tree.__dict__[name]
         made.meta = meta
         made.graph = graph
@@ -45,7 +50,7 @@ class TracedModule(fx.GraphModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TracedModule:
         tree = nn.Module()
-        for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "training"):
+        for name in _HELD:
             value = self.__dict__[name]
             children = name == "_modules"
             tree.__dict__[name] = _copy_children(value, memo) if children else copy.deepcopy(value, memo)
@@ -55,23 +60,25 @@ class TracedModule(fx.GraphModule):
 
     def __copy__(self) -> TracedModule:
         tree = nn.Module()
-        for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "training"):
+        for name in _HELD:
             tree.__dict__[name] = copy.copy(self.__dict__[name])
         return TracedModule.build(tree, copy_graph(self.graph), dict(self.meta))
 
     def recompile(self) -> Any:
-        """Make code of the graph; inside :func:`compiled_later`, only when the module is first called."""
-        if _COMPILED_LATER.get():
+        """Make code of the graph; while the module is waiting, only when it is called."""
+        if self.__dict__.get("_waiting") or _EMPTY.get():
             type(self).forward = _compile_and_run
             return None
         return super().recompile()
 
-    @property
-    def code(self) -> str:
-        """The Python code that runs."""
-        if type(self).forward is _compile_and_run:
-            super().recompile()
-        return super().code
+    def wait(self) -> None:
+        """Make no code of the graph from now on: between two passes it mostly does not run."""
+        self.__dict__["_waiting"] = True
+
+    def ready(self) -> None:
+        """Make code of the graph again, now and whenever it changes: somebody may look at it."""
+        if self.__dict__.pop("_waiting", False):
+            self.recompile()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As in ``nn.Module``, but a masked module refuses other masks than its own.
@@ -92,12 +99,13 @@ class TracedModule(fx.GraphModule):
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         tree = nn.Module()
-        for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "training"):
+        for name in _HELD:
             tree.__dict__[name] = self.__dict__[name]
         return _rebuild, (tree, [_Record.of(node) for node in self.graph.nodes], self.meta)
 
 
-_COMPILED_LATER = ContextVar("compiled_later", default=False)
+#: While a module is made of an empty graph.
+_EMPTY = ContextVar("empty", default=False)
 
 
 def _compile_and_run(module: TracedModule, *args: Any, **kwargs: Any) -> Any:
@@ -106,24 +114,15 @@ def _compile_and_run(module: TracedModule, *args: Any, **kwargs: Any) -> Any:
     return type(module).forward(module, *args, **kwargs)
 
 
-@contextmanager
-def compiled_later() -> Iterator[None]:
-    """Graphs get no code before they run: between two passes most never do."""
-    token = _COMPILED_LATER.set(True)
-    try:
-        yield
-    finally:
-        _COMPILED_LATER.reset(token)
-
-
 #: What a copy of a module may share with the original.
 _IMMUTABLE = frozenset((int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size, type))
 
 
-def copied(model: nn.Module) -> nn.Module:
+def copied(model: nn.Module, *, plainly: bool = False) -> nn.Module:
     """A deep copy; tensors that hooks compute from parameters (pruned, weight-normalised) are copied by value.
 
-    What ``copy.deepcopy`` gives, several times as fast: a model is mostly empty dictionaries of hooks.
+    What ``copy.deepcopy`` gives, several times as fast: a model is mostly empty dictionaries of hooks. ``plainly``
+    leaves it to ``copy.deepcopy``, for checks of what the fast way gave.
     """
     memo: dict[int, Any] = {}
     for module in modules_of(model).values():
@@ -131,10 +130,13 @@ def copied(model: nn.Module) -> nn.Module:
             value = vars(module)[name]
             if isinstance(value, torch.Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
+    if plainly:
+        return copy.deepcopy(model, memo)
     state = list(state_of(model).values())
     storages = Counter(_storage(tensor) for tensor in state)
     for tensor in state:
-        if storages[_storage(tensor)] == 1 and not vars(tensor):  # deepcopy knows what shares a storage, and is slow
+        # What shares its storage, or does not fill it, is for deepcopy, which knows and is slow.
+        if storages[_storage(tensor)] == 1 and tensor.is_contiguous() and not vars(tensor):
             if type(tensor) is nn.Parameter:
                 memo[id(tensor)] = nn.Parameter(tensor.detach().clone(), tensor.requires_grad)
             elif type(tensor) is torch.Tensor and not tensor.requires_grad:
@@ -159,8 +161,8 @@ def _copy_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     for key, value in vars(module).items():
         if type(value) in _IMMUTABLE or _is_immutable_tuple(value):
             attributes[key] = value
-        elif type(value) in (dict, OrderedDict, set) and not value:
-            attributes[key] = type(value)()
+        elif key in _STANDARD and not value and type(value) in (dict, OrderedDict, set):
+            attributes[key] = type(value)()  # one's own empty dictionary may be shared, or known to somebody else
         elif key in ("_parameters", "_buffers"):
             attributes[key] = type(value)((name, _copy_tensor(tensor, memo)) for name, tensor in value.items())
         elif key == "_modules":
@@ -190,7 +192,7 @@ def _keeps_state(kind: Any) -> bool:
     return any(
         name in vars(base)
         for base in kind.__mro__
-        if not base.__module__.startswith("torch.nn.modules")
+        if not base.__module__.startswith("torch.nn.modules") or issubclass(base, nn.RNNBase)
         for name in ("__getstate__", "__setstate__", "__reduce__", "__copy__", "__getnewargs__")
         if base is not object
     )

@@ -67,6 +67,11 @@ class Context:
         self._latest = now, self._analyses[key]
         return self._analyses[key]
 
+    def forget(self) -> None:
+        """Drop what is known about the module: somebody may have changed what no graph shows (a layer's stride)."""
+        self._snapshot = self._latest = None
+        self._analyses.clear()
+
     def masked(self, module: TracedModule, author: str, like: TracedModule | None = None) -> TracedModule:
         """The module (a copy of ``like``, whose analysis will do) with its lifted masks laid over it, in place."""
         if self.masking is not None:
@@ -114,6 +119,12 @@ class Pass(ABC):
     #: It replaces tensors, or writes into them where autograd's version counter sees it (not through ``.data``): that
     #: it changed nothing is known without reading every value.
     versioned: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Passes of users inherit no promise about how tensors are written."""
+        super().__init_subclass__(**options)
+        if "versioned" not in vars(cls) and not cls.__module__.startswith("fxcompress."):
+            cls.versioned = False
 
     @property
     def claims(self) -> bool:
@@ -335,7 +346,10 @@ def run_pass(item: Pass, module: TracedModule, context: Context, *, lays: bool =
         item.ensures(result, context)
         after = Snapshot(result, context.masking, values=not item.versioned)
         modified = before.differs(after)
-        context._snapshot = result, after
+        if item.versioned:
+            context._snapshot = result, after
+        else:
+            context.forget()
         if context.masking is not None and (lays or checked):
             context.masked(result, item.name)
             context.masking = None

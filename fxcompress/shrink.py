@@ -13,7 +13,7 @@ from fxcompress.channels.groups import ChannelGroups
 from fxcompress.channels.labels import BoolArray, Labels, cut_tensor
 from fxcompress.layers import agree
 from fxcompress.literals import Scaled, live_groups
-from fxcompress.module import TracedModule, modules_of, submodule
+from fxcompress.module import TracedModule, building, modules_of, submodule
 from fxcompress.nodes import scale_size, select_live
 from fxcompress.plan import Call, Gather, Plan
 from fxcompress.rewrite import Rewriter, rewriting
@@ -39,7 +39,7 @@ def shrink(
     """
     plan = Plan.of(module, groups.channels, live)
     steps, entering = plan.steps(), _entering(module, plan)  # everything is decided before anything is changed
-    with rewriting(module, author) as rewriter:
+    with building(), rewriting(module, author) as rewriter:
         identities = [(n, g.source) for n, g in steps.items() if isinstance(g, Gather) and _is_identity(g)]
         for node, step in steps.items():
             if isinstance(step, Gather):

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from fxcompress.attention import multihead_attention
 from fxcompress.errors import FxCompressError, InputError, TraceError
+from fxcompress.exclusive import exclusive
 from fxcompress.inputs import Inputs, check_devices, other_batch, tensors_in
 from fxcompress.module import TracedModule, building, copied, modules_of, own_attributes, owner, state_of
 from fxcompress.nodes import scale_size
@@ -44,6 +45,7 @@ _SHAPED = frozenset(
 _TAKEN_APART = frozenset(("unbind", "select", "chunk", "split", "tensor_split"))
 
 
+@exclusive
 def trace(model: nn.Module, example_inputs: Any = None) -> TracedModule:
     """Record ``model``'s forward on ``example_inputs`` as a graph over its own layers.
 
@@ -60,6 +62,11 @@ def trace(model: nn.Module, example_inputs: Any = None) -> TracedModule:
         InputError: inputs on another device, or the forward fails on them (or on stand-ins).
         TraceError: the forward itself reads values out of tensors (the line is named).
     """
+    return capture(model, example_inputs)
+
+
+def capture(model: nn.Module, example_inputs: Any, *, waiting: bool = False) -> TracedModule:
+    """:func:`trace`, of which a recorded graph may be ``waiting`` for its code."""
     if isinstance(model, TracedModule) and (example_inputs is None or not model.meta.get("provisional")):
         return copy.deepcopy(model)
     if not isinstance(model, nn.Module):
@@ -71,10 +78,10 @@ def trace(model: nn.Module, example_inputs: Any = None) -> TracedModule:
         check_devices(model, inputs)
     if isinstance(model, TracedModule):
         return _trace_again(model, inputs)
-    return _trace(model, inputs)
+    return _trace(model, inputs, waiting)
 
 
-def _trace(model: nn.Module, inputs: Inputs) -> TracedModule:
+def _trace(model: nn.Module, inputs: Inputs, waiting: bool = False) -> TracedModule:
     opaque: set[str] = set()
     with building():
         work = copied(model)
@@ -87,7 +94,7 @@ def _trace(model: nn.Module, inputs: Inputs) -> TracedModule:
         )
     batched = _settle_batch(model, work, inputs, recorder, opaque)
     with building():
-        return _assemble(work, recorder, opaque, batched)
+        return _assemble(work, recorder, opaque, batched, waiting)
 
 
 def _trace_again(model: TracedModule, inputs: Inputs) -> TracedModule:
@@ -416,7 +423,9 @@ class Holder(nn.Module):
         return f"of {self.kind.__name__}"
 
 
-def _assemble(work: nn.Module, recorder: Recorder, opaque: set[str], batched: tuple[str, ...]) -> TracedModule:
+def _assemble(
+    work: nn.Module, recorder: Recorder, opaque: set[str], batched: tuple[str, ...], waiting: bool = False
+) -> TracedModule:
     nodes = list(recorder.graph.nodes)
     used = {str(node.target) for node in nodes if node.op == "get_attr"}
     kept = recorder.reached | {name.rpartition(".")[0] for name in used}
@@ -454,4 +463,4 @@ def _assemble(work: nn.Module, recorder: Recorder, opaque: set[str], batched: tu
         for name, tensor in recorder.constants.items():
             constants.register_buffer(name, tensor.detach().clone(), persistent=False)
     meta = {"history": (), "batched": batched, "opaque": tuple(sorted(opaque)), "unreached": tuple(dropped)}
-    return TracedModule.build(tree, recorder.graph, meta)
+    return TracedModule.build(tree, recorder.graph, meta, waiting=waiting)

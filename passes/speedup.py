@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fxcompress.channels.constants import Verdict, find_constants
 from fxcompress.channels.groups import ChannelGroups, Group
 from fxcompress.channels.labels import BoolArray
-from fxcompress.constant_channels import approximate, decide, has_zero_slices, remove
+from fxcompress.constant_channels import approximate, composed, remove_constants
 from fxcompress.errors import InputError, PassError
 from fxcompress.masking import Masking, lay
 from fxcompress.module import MASKS, TracedModule, state_of
@@ -24,7 +23,7 @@ from fxcompress.pipeline import Context, Pass, check_claim
 from fxcompress.plan import settle
 from fxcompress.rewrite import rewriting
 from fxcompress.shrink import shrink
-from fxcompress.verify import Align, verify
+from fxcompress.verify import verify
 
 
 @dataclass(frozen=True)
@@ -121,23 +120,14 @@ class Speedup(Pass):
     def _remove_constant(self, module: TracedModule, context: Context) -> list[str]:
         """Remove channels that are constant or unread where that is exact; why others with zero weights stay."""
         assert context.inputs is not None
-        folded: list[str] = []
-        staying: tuple[str, ...] = ()
-        while has_zero_slices(module):  # rows that went may have been all that read a channel: every round shrinks
-            groups = context.groups(module)
-            decision = decide(module, groups, find_constants(module, context.inputs), Verdict.FOLDS)
-            staying = decision.notes
-            if decision.live.all():
-                break
-            align, names = remove(module, groups, decision, self.name)
-            folded += names
-            context.align = align if context.align is None else _composed(context.align, align)
-        else:
-            staying = ()
-        if folded:
+        removal = remove_constants(module, context.inputs, self.name, context.groups)
+        if removal.align is not None:
+            first = context.align
+            context.align = removal.align if first is None else composed(first, removal.align)
+        if removal.folded:
             context.rounded = True
-            context.notes.append(f"constants folded into {', '.join(dict.fromkeys(folded))}")
-        return list(staying)
+            context.notes.append(f"constants folded into {', '.join(dict.fromkeys(removal.folded))}")
+        return list(removal.staying)
 
     def _approximate(self, module: TracedModule, context: Context, staying: list[str]) -> list[str]:
         """Take constants for what they are inside the border, and remove what that sets free; why others stay."""
@@ -182,11 +172,6 @@ class Speedup(Pass):
                 dead.append(group.components[~alive[group.components]])
         live = settle(module, channels, masking.live(channels) & channels.live(np.concatenate(dead)))
         return masking.with_live(channels, live)
-
-
-def _composed(first: Align, second: Align) -> Align:
-    """What a value is after two removals."""
-    return lambda name, value: second(name, first(name, value))
 
 
 def _size(module: TracedModule) -> int:

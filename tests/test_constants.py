@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable
 from importlib import import_module
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -536,8 +535,13 @@ def test_the_check_sees_a_padded_convolution_that_folds(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("name", ["layer norm", "used twice with two", "a product of activations"])
 def test_the_check_sees_refusals_that_are_ignored(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     build, slices, _, _ = TOKEN_CASES[name]
-    careless = SimpleNamespace(FOLDS=constants.Verdict.STAYS)
-    monkeypatch.setattr(import_module("fxcompress.passes.speedup"), "Verdict", careless)
+    module = import_module("fxcompress.constant_channels")
+    right = module.decide
+
+    def careless(*args: Any) -> Any:
+        return right(*args[:3], constants.Verdict.STAYS)
+
+    monkeypatch.setattr(module, "decide", careless)
     with pytest.raises(VerificationError, match="Speedup differs"):
         speedup(build(), TOKENS, *slices, given=False)
 

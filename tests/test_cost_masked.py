@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from fxcompress import compress
+from fxcompress import compress, masks
 from fxcompress.cost import Cost, count
 from fxcompress.errors import InputError
 from fxcompress.passes import L1FilterPruner, LevelPruner, Speedup
@@ -28,12 +28,20 @@ def test_a_masked_model_costs_what_the_dense_one_does_and_less_after() -> None:
     assert found.symbolic.evaluate(found.symbolic.current) == (removed.macs, removed.params, removed.bytes)
 
 
-def test_masks_of_single_weights_cost_and_remove_nothing() -> None:
+def test_masks_of_single_weights_cost_nothing_and_remove_what_holds_a_constant() -> None:
     model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(3, 4)
-    found = count(compress(model, [LevelPruner(0.5)], example_inputs=x), x)
+    masked = compress(model, [LevelPruner({"0": 0.5})], example_inputs=x)
+    rows = int(masks(masked)["0.weight"].any(1).sum())
+    assert rows < 6, "some row of the first layer is masked as a whole"
+    found = count(masked, x)
     assert (found.macs, found.params, found.bytes) == (36, 44, 176)
     assert found.after is not None
-    assert (found.after.macs, found.after.params, found.after.bytes) == (36, 44, 176)
+    assert found.after.macs == rows * (4 + 2)
+    assert found.after == count(compress(masked, [Speedup()], example_inputs=x), x)
+    scattered = compress(model, [LevelPruner(pattern="2:4", include="0")], example_inputs=x)
+    kept = count(scattered, x).after
+    assert kept is not None
+    assert kept.macs == 36, "no slice is masked as a whole"
 
 
 def test_a_model_that_has_changed_since_is_not_priced() -> None:

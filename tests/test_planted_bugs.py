@@ -264,7 +264,7 @@ def flag_always_true(patch: Patch) -> None:
 
 def caller_pruned(patch: Patch) -> None:
     """`compress` works on what it was given."""
-    patch.setattr(import_module("fxcompress.compress"), "trace", lambda model, _: model)
+    patch.setattr(import_module("fxcompress.compress"), "capture", lambda model, *_, **__: model)
 
 
 def mode_lost(patch: Patch) -> None:

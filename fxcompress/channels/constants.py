@@ -30,7 +30,7 @@ from fxcompress.channels.labels import IntArray, dims_of
 from fxcompress.channels.propagate import propagate
 from fxcompress.channels.rules import Call, Rule
 from fxcompress.inputs import Inputs
-from fxcompress.module import TracedModule
+from fxcompress.module import TracedModule, owner
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -344,8 +344,10 @@ _AFFINE = frozenset("linear conv1d conv2d conv3d conv_transpose1d conv_transpose
 
 
 def _is_parameter(value: Any, module: nn.Module) -> bool:
-    names = dict(module.named_parameters(remove_duplicate=False))
-    return isinstance(value, fx.Node) and value.op == "get_attr" and value.target in names
+    if not isinstance(value, fx.Node) or value.op != "get_attr":
+        return False
+    holder, name = owner(module, str(value.target))
+    return name in holder._parameters
 
 
 def _along(factor: Tensor, dim: int) -> IntArray:

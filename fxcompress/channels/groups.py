@@ -29,6 +29,7 @@ from fxcompress.channels.ledger import Axis
 from fxcompress.channels.propagate import WHOLE, propagate
 from fxcompress.channels.solve import Channels, solve
 from fxcompress.errors import InputError
+from fxcompress.exclusive import exclusive
 from fxcompress.inputs import Inputs
 from fxcompress.module import TracedModule, building
 from fxcompress.text import as_text
@@ -298,6 +299,7 @@ def _path(graph: nx.Graph[str], start: str, end: str) -> str:
     return nodes[0] + "".join(steps)
 
 
+@exclusive
 def channel_groups(model: nn.Module, example_inputs: Any = None) -> ChannelGroups:
     """Which channels of a model stand or fall together, and which cannot be removed and why.
 

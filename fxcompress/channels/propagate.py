@@ -335,7 +335,7 @@ def _propagate(module: TracedModule, inputs: Inputs, observer: Observer | None, 
         ledger.node = name
         kind: Kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
         if kind == "buffer":
-            before.append((tensor, tensor._version, tensor.clone()))
+            before.append((tensor, tensor.clone()))
         factors = ledger.fresh(name, tensor.shape, kind) if tensor.is_floating_point() else ()
         watch.label(tensor, Labels(tuple(tensor.shape), factors, const=True, direct=True))
         watch.parameters[id(tensor)] = name
@@ -343,9 +343,9 @@ def _propagate(module: TracedModule, inputs: Inputs, observer: Observer | None, 
         with evaluating(module), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), watch:
             interpreter.run(positional(module, inputs.map(Tensor.clone)))
     finally:
-        for buffer, version, value in before:  # a forward may write into its buffers
-            if buffer._version != version:
-                buffer.copy_(value)
+        for buffer, value in before:  # a forward may write into its buffers, BatchNorm without a new version
+            if not torch.equal(buffer, value):
+                buffer.data.copy_(value)  # nor does this make one
     labels = {name: watch.of(tensor) for name, tensor in state.items()}
     values = interpreter.values
     for node in module.graph.nodes:

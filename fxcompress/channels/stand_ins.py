@@ -1,9 +1,9 @@
 """Results that are not computed: labels follow shapes, and what a weight was multiplied with has no value that matters.
 
-A stand-in is one number, expanded to the shape of the result: it takes neither time nor memory, and is told by its
-strides. Products with weights start them and what is done element by element to them keeps them. Everything else is
-computed, on ones where it meets a stand-in; a value that decides a shape or an index never comes from one, since what
-depends on the input is frozen there.
+A stand-in is one number, expanded to the shape of the result: it takes neither time nor memory, and is told by where
+it is stored. Products with weights start them and what is done element by element to them keeps them. Everything else
+is computed, on ones where it meets a stand-in; a value that decides a shape or an index never comes from one, since
+what depends on the input is frozen there.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _is_free(left: Tensor, right: Tensor, of: Callable[[Tensor], Labels]) -> boo
 
 
 def _stands_in(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.numel() > 1 and not any(tensor.stride())
+    return tensor.is_floating_point() and tensor.data_ptr() == _one(tensor.dtype, tensor.device).data_ptr()
 
 
 def _ones(like: Tensor, shape: Sequence[int]) -> Tensor:
