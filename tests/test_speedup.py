@@ -228,3 +228,23 @@ def test_rows_that_given_masks_leave_unequal_stay() -> None:
     small = fxcompress.compress(net, [Speedup(masks=masks)], example_inputs=x)
     assert small.get_submodule("g").out_channels == 6  # one of each group
     close(zeroed(net, masks)(x), small(x))
+
+
+def test_rows_of_a_group_norm_are_its_groups_even_where_channels_repeat() -> None:
+    class Tied(nn.Module):
+        """Three channels twice: a, b, c, a, b, c in groups of two, of which none can lose one alone."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.other = nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3)
+            self.other.weight, self.other.bias = self.conv.weight, self.conv.bias
+            self.norm, self.head = nn.GroupNorm(3, 6), nn.Conv2d(6, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.norm(torch.cat([self.conv(x), self.other(x.flip(2))], 1)))
+
+    net, x = Tied().eval(), torch.randn(2, 3, 6, 6)
+    masked = fxcompress.compress(net, [L1FilterPruner(0.5)], example_inputs=x)
+    small = fxcompress.compress(masked, [Speedup()], example_inputs=x)
+    torch.testing.assert_close(small(x), masked(x))
+    assert small.get_submodule("norm").num_groups == 3

@@ -208,7 +208,7 @@ def _grouped(
         else:
             ledger.unite(entering.reshape(groups, 1), per_group)
             if per_group.shape[1] > 1:
-                ledger.constrain(per_group)
+                ledger.constrain(per_group, rows=(0,))
         ledger.contract(w.shape[:2], [out.reshape(-1, 1)], repeats)
         return [out]
     if per_group.shape[1] == 1:

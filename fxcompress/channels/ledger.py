@@ -171,16 +171,22 @@ class Ledger:
         elif dims:
             self.constrain(factor, dims)
 
-    def constrain(self, factor: Tensor, pinned: Iterable[int] = ()) -> None:
-        """The live part of a factor must have a shape: a rectangle, or rows of equal length."""
-        labels = Labels(tuple(factor.shape), (factor,), rows=frozenset(pinned))
+    def constrain(self, factor: Tensor, pinned: Iterable[int] = (), rows: Iterable[int] = ()) -> None:
+        """The live part of a factor must have a shape: a rectangle, or rows of equal length.
+
+        Args:
+            factor: the labels.
+            pinned: dimensions that stay whole.
+            rows: dimensions that number rows, which may go whole; without, rows run where labels follow each other.
+        """
+        labels = Labels(tuple(factor.shape), (factor,), rows=frozenset({*pinned, *rows}))
         self.constraints.append(Constraint(labels, frozenset(pinned), self.node))
 
     def divide(self, factor: Tensor, groups: int, pinned: Iterable[int] = ()) -> None:
         """The running operator takes a factor's channels in groups, which must keep equally many."""
         rows = factor.reshape(groups, -1)
         self.divisions.append(Division(rows.numpy(), self.node))
-        self.constrain(rows, pinned)
+        self.constrain(rows, pinned, rows=(0,))
 
     def produce(self, factors: Iterable[Tensor]) -> None:
         """These labels are rows of a weight that produces channels: they are what gets scored."""
