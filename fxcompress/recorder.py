@@ -11,7 +11,7 @@ import inspect
 import operator
 import sys
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,10 +114,12 @@ class Recorder(TorchFunctionMode):
     Args:
         model: the module that runs; its parameters and buffers become ``get_attr`` nodes.
         known: ids of tensors that existed before the run and may be recorded as constants.
+        computes: layers compute what they make of activations; without, only its shape is right.
     """
 
-    def __init__(self, model: nn.Module, known: frozenset[int]) -> None:
+    def __init__(self, model: nn.Module, known: frozenset[int], *, computes: bool = True) -> None:
         super().__init__()
+        self.computes = computes
         self.graph = fx.Graph()
         self.constants: dict[str, Tensor] = {}
         self.scopes: list[str] = [""]
@@ -374,6 +376,10 @@ class Recorder(TorchFunctionMode):
 
     def _remember(self, tensor: Tensor, node: fx.Node) -> None:
         self._node_of[id(tensor)] = weakref.ref(tensor), node
+
+    def depends_on_inputs(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether one of these tensors was made of the inputs (or of random numbers)."""
+        return any(map(self._is_dynamic, tensors))
 
     def _is_dynamic(self, tensor: Tensor) -> bool:
         return self.node(tensor) in self._dynamic

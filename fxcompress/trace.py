@@ -21,6 +21,7 @@ from fxcompress.inputs import Inputs, check_devices, other_batch, tensors_in
 from fxcompress.module import TracedModule, building, copied, modules_of, own_attributes, owner, state_of
 from fxcompress.nodes import scale_size
 from fxcompress.recorder import CONSTANTS, MODE_HOLDER, Recorder, TrainingFlag, ValueReadError
+from fxcompress.valueless import Valueless
 
 #: Modules of torch.nn that are written out or traced through: channels, or sizes that change with them, live inside.
 _OPENED = (
@@ -166,7 +167,19 @@ def _record_all(model: nn.Module, work: nn.Module, inputs: Inputs, opaque: set[s
 
 
 def _record(model: nn.Module, work: nn.Module, inputs: Inputs, opaque: set[str], known: frozenset[int]) -> Recorder:
-    recorder = Recorder(work, known)
+    """Record the forward without computing what layers make of activations; with it, where that is not possible."""
+    if not opaque:  # an opaque module is the user's code, and looks at values
+        try:
+            return _record_with(model, work, inputs, opaque, known, computes=False)
+        except InputError:
+            pass
+    return _record_with(model, work, inputs, opaque, known, computes=True)
+
+
+def _record_with(
+    model: nn.Module, work: nn.Module, inputs: Inputs, opaque: set[str], known: frozenset[int], *, computes: bool
+) -> Recorder:
+    recorder = Recorder(work, known, computes=computes)
     inputs = inputs.map(Tensor.clone)
     bound = _bind(work, inputs)
     originals = {name: t for name, t in state_of(model).items() if not isinstance(t, nn.Parameter)}
@@ -265,7 +278,13 @@ def _leaf_forward(recorder: Recorder, path: str, forward: Callable[..., Any]) ->
         if recorder.quiet:
             return forward(*args, **kwargs)
         recorder.reached.add(path)
-        return recorder.record(forward, "", args, kwargs, list(tensors_in((args, kwargs))), module=path)
+        tensors = list(tensors_in((args, kwargs)))
+        call = forward if recorder.computes or not recorder.depends_on_inputs(tensors) else valueless
+        return recorder.record(call, "", args, kwargs, tensors, module=path)
+
+    def valueless(*args: Any, **kwargs: Any) -> Any:
+        with Valueless():
+            return forward(*args, **kwargs)
 
     return run
 

@@ -56,13 +56,16 @@ NAMES = (
     "deeplabv3_mobilenet_v3_large",
 )
 
+#: Only measured, by the benchmarks.
+MEASURED = ("densenet201", "vit_b_16")
+
 _OPTIONS: dict[str, dict[str, object]] = {
     "googlenet": {"init_weights": False},
     "inception_v3": {"init_weights": False},
     "deeplabv3_mobilenet_v3_large": {"weights_backbone": None},
 }
 # 64 leaves the last stage of a network of stride 32 two pixels wide: a border, and no 1x1 special case.
-_SIDE = {"inception_v3": 75}
+_SIDE = {"inception_v3": 75, "vit_b_16": 224}
 
 _CONTRACTIONS = (
     nn.Linear,
@@ -84,7 +87,7 @@ def build(name: str, seed: int = 0, batch: int = 2) -> tuple[nn.Module, Tensor]:
     Every weight, bias and statistic comes from `seed` (`randomize`), scaled so that each layer's output on
     this input has a standard deviation of 1 (`calibrate`). The same arguments give the same model.
     """
-    if name not in NAMES:
+    if name not in (*NAMES, *MEASURED):
         raise ValueError(f"unknown model {name!r}; choose one of {', '.join(NAMES)}")
     options = {"weights": None, **_OPTIONS.get(name, {})}
     with torch.random.fork_rng(devices=[]):
