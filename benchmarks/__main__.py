@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="rounds that are measured, after one that is not")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(f"torch {torch.__version__}, one thread, medians of {options.rounds} rounds")
     for name in options.which or BENCHMARKS:
         if name == "pace":
@@ -35,7 +35,7 @@ def main() -> None:
         elif name == "memory":
             console.print(peaks())
         elif name == "pricing":
-            console.print(price(rounds=options.rounds))
+            console.print(str(price(rounds=options.rounds)), highlight=False)
         else:
             console.print(*stages(options.rounds))
 
