@@ -10,6 +10,7 @@ from typing import Any
 import model_zoo
 import pytest
 import torch
+from conftest import Clock
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
@@ -163,27 +164,33 @@ def test_unusable_arguments(measure: Callable[..., Any], model: nn.Module, input
 # ---- latency ---------------------------------------------------------------------------------------------
 
 
-def test_latency_measures_the_forward_pass() -> None:
+def test_latency_measures_the_forward_pass(clock: Clock) -> None:
     seen = []
 
     def run(x: Tensor) -> Tensor:
         seen.append((len(x), torch.get_num_threads(), torch.is_grad_enabled()))
-        time.sleep(0.01)
+        clock.sleep(1 / 128 if len(seen) % 2 else 3 / 128)
         return x
 
-    found = latency(Call(run), torch.zeros(3, 2), threads=1, min_run_time=0.05)
-    assert 0.01 <= found.median < 0.1
-    assert 0 <= found.iqr < 0.1
-    assert (found.batch, found.threads) == (3, 1)
-    assert 5 <= found.runs < len(seen)
+    found = latency(Call(run), torch.zeros(3, 2), threads=1, min_run_time=1.0)
+    assert found.median == 2 / 128
+    assert found.iqr == 2 / 128
+    assert set(found.times) == {1 / 128, 3 / 128}
+    assert (found.batch, found.threads, found.runs) == (3, 1, 64)
+    assert found.runs < len(seen)  # the model was warm
     assert {(batch, grad) for batch, _, grad in seen} == {(3, False)}
     assert seen[-1][1] == 1
-    assert str(found).startswith(f"{found.median * 1e3:.3f} ms")
-    assert str(found).endswith("batch 3, 1 thread")
+    assert str(found) == "15.625 ms (median of 64 runs, IQR 15.625 ms), batch 3, 1 thread"
 
 
-def test_slow_models_are_measured_ten_times() -> None:
-    assert latency(Call(lambda x: time.sleep(0.01)), torch.zeros(1), min_run_time=0.0).runs >= 8
+def test_the_clock_is_the_machines() -> None:
+    start = time.perf_counter()
+    found = latency(Call(torch.relu), torch.zeros(1), min_run_time=0.0)
+    assert 0 < sum(found.times) / len(found.times) * found.runs < time.perf_counter() - start
+
+
+def test_slow_models_are_measured_ten_times(clock: Clock) -> None:
+    assert latency(Call(lambda x: clock.sleep(0.25)), torch.zeros(1), min_run_time=0.0).runs == 10
 
 
 def test_latency_in_eval_mode_with_as_many_threads_as_now() -> None:
