@@ -90,7 +90,7 @@ def decide(module: TracedModule, groups: ChannelGroups, findings: Findings, wors
     dead = np.concatenate([np.empty(0, dtype=np.int64), *chosen])
     live = channels.live(dead)
     if len(dead):
-        live = settle(module, channels, live)
+        live = settle(module, groups, live)
     notes = _Notes(module, channels, [readings, findings.obstacles], verdicts, worst)
     lines = tuple(line for group in groups for line in notes.of(group, live))
     return Decision(live, tuple(_folds(module, findings.intakes, live)), lines)

@@ -1,6 +1,6 @@
 """One at a time: whoever changes what belongs to the whole process, and puts it back, must not be interleaved.
 
-The default dtype, the random generator, the choice of attention kernels and Python's garbage collector are such.
+The default dtype, the random generator and the choice of attention kernels are such.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
-import gc
 import importlib
 import operator
+import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,11 +17,31 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxcompress.arguments import mapped
 from fxcompress.errors import GraphError, InputError
 
 MASKS = "_masks"
 #: What a module holds, by the names of its attributes.
 _HELD = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "training")
+
+
+class OwnedGraph(fx.Graph):
+    """A graph that does not keep the module alive that it belongs to.
+
+    In torch.fx each keeps the other, so that a module nobody wants any more, with all its weights, stays until the
+    garbage collector looks at the oldest things there are.
+    """
+
+    _owner: weakref.ref[fx.GraphModule] | None = None
+
+    @property
+    def owning_module(self) -> fx.GraphModule | None:
+        """The module that runs the graph, while there is one."""
+        return None if self._owner is None else self._owner()
+
+    @owning_module.setter
+    def owning_module(self, mod: fx.GraphModule | None) -> None:
+        self._owner = None if mod is None else weakref.ref(mod)
 
 
 class TracedModule(fx.GraphModule):
@@ -38,7 +58,7 @@ class TracedModule(fx.GraphModule):
     def build(cls, tree: nn.Module, graph: fx.Graph, meta: dict[str, Any], *, waiting: bool = False) -> TracedModule:
         """A module that runs ``graph`` over the submodules, parameters and buffers of ``tree`` (taken, not copied)."""
         token = _EMPTY.set(True)  # the empty graph never runs
-        made = cls(nn.Module(), fx.Graph())
+        made = cls(nn.Module(), OwnedGraph())
         _EMPTY.reset(token)
         if waiting:
             made.wait()
@@ -223,21 +243,6 @@ def own_attributes(module: nn.Module) -> set[str]:
     return vars(module).keys() - _STANDARD
 
 
-@contextmanager
-def building() -> Iterator[None]:
-    """Without the garbage collector, which looks at everything again and again while only lasting things are made."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            if not gc.get_freeze_count():  # what was made goes to the oldest generation without being looked at
-                gc.freeze()
-                gc.unfreeze()
-            gc.enable()
-
-
 def modules_of(module: nn.Module, *, every_name: bool = False) -> dict[str, nn.Module]:
     """``dict(module.named_modules())``, without its generators inside generators.
 
@@ -245,20 +250,19 @@ def modules_of(module: nn.Module, *, every_name: bool = False) -> dict[str, nn.M
         module: the root.
         every_name: a module that has several names is listed under all of them, not only the first.
     """
-    found = {"": module}
-    seen = {id(module)}
-
-    def visit(prefix: str, parent: nn.Module) -> None:
-        for key, child in parent._modules.items():
-            if child is None or (id(child) in seen and not every_name):
-                continue
-            seen.add(id(child))
-            name = prefix + key
-            found[name] = child
-            if child._modules:
-                visit(f"{name}.", child)
-
-    visit("", module)
+    found: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+    # A nested function that calls itself would do, and keep every module that it sees until the next collection.
+    waiting: list[tuple[str, nn.Module]] = [("", module)]
+    while waiting:
+        name, item = waiting.pop()
+        if id(item) in seen and not every_name:
+            continue
+        seen.add(id(item))
+        found[name] = item
+        if item._modules:
+            prefix = f"{name}." if name else ""
+            waiting += [(prefix + key, child) for key, child in reversed(item._modules.items()) if child is not None]
     return found
 
 
@@ -293,7 +297,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
     """A copy of the graph, node names and meta kept."""
-    made = fx.Graph()
+    made = OwnedGraph()
     twins: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         twin = made.create_node(
@@ -327,22 +331,13 @@ class _Record:
     @classmethod
     def of(cls, node: fx.Node) -> _Record:
         target = _qualified(node.target) if node.op == "call_function" else node.target
-        return cls(node.name, node.op, target, _refer(node.args), _refer(dict(node.kwargs)), dict(node.meta))
+        return cls(
+            node.name, node.op, target, mapped(_refer, node.args), mapped(_refer, dict(node.kwargs)), dict(node.meta)
+        )
 
 
 def _refer(value: Any) -> Any:
-    """A node's argument with names for the nodes in it, and ordinary containers instead of fx's."""
-    if isinstance(value, fx.Node):
-        return _Reference(value.name)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(_refer, value))
-    if isinstance(value, (list, tuple)):
-        return (list if isinstance(value, list) else tuple)(map(_refer, value))
-    if isinstance(value, dict):
-        return {key: _refer(item) for key, item in value.items()}
-    if isinstance(value, slice):
-        return slice(*map(_refer, (value.start, value.stop, value.step)))
-    return value
+    return _Reference(value.name) if isinstance(value, fx.Node) else value
 
 
 def _qualified(target: Any) -> tuple[str, str] | Any:
@@ -366,25 +361,16 @@ def _find(target: Any) -> Any:
 
 
 def _rebuild(tree: nn.Module, records: list[_Record], meta: dict[str, Any]) -> TracedModule:
-    graph = fx.Graph()
+    graph = OwnedGraph()
     nodes: dict[str, fx.Node] = {}
 
     def resolve(value: Any) -> Any:
-        if isinstance(value, _Reference):
-            return nodes[value.name]
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return type(value)(*map(resolve, value))
-        if isinstance(value, (list, tuple)):
-            return (list if isinstance(value, list) else tuple)(map(resolve, value))
-        if isinstance(value, dict):
-            return {key: resolve(item) for key, item in value.items()}
-        if isinstance(value, slice):
-            return slice(*map(resolve, (value.start, value.stop, value.step)))
-        return value
+        return nodes[value.name] if isinstance(value, _Reference) else value
 
     for record in records:
         target = _find(record.target) if record.op == "call_function" else record.target
-        node = graph.create_node(record.op, target, resolve(record.args), resolve(record.kwargs), record.name)
+        args, kwargs = mapped(resolve, record.args), mapped(resolve, record.kwargs)
+        node = graph.create_node(record.op, target, args, kwargs, record.name)
         node.meta = dict(record.meta)
         nodes[record.name] = node
     return TracedModule.build(tree, graph, meta)

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from fxcompress.arguments import mapped
+from fxcompress.channels.groups import ChannelGroups
 from fxcompress.channels.labels import BoolArray, Cut, Labels, cut_shape, cut_tensor, dims_of, labels_in, plan_cuts
 from fxcompress.channels.solve import Channels, source_of
 from fxcompress.errors import GraphError
@@ -66,15 +68,12 @@ class Plan:
         self._masked = False  # sizes are those of a masked graph: dense
 
     @classmethod
-    def of(cls, module: TracedModule, channels: Channels, live: BoolArray) -> Plan:
+    def of(cls, module: TracedModule, groups: ChannelGroups, live: BoolArray) -> Plan:
         """The plan of a live set; of the one that was asked for last, the same plan."""
-        last: Plan
-        for last in channels.plans:
-            if last.module is module and last.graph is module.graph and np.array_equal(last.live, live):
-                return last
-        made = cls(module, channels, live)
-        channels.plans[:] = [made]
-        return made
+        last: Plan | None = groups.planned
+        if last is None or last.graph is not module.graph or not np.array_equal(last.live, live):
+            last = groups.planned = cls(module, groups.channels, live)
+        return last
 
     # ---- values ------------------------------------------------------------------------------------------------
 
@@ -292,13 +291,7 @@ class Plan:
                 return _attribute(self.module, str(source.target))
             return self.number(source) if live else self.value(source)
 
-        args, kwargs = pytree.tree_map(
-            lambda leaf: (
-                slice(*map(fetch, (leaf.start, leaf.stop, leaf.step))) if isinstance(leaf, slice) else fetch(leaf)
-            ),
-            (list(call.args), dict(call.kwargs)),
-            is_leaf=lambda leaf: isinstance(leaf, (fx.Node, Scaled, slice)),
-        )
+        args, kwargs = mapped(fetch, list(call.args)), mapped(fetch, dict(call.kwargs))
         if call.op == "call_method":
             return getattr(args[0], call.target)(*args[1:], **kwargs)
         if call.op == "call_module":
@@ -350,16 +343,17 @@ def _kept(order: Tensor, cuts: Sequence[Cut] | None, dim: int) -> Tensor:
 
 
 def settle(
-    module: TracedModule, channels: Channels, live: BoolArray, rank: Mapping[int, float] | None = None
+    module: TracedModule, groups: ChannelGroups, live: BoolArray, rank: Mapping[int, float] | None = None
 ) -> BoolArray:
     """The live set closest to ``live`` whose removal can be written down as a graph.
 
     Constraints are repaired, and channels come back at which a node could not be rewritten (the node is named in the
     warning); best ranked components come back first.
     """
+    channels = groups.channels
     while True:  # every round brings components back, so this ends
         live = channels.repair(live, rank)
-        plan = Plan.of(module, channels, live)
+        plan = Plan.of(module, groups, live)
         try:
             plan.steps()
         except InexpressibleError as problem:

@@ -21,9 +21,10 @@ from torch.fx.node import base_types as BASE_TYPES
 from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 from torch.utils import _pytree as pytree
 
+from fxcompress.arguments import mapped
 from fxcompress.errors import TraceError
 from fxcompress.inputs import tensors_in
-from fxcompress.module import state_of
+from fxcompress.module import OwnedGraph, state_of
 from fxcompress.nodes import require_recorded
 from fxcompress.sizes import TRACED, Expression, TracedInt, plain
 
@@ -120,7 +121,7 @@ class Recorder(TorchFunctionMode):
     def __init__(self, model: nn.Module, known: frozenset[int], *, computes: bool = True) -> None:
         super().__init__()
         self.computes = computes
-        self.graph = fx.Graph()
+        self.graph: fx.Graph = OwnedGraph()
         self.constants: dict[str, Tensor] = {}
         self.scopes: list[str] = [""]
         self.reached: set[str] = {""}
@@ -284,6 +285,9 @@ class Recorder(TorchFunctionMode):
 
     def argument(self, value: Any) -> Any:
         """``value`` with its tensors and traced numbers replaced by nodes."""
+        return mapped(self._argument, value)
+
+    def _argument(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             return self.node(value)
         if isinstance(value, TRACED):
@@ -294,16 +298,6 @@ class Recorder(TorchFunctionMode):
             return self.graph.call_function(operator.mul, (self._training_node(), value.probability))
         if isinstance(value, torch.device) and value == self.device:
             return self._device()
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return type(value)(*map(self.argument, value))
-        if isinstance(value, tuple):
-            return tuple(map(self.argument, value))
-        if isinstance(value, list):
-            return list(map(self.argument, value))
-        if isinstance(value, dict):
-            return {key: self.argument(item) for key, item in value.items()}
-        if isinstance(value, slice):
-            return slice(*map(self.argument, (value.start, value.stop, value.step)))
         if value is None or value is Ellipsis or isinstance(value, BASE_TYPES):
             return value
         if isinstance(value, torch.Generator):

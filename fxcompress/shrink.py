@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
+from fxcompress.arguments import mapped
 from fxcompress.channels.groups import ChannelGroups
 from fxcompress.channels.labels import BoolArray, Labels, cut_tensor
 from fxcompress.layers import agree
 from fxcompress.literals import Scaled, live_groups
-from fxcompress.module import TracedModule, building, modules_of, submodule
+from fxcompress.module import TracedModule, modules_of, submodule
 from fxcompress.nodes import scale_size, select_live
 from fxcompress.plan import Call, Gather, Plan
 from fxcompress.rewrite import Rewriter, rewriting
@@ -37,9 +37,9 @@ def shrink(
         author: the pass, for provenance.
         masks: of single elements, by parameter, True = keep: multiplied into what remains.
     """
-    plan = Plan.of(module, groups.channels, live)
+    plan = Plan.of(module, groups, live)
     steps, entering = plan.steps(), _entering(module, plan)  # everything is decided before anything is changed
-    with building(), rewriting(module, author) as rewriter:
+    with rewriting(module, author) as rewriter:
         identities = [(n, g.source) for n, g in steps.items() if isinstance(g, Gather) and _is_identity(g)]
         for node, step in steps.items():
             if isinstance(step, Gather):
@@ -81,14 +81,9 @@ def _write_call(rewriter: Rewriter, node: fx.Node, call: Call) -> None:
             return rewriter.insert_before(
                 node, "call_function", scale_size, (item.node, item.numerator, item.denominator)
             )
-        if isinstance(item, slice):
-            return slice(*map(settle, (item.start, item.stop, item.step)))
         return item
 
-    args, kwargs = pytree.tree_map(
-        settle, (call.args, call.kwargs), is_leaf=lambda item: isinstance(item, (fx.Node, Scaled, slice))
-    )
-    rewriter.become(node, call.op, call.target, tuple(args), dict(kwargs))
+    rewriter.become(node, call.op, call.target, mapped(settle, call.args), mapped(settle, dict(call.kwargs)))
 
 
 def _is_identity(gather: Gather) -> bool:

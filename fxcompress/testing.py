@@ -169,11 +169,12 @@ def portrait(thing: Any) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     seen: set[int] = set()
-
-    def visit(value: Any, path: str) -> None:
+    waiting = [("", thing)]
+    while waiting:
+        path, value = waiting.pop()
         if isinstance(value, Tensor):
             found[path] = (id(value), value.requires_grad, *content(value))
-            visit(value.grad if value.is_leaf else None, f"{path}.grad")
+            waiting.append((f"{path}.grad", value.grad if value.is_leaf else None))
         elif isinstance(value, np.ndarray):
             found[path] = (str(value.dtype), value.shape, value.tobytes())
         elif isinstance(value, fx.Graph):
@@ -186,10 +187,7 @@ def portrait(thing: Any) -> dict[str, Any]:
             seen.add(id(value))
             items = _items(value)
             found[path] = (id(value), type(value), tuple(key for key, _ in items))
-            for key, item in items:
-                visit(item, f"{path}{key}")
-
-    visit(thing, "")
+            waiting += [(f"{path}{key}", item) for key, item in reversed(items)]
     return found
 
 

@@ -6,6 +6,7 @@ import copy
 import functools
 import gc
 import inspect
+import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxcompress.arguments import leaves, mapped
 from fxcompress.attention import multihead_attention
 from fxcompress.errors import FxCompressError, InputError, TraceError
 from fxcompress.exclusive import exclusive
 from fxcompress.inputs import Inputs, check_devices, other_batch, tensors_in
-from fxcompress.module import TracedModule, building, copied, modules_of, own_attributes, owner, state_of
+from fxcompress.module import TracedModule, copied, copy_graph, modules_of, own_attributes, owner, state_of
 from fxcompress.nodes import scale_size
 from fxcompress.recorder import CONSTANTS, MODE_HOLDER, Recorder, TrainingFlag, ValueReadError
 from fxcompress.valueless import Valueless
@@ -84,9 +86,8 @@ def capture(model: nn.Module, example_inputs: Any, *, waiting: bool = False) -> 
 
 def _trace(model: nn.Module, inputs: Inputs, waiting: bool = False) -> TracedModule:
     opaque: set[str] = set()
-    with building():
-        work = copied(model)
-        recorder = _record_all(model, work, inputs, opaque)
+    work = copied(model)
+    recorder = _record_all(model, work, inputs, opaque)
     if recorder.branches:
         warnings.warn(
             f"the forward asks for self.training, at {recorder.branches[0]}, and the model is in train mode: the path "
@@ -94,8 +95,7 @@ def _trace(model: nn.Module, inputs: Inputs, waiting: bool = False) -> TracedMod
             stacklevel=3,
         )
     batched = _settle_batch(model, work, inputs, recorder, opaque)
-    with building():
-        return _assemble(work, recorder, opaque, batched, waiting)
+    return _assemble(work, recorder, opaque, batched, waiting)
 
 
 def _trace_again(model: TracedModule, inputs: Inputs) -> TracedModule:
@@ -121,7 +121,7 @@ def _trace_symbolically(model: nn.Module) -> TracedModule:
     work = copy.deepcopy(model)
     recorder = Recorder(work, frozenset())
     try:
-        recorder.graph = _StandIns().trace(work)
+        recorder.graph = copy_graph(_StandIns().trace(work))
     except Exception as error:  # whatever a forward does to a stand-in
         raise InputError(
             f"example_inputs is missing, and the forward cannot be traced without ({type(error).__name__}: {error}). "
@@ -349,7 +349,7 @@ def _looks_like_batch(node: fx.Node, batch: int) -> bool:
         return True
     if name not in _SHAPED:
         return False
-    return any(type(leaf) is int and leaf > 0 and leaf % batch == 0 for leaf in _leaves((node.args, node.kwargs)))
+    return any(type(leaf) is int and leaf > 0 and leaf % batch == 0 for leaf in leaves((node.args, node.kwargs)))
 
 
 def _first_index(index: Any) -> bool:
@@ -358,21 +358,6 @@ def _first_index(index: Any) -> bool:
     if isinstance(first, slice):
         return any(type(bound) is int for bound in (first.start, first.stop))
     return type(first) is int
-
-
-def _leaves(value: Any) -> list[Any]:
-    found: list[Any] = []
-    if isinstance(value, dict):
-        for item in value.values():
-            found += _leaves(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            found += _leaves(item)
-    elif isinstance(value, slice):
-        found += _leaves((value.start, value.stop, value.step))
-    else:
-        found.append(value)
-    return found
 
 
 def _replace_scaled(first: fx.Graph, second: fx.Graph, batch: int, other: int, source: fx.Node) -> bool:
@@ -384,7 +369,7 @@ def _replace_scaled(first: fx.Graph, second: fx.Graph, batch: int, other: int, s
     for node, twin in pairs:
         if (node.op, node.target) != (twin.op, twin.target):
             return False
-        here, there = _leaves((node.args, node.kwargs)), _leaves((twin.args, twin.kwargs))
+        here, there = leaves((node.args, node.kwargs)), leaves((twin.args, twin.kwargs))
         if len(here) != len(there):
             return False
         found = set()
@@ -405,25 +390,19 @@ def _write_sizes(graph: fx.Graph, scaled: list[tuple[fx.Node, set[int]]], batch:
     with graph.inserting_after(source):
         size = graph.call_method("size", (source, 0))
     for node, indices in scaled:
-        position = -1
+        places = itertools.count()
 
-        def rewrite(value: Any, node: fx.Node = node, indices: set[int] = indices) -> Any:
-            nonlocal position
-            if isinstance(value, dict):
-                return {key: rewrite(item) for key, item in value.items()}
-            if isinstance(value, (tuple, list)):
-                return type(value)(map(rewrite, value))
-            if isinstance(value, slice):
-                return slice(*map(rewrite, (value.start, value.stop, value.step)))
-            position += 1
-            if position not in indices:
+        def rewrite(
+            value: Any, node: fx.Node = node, indices: set[int] = indices, places: Iterator[int] = places
+        ) -> Any:
+            if next(places) not in indices:
                 return value
             if value == batch:
                 return size
             with graph.inserting_before(node):
                 return graph.call_function(scale_size, (size, value, batch))
 
-        node.args, node.kwargs = rewrite(tuple(node.args)), rewrite(dict(node.kwargs))
+        node.args, node.kwargs = mapped(rewrite, node.args), mapped(rewrite, dict(node.kwargs))
 
 
 # ---- the module that runs the graph --------------------------------------------------------------------------
@@ -438,6 +417,15 @@ class Holder(nn.Module):
 
     kind: type[nn.Module] = nn.Module
 
+    @classmethod
+    def of(cls, module: nn.Module) -> Holder:
+        """One that holds the module's own tensors, and no children yet."""
+        made = cls()
+        made.kind = next(kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn"))
+        for name in ("_parameters", "_buffers", "_non_persistent_buffers_set", "training"):
+            made.__dict__[name] = module.__dict__[name]
+        return made
+
     def extra_repr(self) -> str:
         return f"of {self.kind.__name__}"
 
@@ -448,33 +436,21 @@ def _assemble(
     nodes = list(recorder.graph.nodes)
     used = {str(node.target) for node in nodes if node.op == "get_attr"}
     kept = recorder.reached | {name.rpartition(".")[0] for name in used}
-    canonical = {id(module): path for path, module in modules_of(work).items()}
     ancestors = {".".join(path.split(".")[:depth]) for path in kept for depth in range(path.count(".") + 1)}
     kept |= ancestors
     dropped: list[str] = []
-    made: dict[int, nn.Module] = {}
-
-    def hold(module: nn.Module) -> nn.Module:
-        if id(module) in made:
-            return made[id(module)]
-        path = canonical[id(module)]
-        if path in opaque or (path and is_leaf(module)):
-            made[id(module)] = module
-            return module
-        holder = made[id(module)] = Holder()
-        holder.kind = next(kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn"))
-        for name in ("_parameters", "_buffers", "_non_persistent_buffers_set", "training"):
-            holder.__dict__[name] = module.__dict__[name]
-        for name, child in module._modules.items():
-            if child is None:
-                continue
-            if canonical[id(child)] in kept:
-                holder._modules[name] = hold(child)
-            elif any(True for _ in [*child.parameters(), *child.buffers()]):
+    every = modules_of(work)
+    canonical = {id(module): path for path, module in every.items()}
+    modules = {path: module for path, module in every.items() if path in kept}
+    whole = {path for path, module in modules.items() if path in opaque or (path and is_leaf(module))}
+    made = {id(item): item if path in whole else Holder.of(item) for path, item in modules.items()}
+    for path, module in modules.items():
+        for name, child in module._modules.items() if path not in whole else ():
+            if child is not None and canonical[id(child)] in kept:
+                made[id(module)]._modules[name] = made[id(child)]
+            elif child is not None and any(True for _ in [*child.parameters(), *child.buffers()]):
                 dropped.append(canonical[id(child)])
-        return holder
-
-    tree = hold(work)
+    tree = made[id(work)]
     if any(node.target == MODE_HOLDER for node in nodes):
         tree._modules[MODE_HOLDER] = nn.Identity().train(tree.training)
     if recorder.constants:

@@ -13,9 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from fxcompress.channels.groups import Group, Slices
+from fxcompress.channels.groups import ChannelGroups, Group, Slices
 from fxcompress.channels.labels import BoolArray, distinct
-from fxcompress.channels.solve import Channels
 from fxcompress.errors import InputError, PassError
 from fxcompress.masking import Masking, complete
 from fxcompress.module import TracedModule, modules_of, submodule
@@ -93,7 +92,7 @@ class ChannelPruner(Pass):
         chosen = self._choose(list(groups), module, context)
         while True:  # what had to come back leaves room for others: every further round masks more, so this ends
             live = masking.live(groups.channels)
-            kept, back = self._settled(chosen, module, groups.channels, masking, live)
+            kept, back = self._settled(chosen, module, groups, masking, live)
             if (kept == live).all():
                 break
             context.masking = masking.with_live(groups.channels, kept)
@@ -108,11 +107,12 @@ class ChannelPruner(Pass):
         self,
         chosen: list[tuple[Group, float]],
         module: TracedModule,
-        channels: Channels,
+        groups: ChannelGroups,
         masking: Masking,
         live: BoolArray,
     ) -> tuple[BoolArray, int]:
         """For every label whether it lives once the lowest have gone, and how many had to come back."""
+        channels = groups.channels
         scores = [self._scores(group, module, masking) for group, _ in chosen]
         tables = [_Units(group, score, live) for (group, _), score in zip(chosen, scores, strict=True)]
         counts = self._counts(tables, [sparsity for _, sparsity in chosen])
@@ -122,7 +122,7 @@ class ChannelPruner(Pass):
             dead.append(units.lowest(count))
             rank.update(units.rank())
         gone = distinct(np.concatenate(dead))
-        kept = settle(module, channels, channels.live(gone), rank)
+        kept = settle(module, groups, channels.live(gone), rank)
         return kept, int(kept[gone].sum())
 
     # ---- which groups ------------------------------------------------------------------------------------------

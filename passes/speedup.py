@@ -170,7 +170,7 @@ class Speedup(Pass):
             _check_not_emptied(group, flags)
             if group.removable:
                 dead.append(group.components[~alive[group.components]])
-        live = settle(module, channels, masking.live(channels) & channels.live(np.concatenate(dead)))
+        live = settle(module, groups, masking.live(channels) & channels.live(np.concatenate(dead)))
         return masking.with_live(channels, live)
 
 

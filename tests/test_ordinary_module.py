@@ -1,9 +1,12 @@
 """What ``compress`` returns is an ordinary module: it saves, loads, copies, trains, moves and runs like any other."""
 
 import copy
+import gc
 import pickle
 import subprocess
 import sys
+import warnings
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -309,6 +312,35 @@ def test_several_threads_at_once_see_one_function(name: str, form: str) -> None:
 
 
 # ---- compressing what was compressed ---------------------------------------------------------------------------
+
+
+def tensors() -> dict[int, Tensor]:
+    """Every tensor that Python knows of, by id."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # asking for the type of everything wakes what is deprecated
+        return {id(item): item for item in gc.get_objects() if isinstance(item, Tensor)}
+
+
+@pytest.mark.parametrize(
+    "passes", [[FoldBatchNorm()], [LevelPruner(0.5)], [L1FilterPruner(0.5)], [L1FilterPruner(0.5), Speedup()]]
+)
+@pytest.mark.parametrize("name", FAST)
+def test_what_nobody_holds_is_gone_at_once(name: str, passes: list[fxcompress.Pass]) -> None:
+    """Without waiting for the garbage collector: nothing that a run leaves behind keeps a tensor."""
+    model, x = dense(name), example(name)
+    fxcompress.compress(model, passes, example_inputs=x)  # what is cached for good
+    gc.collect()
+    gc.disable()
+    try:
+        before = tensors().keys()
+        result = fxcompress.compress(model, passes, example_inputs=x)
+        assert len(tensors()) > len(before)
+        gone = weakref.ref(result)
+        del result
+        assert gone() is None
+        assert not tensors().keys() - before
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("name", FAST)

@@ -31,7 +31,7 @@ from fxcompress.channels.solve import Channels, solve
 from fxcompress.errors import InputError
 from fxcompress.exclusive import exclusive
 from fxcompress.inputs import Inputs
-from fxcompress.module import TracedModule, building
+from fxcompress.module import TracedModule
 from fxcompress.text import as_text
 
 
@@ -99,6 +99,8 @@ class ChannelGroups:
         self._groups = groups
         self.channels = channels
         self._places = places or {}
+        #: The plan that was made last for these channels, for who asks for it again (:meth:`fxcompress.plan.Plan.of`).
+        self.planned: Any = None
 
     def __iter__(self) -> Iterator[Group]:
         return iter(self._groups)
@@ -318,15 +320,14 @@ def channel_groups(model: nn.Module, example_inputs: Any = None) -> ChannelGroup
 
 def analyse(module: TracedModule, inputs: Inputs) -> ChannelGroups:
     """The groups of a traced model without mask nodes."""
-    with building():
-        facts = propagate(module, inputs)
-        channels = solve(facts, module.graph)
-        places = {
-            node.name: Place(str(node.target), node.args[0].name)
-            for node in module.graph.find_nodes(op="call_module")
-            if node.args and isinstance(node.args[0], fx.Node)
-        }
-        return ChannelGroups(tuple(_groups(channels)), channels, places)
+    facts = propagate(module, inputs)
+    channels = solve(facts, module.graph)
+    places = {
+        node.name: Place(str(node.target), node.args[0].name)
+        for node in module.graph.find_nodes(op="call_module")
+        if node.args and isinstance(node.args[0], fx.Node)
+    }
+    return ChannelGroups(tuple(_groups(channels)), channels, places)
 
 
 def _groups(channels: Channels) -> Iterator[Group]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,6 @@ class Channels:
         constraints: on the live set, in terms of components.
         soft: names of nodes whose value need not have a shape of its own when it shrinks, because everything that
             reads it is a rearrangement back to one dimension (a channel shuffle).
-        plans: the plan that was made last for these channels, kept for who asks for it again.
     """
 
     facts: Facts
@@ -57,7 +56,6 @@ class Channels:
     frozen: BoolArray
     constraints: tuple[Constraint, ...]
     soft: frozenset[str]
-    plans: list[Any] = field(default_factory=list, compare=False, repr=False)
 
     def live(self, dead: IntArray) -> BoolArray:
         """For every label whether it lives, given the dead components."""
