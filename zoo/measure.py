@@ -1,0 +1,167 @@
+"""What becomes of one model: `python -m zoo.measure library/name` prints a record as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import warnings
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import torch
+from torch import nn
+
+import fxcompress
+from fxcompress.channels.groups import ChannelGroups
+from fxcompress.inputs import Inputs, other_batch
+from fxcompress.module import TracedModule
+from fxcompress.passes import L1FilterPruner, Speedup
+from fxcompress.verify import difference, precise
+
+CONTRACTIONS = (
+    nn.Linear,
+    nn.Bilinear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+
+
+@dataclass
+class Record:
+    """One row of the table.
+
+    Attributes:
+        name: ``library/model``.
+        params: of the dense model.
+        traced: whether the recording equals the model, at another batch size too.
+        batches: whether it holds at batch sizes other than the example's.
+        removable: share of the parameters of linear and convolution layers that lie in removable groups.
+        macs: share of the multiply-accumulates that half the channels of every group took with them.
+        left: share of the parameters that is left then.
+        difference: largest relative difference of masked and removed in float64, at two batch sizes.
+        seconds: of masking and removing, unverified.
+        opaque: modules that run as their author wrote them.
+        frozen: reasons, with the number of channels that each keeps.
+        notes: what the passes had to say.
+        error: what stopped it, or nothing.
+    """
+
+    name: str
+    params: int = 0
+    traced: bool = False
+    batches: bool = False
+    removable: float = 0.0
+    macs: float = 0.0
+    left: float = 1.0
+    difference: float = float("nan")
+    seconds: float = float("nan")
+    opaque: list[str] = field(default_factory=list)
+    frozen: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    error: str = ""
+
+
+def measure(name: str, *, quick: bool = False) -> Record:
+    """Trace a model, prune half the channels of every group, remove them, and compare all with all.
+
+    Args:
+        name: ``library/model``.
+        quick: without the comparison of the recording with the model.
+    """
+    from zoo.catalogue import build
+
+    sample = build(name)
+    model, inputs = sample.model, Inputs.parse(sample.inputs)
+    record = Record(name, params=sum(parameter.numel() for parameter in model.parameters()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            _measure(record, model, inputs, quick)
+        except Exception as error:  # whatever a model meets is what the sweep is to find out
+            record.error = f"{type(error).__name__}: {error}"
+    return record
+
+
+def _measure(record: Record, model: nn.Module, inputs: Inputs, quick: bool) -> None:
+    traced = fxcompress.trace(model, inputs)
+    record.opaque, record.batches = list(traced.meta["opaque"]), bool(traced.meta["batched"])
+    trials = [inputs, inputs.rebatched(other_batch(inputs.batch))] if record.batches else [inputs]
+    if not quick:
+        gap = _gap(model, traced, trials)
+        record.traced = gap <= 1e-5
+        if not record.traced:
+            raise AssertionError(f"the recording differs from the model by {gap:.3g}")
+    groups = fxcompress.channel_groups(traced, inputs)
+    record.removable = removable_share(traced, groups)
+    record.frozen = _reasons(groups)
+    del traced, groups
+    start = time.process_time()
+    masked = fxcompress.compress(model, [L1FilterPruner(0.5)], example_inputs=inputs, verify=False)
+    removed = fxcompress.compress(masked, [Speedup()], example_inputs=inputs, verify=False)
+    record.seconds = time.process_time() - start
+    record.notes = [note for step in removed.meta["history"] for note in step.notes]
+    before, after = (fxcompress.count(item, inputs) for item in (model, removed))
+    record.macs, record.left = 1 - after.macs / max(before.macs, 1), after.params / before.params
+    del model
+    one, other = precise(masked), precise(removed)
+    del masked, removed
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    record.difference = _gap(one, other, [_widened(trial) for trial in trials])
+    torch.set_default_dtype(default)
+
+
+@torch.no_grad()
+def _gap(one: nn.Module, other: nn.Module, trials: list[Inputs]) -> float:
+    """The largest relative difference of two models' outputs."""
+    return max(difference(trial.run(one), trial.run(other)) for trial in trials)
+
+
+def _widened(inputs: Inputs) -> Inputs:
+    return inputs.map(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
+
+
+def removable_share(module: TracedModule, groups: ChannelGroups) -> float:
+    """The share of the parameters of linear and convolution layers that go if their group's channels go."""
+    channels = groups.channels
+    free = np.zeros(len(channels.component), dtype=bool)
+    for group in groups:
+        if group.removable:
+            free[group.components] = True
+    loses = free[channels.component]
+    parameters = dict(module.named_parameters())
+    layers = [layer for layer in module.modules() if isinstance(layer, CONTRACTIONS)]
+    weights = [layer.weight for layer in layers if isinstance(layer.weight, nn.Parameter)]
+    names = {id(parameters[name]): name for name in channels.facts.state if name in parameters}
+    total = removable = 0
+    for weight in {id(weight): weight for weight in weights}.values():
+        labels = channels.facts.state[names[id(weight)]]
+        keeps = np.ones(weight.shape, dtype=bool)
+        for factor in labels.factors:
+            keeps &= ~loses[np.broadcast_to(factor.numpy(), weight.shape)]
+        total += weight.numel()
+        removable += int((~keeps).sum())
+    return removable / max(total, 1)
+
+
+def _reasons(groups: ChannelGroups) -> dict[str, int]:
+    found: Counter[str] = Counter()
+    for group in groups:
+        if not group.removable:
+            found[group.reason] += group.width
+    return dict(found.most_common())
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    print(json.dumps(asdict(measure(sys.argv[1]))))
+
+
+if __name__ == "__main__":
+    main()
