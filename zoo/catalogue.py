@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 from torch import nn
@@ -14,26 +15,26 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import model_zoo  # isort: skip  # declares the operators that torchvision asks for: it must come first
 
-from zoo import timm_models, torchvision_models, transformers_models
 from zoo.sample import Sample
 
-#: How to build every model of a library.
-LIBRARIES: dict[str, dict[str, Callable[[], Sample]]] = {
-    "torchvision": torchvision_models.MODELS,
-    "timm": timm_models.MODELS,
-    "transformers": transformers_models.MODELS,
-}
+#: Every library has a module of its own, with a table of builders: only what is asked for is imported.
+LIBRARIES = ("torchvision", "timm", "transformers")
 
 
-def names(library: str | None = None) -> list[str]:
-    """All models of the sweep, or those of one library."""
-    return [f"{each}/{name}" for each, models in LIBRARIES.items() if library in (None, each) for name in models]
+def models(library: str) -> dict[str, Callable[[], Sample]]:
+    """How to build every model of a library."""
+    return import_module(f"zoo.{library}_models").MODELS  # type: ignore[no-any-return]
+
+
+def names(library: str) -> list[str]:
+    """All models of a library, as ``library/model``."""
+    return [f"{library}/{name}" for name in models(library)]
 
 
 def build(name: str, seed: int = 0) -> Sample:
     """A model in eval mode whose weights and statistics hide nothing, and inputs for it."""
     library, _, model = name.partition("/")
-    sample = LIBRARIES[library][model]()
+    sample = models(library)[model]()
     sample.model.eval()
     model_zoo.randomize(sample.model, seed)
     model_zoo.calibrate(sample.model, *sample.inputs) if isinstance(sample.inputs, tuple) else _calibrate(sample)
