@@ -198,6 +198,15 @@ CASES = {
         {"a": Expected(8, "a.weight a.bias b.weight:1"), "b": Expected(6, "b.weight c.weight:1")},
         {"c": OUTPUT},
     ),
+    "convolution over tokens, one wide": Case(  # (batch, 5 tokens, channels): channels lie where pixels would
+        lambda: Net(
+            lambda n, x: n.c(n.mix(n.norm(n.a(x)).sigmoid())),
+            a=nn.Linear(3, 8), norm=nn.LayerNorm(8), mix=nn.Conv1d(5, 3, 1), c=nn.Linear(8, 3),
+        ),
+        TOKENS,
+        {"a": Expected(8, "a.weight a.bias norm.weight norm.bias c.weight:1")},
+        {"mix": OUTPUT, "c": OUTPUT},
+    ),
     "batch norm over the last but one": Case(
         lambda: Net(
             lambda n, x: n.b(n.bn(n.a(x).transpose(1, 2)).transpose(1, 2)),
@@ -308,3 +317,22 @@ def test_heads_lose_equally_many() -> None:
     masked = fxcompress.compress(case.net(), [WholeHead(0.5)], example_inputs=case.x)
     for name in ("q.bias", "k.bias", "v.bias"):
         assert fxcompress.masks(masked)[name].tolist() == [False, False, True, True] * 2
+
+
+def test_products_of_a_convolution_over_tokens() -> None:
+    """3 x 5 products for each of the channels that are left, and those of the two linear layers."""
+    net = CASES["convolution over tokens, one wide"].net()
+    small = fxcompress.compress(net, [RandomFilterPruner(0.5), Speedup()], example_inputs=TOKENS)
+    assert fxcompress.count(small, TOKENS).macs == 5 * 3 * 4 + 3 * 5 * 4 + 3 * 4 * 3
+    cost = fxcompress.count(net, TOKENS)
+    assert cost.macs == 5 * 3 * 8 + 3 * 5 * 8 + 3 * 8 * 3
+    assert cost.symbolic.evaluate({"a": 4}).macs == fxcompress.count(small, TOKENS).macs
+
+
+@pytest.mark.parametrize(
+    "mix", [nn.Conv1d(5, 3, 3, padding=1), nn.Conv1d(5, 3, 1, stride=2), nn.Conv1d(5, 3, 1, padding=1)]
+)
+def test_channels_that_a_kernel_slides_over_stay(mix: nn.Module) -> None:
+    net = Net(lambda n, x: n.mix(n.a(x)), a=nn.Linear(3, 8), mix=mix)
+    reasons = [group.reason for group in fxcompress.channel_groups(net, TOKENS) if "a" in group.layers]
+    assert reasons == ["it lies in a spatial dimension (mix)"]

@@ -101,7 +101,8 @@ def convolution(call: Call) -> Labels:
     x, w = call.labels("input"), call.labels("weight")
     channel = 1
     entering, weighing = ([(f, dims_of(f)) for f in labels.factors] for labels in (x, w))
-    spatial = [f for f, dims in entering if max(dims) > channel]
+    through = [f for f, dims in entering if _untouched(call).issuperset(dims)]
+    spatial = [f for f, dims in entering if max(dims) > channel and not any(f is other for other in through)]
     for factor in spatial:
         _tie_positions(ledger, factor, channel)
     inputs = [_at(f, channel) for f in spatial] + [f for f, dims in entering if dims == (channel,)]
@@ -114,7 +115,7 @@ def convolution(call: Call) -> Labels:
     if call.arguments["transposed"]:
         out = _transposed(call, x, w, inputs, rows, columns, groups)
     elif groups == 1:
-        out = _plain(call, x, w, inputs, rows, columns)
+        out = _plain(call, x, w, inputs, rows, columns, through)
     else:
         out = _grouped(call, x, w, inputs, rows, columns, groups)
     bias = call.arguments.get("bias")
@@ -122,7 +123,19 @@ def convolution(call: Call) -> Labels:
         for factor in out:
             ledger.unite(factor, call.of(bias).factors[0])
     shape = [1, -1] + [1] * (call.result.dim() - 2)
-    return call.made([f.reshape(shape) for f in out])
+    return call.made([*(f.reshape(shape) for f in out), *through])
+
+
+def _untouched(call: Call) -> frozenset[int]:
+    """Spatial dimensions along which every place of the result is made of the same place of the input."""
+    arguments = call.arguments
+    if arguments["transposed"] or arguments["groups"] > 1:
+        return frozenset()
+    sizes = arguments["weight"].shape[2:]
+    steps, pads = (
+        list(arguments[name]) * (1 if len(arguments[name]) > 1 else len(sizes)) for name in ("stride", "padding")
+    )
+    return frozenset(2 + i for i, size in enumerate(sizes) if size == steps[i] == 1 and not pads[i])
 
 
 def _at(factor: Tensor, dim: int) -> Tensor:
@@ -154,14 +167,28 @@ def _positions(tensor: Tensor) -> int:
 
 
 def _plain(
-    call: Call, x: Labels, w: Labels, inputs: list[Tensor], rows: list[Tensor], columns: list[Tensor]
+    call: Call,
+    x: Labels,
+    w: Labels,
+    inputs: list[Tensor],
+    rows: list[Tensor],
+    columns: list[Tensor],
+    through: list[Tensor],
 ) -> list[Tensor]:
+    """In a space (outputs, inputs, *space), of which dimensions without channels are counted as repeats."""
+    counted = {d for f in through for d in dims_of(f)}
+    space = tuple(size if d in counted else 1 for d, size in enumerate(call.result.shape) if d > 1)
+    flat = (1,) * len(space)
     a, b = (
-        ((1, x.shape[1]), [f.reshape(1, -1) for f in inputs]),
-        (w.shape[:2], [f.reshape(1, -1) for f in columns] + [f.reshape(-1, 1) for f in rows]),
+        ((1, x.shape[1], *space), [f.reshape(1, -1, *flat) for f in inputs] + through),
+        (
+            (*w.shape[:2], *flat),
+            [f.reshape(1, -1, *flat) for f in columns] + [f.reshape(-1, 1, *flat) for f in rows],
+        ),
     )
-    repeats = _positions(call.result) * math.prod(w.shape[2:])
-    return [f.reshape(-1) for f in contract(call, a, b, frozenset({1}), (x, w), repeats)]
+    repeats = _positions(call.result) * math.prod(w.shape[2:]) // math.prod(space)
+    made = contract(call, a, b, frozenset({1}), (x, w), repeats)
+    return [f.reshape(-1) for f in made if dims_of(f) == (0,)]
 
 
 def _transposed(
