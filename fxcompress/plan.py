@@ -27,6 +27,9 @@ from fxcompress.errors import GraphError
 from fxcompress.literals import LITERALS, InexpressibleError, Scaled
 from fxcompress.module import TracedModule, evaluating, submodule
 
+#: Functions that ask another tensor for its shape or its dtype alone.
+_LIKE = frozenset(("type_as", "view_as", "reshape_as", "expand_as", "to"))
+
 
 @dataclass(frozen=True)
 class Gather:
@@ -289,7 +292,12 @@ class Plan:
                 return given[source]
             if source.op == "get_attr":
                 return _attribute(self.module, str(source.target))
-            return self.number(source) if live else self.value(source)
+            value = self.number(source) if live else self.value(source)
+            if not isinstance(value, Labels):
+                return value
+            if _name(node) not in _LIKE:
+                raise InexpressibleError(node, f"moves channels by what is in {source.name}")
+            return torch.zeros(self.shape(value) if live else value.shape, dtype=torch.int64)
 
         args, kwargs = mapped(fetch, list(call.args)), mapped(fetch, dict(call.kwargs))
         if call.op == "call_method":

@@ -336,3 +336,41 @@ def test_channels_that_a_kernel_slides_over_stay(mix: nn.Module) -> None:
     net = Net(lambda n, x: n.mix(n.a(x)), a=nn.Linear(3, 8), mix=mix)
     reasons = [group.reason for group in fxcompress.channel_groups(net, TOKENS) if "a" in group.layers]
     assert reasons == ["it lies in a spatial dimension (mix)"]
+
+
+LIKE = {
+    "type_as": lambda x, y: x.flip(-1).type_as(y),
+    "to": lambda x, y: x.flip(-1).to(y),
+    "view_as": lambda x, y: x.unflatten(-1, (2, 4)).transpose(-1, -2).reshape(2, 5, 8).view_as(y),
+    "reshape_as": lambda x, y: x.unflatten(-1, (2, 4)).transpose(-1, -2).reshape_as(y),
+    "expand_as": lambda x, y: x[:, :1].expand_as(y),
+}
+
+
+@pytest.mark.parametrize("name", LIKE)
+def test_another_tensor_is_asked_for_its_shape_or_dtype_alone(name: str) -> None:
+    net = Net(
+        lambda n, x: n.c(LIKE[name](n.a(x), n.b(x)) + n.b(x)),
+        a=nn.Linear(3, 8),
+        b=nn.Linear(3, 8),
+        c=nn.Linear(8, 3),
+    )
+    small = fxcompress.compress(net, [RandomFilterPruner(0.5), Speedup()], example_inputs=TOKENS)
+    assert [getattr(small, layer).out_features for layer in "ab"] == [4, 4]
+
+
+def test_rearrangements_of_one_of_several_results() -> None:
+    def step(net: Net, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = net.qkv(x).reshape(b, n, 3, 2, 4).unbind(2)
+        return net.o((q * k + v).transpose(2, 3).reshape(b, n, 8))
+
+    def apart(net: Net, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        first, second = net.qkv(x).reshape(b, n, 2, 3, 4).unbind(2)
+        return net.o(torch.cat((first.transpose(2, 3).reshape(b, n, 12), second.flatten(2)), -1))
+
+    for forward, outputs in ((step, 8), (apart, 24)):
+        net = Net(forward, qkv=nn.Linear(3, 24), o=nn.Linear(outputs, 3))
+        small = fxcompress.compress(net, [RandomFilterPruner(0.5), Speedup()], example_inputs=TOKENS)
+        assert small.get_submodule("qkv").out_features == 12

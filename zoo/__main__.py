@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -17,46 +18,52 @@ from typing import Any
 
 from rich.progress import track
 
+from zoo.catalogue import LIBRARIES, names
+from zoo.table import below, merged, read, write
 
-def run(name: str, limit: float) -> dict[str, Any]:
+
+def run(program: str, name: str, limit: int) -> dict[str, Any]:
     """The record of one model; one with an error where the process ended without."""
     start = time.monotonic()
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "zoo.measure", name],
-            capture_output=True,
-            text=True,
-            timeout=limit,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            check=False,
-        )
-        record: dict[str, Any] = (
-            json.loads(done.stdout.splitlines()[-1])
-            if done.returncode == 0
-            else {
-                "name": name,
-                "error": f"exit code {done.returncode}: {done.stderr.strip().splitlines()[-1:]}",
-            }
-        )
-    except subprocess.TimeoutExpired:
-        record = {"name": name, "error": f"took more than {limit:.0f} s"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", program, name, str(limit)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    if done.returncode == 0:
+        record: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    elif -done.returncode == signal.SIGXCPU:
+        record = {"name": name, "error": f"took more than {limit} s"}
+    else:
+        record = {"name": name, "error": f"exit code {done.returncode}: {done.stderr.strip().splitlines()[-1:]}"}
     return {**record, "wall": time.monotonic() - start}
 
 
 def main() -> None:
-    from zoo.catalogue import LIBRARIES, names
-
     parser = argparse.ArgumentParser(prog="python -m zoo", description=__doc__)
     parser.add_argument("which", nargs="*", default=list(LIBRARIES), help="libraries or models; all by default")
+    parser.add_argument("--peer", action="store_true", help="torch-pruning too")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
-    parser.add_argument("--limit", type=float, default=300.0, help="seconds for each model")
-    parser.add_argument("--records", type=Path, default=Path("zoo.jsonl"), help="where records are appended")
+    parser.add_argument("--limit", type=int, default=300, help="seconds of processor time for each model")
+    parser.add_argument("--table", type=Path, default=Path("docs/zoo.csv"), help="what is brought up to date")
     options = parser.parse_args()
     chosen = [name for which in options.which for name in (names(which) if which in LIBRARIES else [which])]
-    with ThreadPoolExecutor(options.workers) as pool, options.records.open("a") as file:
-        for record in track(pool.map(lambda name: run(name, options.limit), chosen), total=len(chosen)):
-            file.write(json.dumps(record) + "\n")
-            file.flush()
+    programs = ["zoo.measure", *(["zoo.peer"] if options.peer else [])]
+    found: dict[str, dict[str, Any]] = {program: {} for program in programs}
+    jobs = [(program, name) for name in chosen for program in programs]
+    with ThreadPoolExecutor(options.workers) as pool:
+        results = pool.map(lambda job: run(*job, options.limit), jobs)
+        for (program, name), record in track(zip(jobs, results, strict=True), total=len(jobs)):
+            found[program][name] = record
+            if program == "zoo.measure" and record.get("error"):
+                print(f"{name}: {record['error']}")
+    rows = merged(read(options.table), found["zoo.measure"], found.get("zoo.peer", {}))
+    write(rows, options.table)
+    fallen = below(rows)
+    if fallen:
+        sys.exit(f"fewer removable channels than before: {', '.join(fallen)}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""What becomes of one model: `python -m zoo.measure library/name` prints a record as JSON."""
+"""What becomes of one model: `python -m zoo.measure library/name [seconds]` prints a record as JSON."""
 
 from __future__ import annotations
 
 import json
+import resource
 import sys
 import time
 import warnings
@@ -159,8 +160,10 @@ def _reasons(groups: ChannelGroups) -> dict[str, int]:
 
 
 def main() -> None:
+    name, limit = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else resource.RLIM_INFINITY
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
     torch.set_num_threads(1)
-    print(json.dumps(asdict(measure(sys.argv[1]))))
+    print(json.dumps(asdict(measure(name))))
 
 
 if __name__ == "__main__":

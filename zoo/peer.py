@@ -1,4 +1,4 @@
-"""What torch-pruning makes of one model: `python -m zoo.peer library/name` prints a record as JSON.
+"""What torch-pruning makes of one model: `python -m zoo.peer library/name [seconds]` prints a record as JSON.
 
 The same ratio and criterion, without hints, but for the layers that make the model's outputs, which it would prune.
 
@@ -119,8 +119,10 @@ def _zeroed(reference: nn.Module, pruned: nn.Module) -> nn.Module:
 
 
 def main() -> None:
+    name, limit = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else resource.RLIM_INFINITY
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
     torch.set_num_threads(1)
-    print(json.dumps(asdict(measure(sys.argv[1]))))
+    print(json.dumps(asdict(measure(name))))
 
 
 if __name__ == "__main__":

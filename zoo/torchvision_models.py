@@ -15,21 +15,16 @@ from torch.nn import functional as F
 
 from zoo.sample import Sample, images
 
-#: Sides of inputs where 64 is too small, or a model holds for one size.
-_SIDE = {
-    "inception_v3": 75,
-    "quantized_inception_v3": 75,
-    "vit_b_16": 224,
-    "vit_b_32": 224,
-    "vit_h_14": 224,
-    "vit_l_16": 224,
-    "vit_l_32": 224,
-    "maxvit_t": 224,
-    "raft_large": 128,
-    "raft_small": 128,
+#: Sides of images where 64 is too small.
+_SIDE = {"inception_v3": 75, "quantized_inception_v3": 75, "maxvit_t": 224, "raft_large": 128, "raft_small": 128}
+#: Options of models that are built for one size, and the size: a few patches in each direction.
+_SIZED: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+    "vit_b_16": ({"image_size": 64}, (3, 64, 64)),
+    "vit_b_32": ({"image_size": 96}, (3, 96, 96)),
+    "vit_h_14": ({"image_size": 56}, (3, 56, 56)),
+    "vit_l_16": ({"image_size": 64}, (3, 64, 64)),
+    "vit_l_32": ({"image_size": 96}, (3, 96, 96)),
 }
-#: Frames, height and width of videos.
-_CLIP = {"mvit_v1_b": (16, 224, 224), "mvit_v2_s": (16, 224, 224), "s3d": (16, 64, 64)}
 
 
 class DenseDetector(nn.Module):
@@ -78,15 +73,17 @@ def _build(name: str) -> Sample:
     if name.removeprefix("quantized_") in ("googlenet", "inception_v3"):
         options["init_weights"] = False
     side = _SIDE.get(name, 64)
-    model = builder(**options)
+    sized, shape = _SIZED.get(name, ({}, (3, side, side)))
+    model = builder(**options, **sized)
     if kind.startswith("video"):
-        return Sample(model, images(3, *_CLIP.get(name, (8, 64, 64))))
+        clip = (3, 16, 224, 224) if kind.endswith("mvit") else (3, 16, 64, 64)  # positions of one size only
+        return Sample(model, images(*clip, batch=1 if kind.endswith("mvit") else 2))
     if kind.startswith("optical_flow"):
         return Sample(model, images(3, side, side) * 2)
     if kind.startswith("detection"):
         model = (RegionDetector if hasattr(model, "roi_heads") else DenseDetector)(model)
         return Sample(model, images(3, 320, 320) if name.startswith("ssd") else images(3, 128, 128))
-    return Sample(model, images(3, side, side))
+    return Sample(model, images(*shape))
 
 
 MODELS = {name: functools.partial(_build, name) for name in torchvision.models.list_models()}

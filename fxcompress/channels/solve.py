@@ -181,6 +181,8 @@ def _returns(name: str, graph: fx.Graph, facts: Facts, soft: set[str], ends: Map
     nodes = {node.name: node for node in graph.nodes}
     node = nodes[name]
     while node.name in soft:
+        if not _tensors_into(node, facts):
+            return False  # it is one of several results
         node = source_of(node, facts)
     start = facts.values[node.name]
     if not isinstance(start, Labels) or [dims_of(f) for f in start.factors] != [dims_of(start.factors[0])]:
