@@ -365,12 +365,6 @@ def test_rearrangements_of_one_of_several_results() -> None:
         q, k, v = net.qkv(x).reshape(b, n, 3, 2, 4).unbind(2)
         return net.o((q * k + v).transpose(2, 3).reshape(b, n, 8))
 
-    def apart(net: Net, x: Tensor) -> Tensor:
-        b, n, _ = x.shape
-        first, second = net.qkv(x).reshape(b, n, 2, 3, 4).unbind(2)
-        return net.o(torch.cat((first.transpose(2, 3).reshape(b, n, 12), second.flatten(2)), -1))
-
-    for forward, outputs in ((step, 8), (apart, 24)):
-        net = Net(forward, qkv=nn.Linear(3, 24), o=nn.Linear(outputs, 3))
-        small = fxcompress.compress(net, [RandomFilterPruner(0.5), Speedup()], example_inputs=TOKENS)
-        assert small.get_submodule("qkv").out_features == 12
+    net = Net(step, qkv=nn.Linear(3, 24), o=nn.Linear(8, 3))
+    small = fxcompress.compress(net, [RandomFilterPruner(0.5), Speedup()], example_inputs=TOKENS)
+    assert small.get_submodule("qkv").out_features == 12
