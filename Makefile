@@ -12,13 +12,14 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test zoo bench lint clean
+.PHONY: help demo test long zoo bench lint clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    train, prune and shrink a small network (installs the package first)"
 	@echo "make test    the test suite"
-	@echo "make zoo     the long sweeps"
+	@echo "make long    the long tests: many generated networks, large models"
+	@echo "make zoo     a sweep over real models, beside torch-pruning; writes docs/zoo.md"
 	@echo "make bench   the benchmarks"
 	@echo "make lint    ruff, mypy, pyright"
 	@echo "make clean   remove the virtual environment, caches and build output"
@@ -29,8 +30,11 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(PYTEST) -m "not zoo"
 
-zoo: $(VENV)/.test
+long: $(VENV)/.test
 	HYPOTHESIS_PROFILE=long $(PYTEST) -m zoo
+
+zoo: $(VENV)/.test
+	$(PY) -m zoo --peer --workers $(WORKERS)
 
 bench: $(VENV)/.test
 	$(PY) -m benchmarks

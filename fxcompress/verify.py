@@ -82,7 +82,7 @@ def precise(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def _default(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     """A default dtype for what a forward makes without naming one."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -135,7 +135,7 @@ def verify(
     bound = TOLERANCE[dtype] if tolerance is None else tolerance
     batches, worst = [inputs.batch], 0.0
     trials = [inputs] + ([inputs.rebatched(other_batch(inputs.batch))] if batched else [])
-    with torch.no_grad(), evaluating(expected), evaluating(found), _default(dtype):
+    with torch.no_grad(), evaluating(expected), evaluating(found), default_dtype(dtype):
         for trial in trials:
             gap = difference(trial.run(expected), trial.run(found))
             worst = max(worst, gap)

@@ -19,7 +19,7 @@ from fxcompress.channels.groups import ChannelGroups
 from fxcompress.inputs import Inputs, other_batch
 from fxcompress.module import TracedModule
 from fxcompress.passes import L1FilterPruner, Speedup
-from fxcompress.verify import difference, precise
+from fxcompress.verify import default_dtype, difference, precise
 
 CONTRACTIONS = (
     nn.Linear,
@@ -68,36 +68,30 @@ class Record:
     error: str = ""
 
 
-def measure(name: str, *, quick: bool = False) -> Record:
-    """Trace a model, prune half the channels of every group, remove them, and compare all with all.
-
-    Args:
-        name: ``library/model``.
-        quick: without the comparison of the recording with the model.
-    """
+def measure(name: str) -> Record:
+    """Trace a model (``library/model``), prune half the channels of every group, remove them, and compare."""
     from zoo.catalogue import build
 
-    sample = build(name)
-    model, inputs = sample.model, Inputs.parse(sample.inputs)
-    record = Record(name, params=sum(parameter.numel() for parameter in model.parameters()))
+    record = Record(name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        sample = build(name)
+        record.params = sum(parameter.numel() for parameter in sample.model.parameters())
         try:
-            _measure(record, model, inputs, quick)
+            _measure(record, sample.model, Inputs.parse(sample.inputs))
         except Exception as error:  # whatever a model meets is what the sweep is to find out
             record.error = f"{type(error).__name__}: {error}"
     return record
 
 
-def _measure(record: Record, model: nn.Module, inputs: Inputs, quick: bool) -> None:
+def _measure(record: Record, model: nn.Module, inputs: Inputs) -> None:
     traced = fxcompress.trace(model, inputs)
     record.opaque, record.batches = list(traced.meta["opaque"]), bool(traced.meta["batched"])
     trials = [inputs, inputs.rebatched(other_batch(inputs.batch))] if record.batches else [inputs]
-    if not quick:
-        gap = _gap(model, traced, trials)
-        record.traced = gap <= 1e-5
-        if not record.traced:
-            raise AssertionError(f"the recording differs from the model by {gap:.3g}")
+    gap = _gap(model, traced, trials)
+    record.traced = gap <= 1e-5
+    if not record.traced:
+        raise AssertionError(f"the recording differs from the model by {gap:.3g}")
     groups = fxcompress.channel_groups(traced, inputs)
     record.removable = removable_share(traced, groups)
     record.frozen = _reasons(groups)
@@ -112,10 +106,8 @@ def _measure(record: Record, model: nn.Module, inputs: Inputs, quick: bool) -> N
     del model
     one, other = precise(masked), precise(removed)
     del masked, removed
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    record.difference = _gap(one, other, [_widened(trial) for trial in trials])
-    torch.set_default_dtype(default)
+    with default_dtype(torch.float64):
+        record.difference = _gap(one, other, [_widened(trial) for trial in trials])
 
 
 @torch.no_grad()
