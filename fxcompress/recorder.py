@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import base_types as BASE_TYPES
 from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 from torch.utils import _pytree as pytree
 
-from fxcompress.arguments import mapped
+from fxcompress.arguments import leaves, mapped
 from fxcompress.errors import TraceError
 from fxcompress.inputs import tensors_in
 from fxcompress.module import OwnedGraph, state_of
@@ -36,10 +37,12 @@ VALUE_READS = frozenset(
     """.split()
 )
 _SIZES = frozenset(("size", "shape", "numel", "nelement"))
+_SHAPED_LIKE = frozenset(("view_as", "reshape_as", "expand_as"))
 _REFLECTED = frozenset(
     f"__r{name}__" for name in "add sub mul div truediv floordiv mod pow matmul and or xor lshift rshift".split()
 )
-_SHAPED_LIKE = frozenset(("view_as", "reshape_as", "expand_as"))
+#: What makes a tensor of numbers in the code.
+_FROM_DATA = frozenset(("tensor", "as_tensor", "asarray", "from_numpy"))
 _RANDOM = frozenset(
     """
     rand randn randint randperm rand_like randn_like randint_like bernoulli multinomial normal
@@ -134,6 +137,7 @@ class Recorder(TorchFunctionMode):
         self._first_input: fx.Node | None = None
         self._mode_node: fx.Node | None = None
         self._node_of: dict[int, tuple[weakref.ref[Tensor], fx.Node]] = {}  # an id may be used again
+        self._literals: dict[int, Tensor] = {}
         self.inputs: dict[str, Tensor] = {}
         self._dynamic: set[fx.Node] = set()
         self._attributes: dict[int, str] = {}
@@ -165,7 +169,13 @@ class Recorder(TorchFunctionMode):
                 Tensor.reshape,
                 "reshape",
             )  # masking and removal change strides; where it can, this is a view
+        if name in ("__getitem__", "__setitem__"):
+            args = (args[0], self._index(args[1], args[0].device), *args[2:])
         tensors = list(tensors_in((args, kwargs)))
+        if name in _FROM_DATA and not tensors:
+            made = func(*args, **kwargs)
+            if not made.is_floating_point() and not made.is_complex() and not _is_traced(args):
+                return self._constant(made)  # positions, which are rewritten when channels go
         if self._reads_values(name, args, kwargs) and any(map(self._is_dynamic, tensors)):
             raise ValueReadError(self.scopes[-1], f"{name.strip('_')}() reads the values of a tensor", user_line())
         return self.record(func, name, args, kwargs, tensors)
@@ -229,6 +239,23 @@ class Recorder(TorchFunctionMode):
             return self._size("shape", args[0])
         return self.record(getattr, "getattr", (args[0], name), {}, [args[0]])
 
+    def _index(self, value: Any, device: torch.device) -> Any:
+        """An index with constants in place of arrays and of sequences of numbers."""
+        items = value if isinstance(value, tuple) else (value,)
+        made = tuple(self._positions(item, device) if _lists_positions(item) else item for item in items)
+        return made if isinstance(value, tuple) else made[0]
+
+    def _positions(self, listed: Any, device: torch.device) -> Tensor:
+        found = np.asarray(listed)
+        if found.dtype == bool and found.ndim == 1:
+            (found,) = found.nonzero()
+        return self._constant(torch.as_tensor(found, device=device))
+
+    def _constant(self, tensor: Tensor) -> Tensor:
+        """A tensor that is made of numbers in the code."""
+        self._literals[id(tensor)] = tensor
+        return tensor
+
     def _reads_values(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         if name in VALUE_READS:
             return True
@@ -274,7 +301,7 @@ class Recorder(TorchFunctionMode):
             return known[1]
         name = self._attributes.get(id(tensor))
         if name is None:
-            if id(tensor) not in self.known:
+            if id(tensor) not in self.known and id(tensor) not in self._literals:
                 raise ValueReadError(self.scopes[-1], "a tensor appears that no recorded call made", user_line())
             key = f"c{len(self.constants)}"
             self.constants[key] = tensor
@@ -401,6 +428,18 @@ class Recorder(TorchFunctionMode):
                 f"the model returns a {type(value).__name__}, which a graph cannot hold; expected tensors, numbers, "
                 "tuples, lists, dicts or dataclasses of them. Return the tensors and wrap them outside the model."
             ) from None
+
+
+def _lists_positions(item: Any) -> bool:
+    """Whether an index is an array, or a sequence of numbers, which torch would make a tensor of."""
+    if isinstance(item, (np.ndarray, range)):
+        return True
+    return isinstance(item, (list, tuple)) and bool(item) and all(type(number) in (int, bool) for number in item)
+
+
+def _is_traced(value: Any) -> bool:
+    """Whether a number in it was computed from sizes."""
+    return any(isinstance(leaf, TRACED) for leaf in leaves(value))
 
 
 def _has_tensor(value: Any) -> bool:

@@ -2,10 +2,11 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from channel_cases import CASES
-from nets import Case, described
+from channel_cases import CASES, IMAGE, conv
+from nets import Case, Net, described
 from torch import Tensor
 
 import fxcompress
@@ -93,3 +94,34 @@ def test_a_piece_of_a_split_is_never_emptied() -> None:
     masked = fxcompress.compress(case.net(), [InOrder(0.9)], example_inputs=case.x)
     masks = fxcompress.masks(masked)
     assert masks["a.bias"].tolist() == [False, False, False, True] + [False] * 5 + [True]  # 9 asked for, one stays
+
+
+CHOICES = {
+    "list": [0, 2, 4, 5, 1],
+    "tuple": (0, 2, 4, 5, 1),
+    "array": np.array([0, 2, 4, 5, 1]),
+    "tensor": torch.tensor([0, 2, 4, 5, 1]),
+    "range": range(1, 6),
+    "flags": [True, False, True, True, False, True, True, False],
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_channels_chosen_by_numbers_in_the_code(name: str) -> None:
+    """Channels 0 and 2 of eight go: who read both keeps three of five, and the range, which began at 1, four."""
+    net = Net(lambda n, x: n.b(n.a(x)[:, CHOICES[name]]), a=conv(3, 8), b=conv(5, 4))
+    (group,) = [group for group in fxcompress.channel_groups(net, IMAGE) if "a" in group.layers]
+    assert (group.width, group.removable) == (8, True)
+    keep = torch.ones(8, dtype=torch.bool).index_fill(0, torch.tensor([0, 2]), value=False)
+    masks = {"a.weight": keep[:, None, None, None].expand(8, 3, 1, 1), "a.bias": keep}
+    small = fxcompress.compress(net, [Speedup(masks=masks)], example_inputs=IMAGE)
+    assert small.get_submodule("a").out_channels == 6
+    assert small.get_submodule("b").in_channels == (4 if name == "range" else 3)
+
+
+def test_a_tensor_of_numbers_made_in_the_forward() -> None:
+    net = Net(
+        lambda n, x: n.b(n.a(x).index_select(1, torch.tensor([6, 0, 3], device=x.device))), a=conv(3, 8), b=conv(3, 4)
+    )
+    small = fxcompress.compress(net, [RandomFilterPruner(0.5), Speedup()], example_inputs=IMAGE)
+    assert small.get_submodule("a").out_channels == 4

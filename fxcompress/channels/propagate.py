@@ -102,8 +102,14 @@ class _Watch(TorchDispatchMode):
         return False
 
     def of(self, tensor: Tensor) -> Labels:
+        """A tensor's labels; one that no operator made is made of numbers in the code (``x[:, [0, 2]]``)."""
         found = self.table.get(id(tensor))
-        return found[1] if found is not None and found[0]() is tensor else Labels(tuple(tensor.shape))
+        return found[1] if found is not None and found[0]() is tensor else Labels(tuple(tensor.shape), const=True)
+
+    def varies(self, value: Any) -> None:
+        """Note that the tensors in a value depend on the inputs, and have no channels that are known."""
+        for tensor in tensors_in(value):
+            self.label(tensor, Labels(tuple(tensor.shape)))
 
     def label(self, tensor: Tensor, labels: Labels) -> None:
         self.table[id(tensor)] = weakref.ref(tensor), labels
@@ -226,6 +232,7 @@ class _Interpreter:
             self.watch.ledger.node = node.name
             if node.op == "placeholder":
                 result = next(given)
+                self.watch.varies(result)
             elif node.op == "get_attr":
                 result = self._attribute(str(node.target))
             elif node.op == "output":
@@ -258,6 +265,7 @@ class _Interpreter:
             watch.asleep = False
         if reason:
             self._freeze(node, reason)
+            self.watch.varies(result)
             if watch.observer is not None:
                 watch.observer.closed([fetch(source) for source in node.all_input_nodes])
         if watch.moves_only:
