@@ -31,6 +31,10 @@ from fxcompress.module import TracedModule, evaluating, submodule
 _LIKE = frozenset(("type_as", "view_as", "reshape_as", "expand_as", "to"))
 
 
+#: Positions are numbered in a dtype that holds what a padding may be filled with.
+_NUMBERS = torch.float64
+
+
 @dataclass(frozen=True)
 class Gather:
     """A rearrangement written as a selection of positions: ``source`` along ``dim``, of ``size`` live positions."""
@@ -264,7 +268,7 @@ class Plan:
         before, after = self.value(source), self.value(node)
         cuts = self.cuts(before)
         varying = before.varying()
-        positions = torch.arange(math.prod(before.shape[d] for d in varying))
+        positions = torch.arange(math.prod(before.shape[d] for d in varying), dtype=_NUMBERS)
         positions = positions.reshape([n if d in varying else 1 for d, n in enumerate(before.shape)])
         positions = positions.expand(before.shape)
         wanted = cut_tensor(
@@ -297,7 +301,7 @@ class Plan:
                 return value
             if _name(node) not in _LIKE:
                 raise InexpressibleError(node, f"moves channels by what is in {source.name}")
-            return torch.zeros(self.shape(value) if live else value.shape, dtype=torch.int64)
+            return torch.zeros(self.shape(value) if live else value.shape, dtype=_NUMBERS)
 
         args, kwargs = mapped(fetch, list(call.args)), mapped(fetch, dict(call.kwargs))
         if call.op == "call_method":
@@ -322,7 +326,7 @@ class Plan:
         if rest[0] != rest[1]:
             raise InexpressibleError(node, "mixes channels with other dimensions")
         size = before.shape[dim]
-        positions = torch.arange(math.prod(before.shape)).reshape(before.shape)
+        positions = torch.arange(math.prod(before.shape), dtype=_NUMBERS).reshape(before.shape)
         value: Any = positions
         for item in reversed(chain):
             source = source_of(item, self.channels.facts)
@@ -330,7 +334,7 @@ class Plan:
                 item, Call(item.op, item.target, item.args, dict(item.kwargs)), {source: value}, live=False
             )
         stride = math.prod(before.shape[dim + 1 :])
-        order = value.movedim(dim, 0).reshape(value.shape[dim], -1)[:, 0] // stride % size
+        order = value.movedim(dim, 0).reshape(value.shape[dim], -1)[:, 0].nan_to_num().long() // stride % size
         if not torch.equal(value, positions.index_select(dim, order)):
             raise InexpressibleError(node, "moves channels and other dimensions at once")
         chosen = _kept(order, self.cuts(after), dim)

@@ -1,10 +1,12 @@
 """The channel analysis on convolutional structures: which slices stand or fall together."""
 
+import math
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from channel_cases import CASES, IMAGE, conv
 from nets import Case, Net, described
 from torch import Tensor
@@ -125,3 +127,12 @@ def test_a_tensor_of_numbers_made_in_the_forward() -> None:
     )
     small = fxcompress.compress(net, [RandomFilterPruner(0.5), Speedup()], example_inputs=IMAGE)
     assert small.get_submodule("a").out_channels == 4
+
+
+def test_a_border_that_no_maximum_sees() -> None:
+    """Padding that is no number a position could have."""
+    net = Net(
+        lambda n, x: n.b(F.max_pool2d(F.pad(n.a(x), (1, 1, 1, 1), value=-math.inf), 3, 2)), a=conv(3, 8), b=conv(8, 4)
+    )
+    small = fxcompress.compress(net, [RandomFilterPruner(0.5), Speedup()], example_inputs=IMAGE)
+    assert small.get_submodule("a").out_channels == small.get_submodule("b").in_channels == 4
