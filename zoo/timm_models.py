@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import timm
@@ -110,25 +111,22 @@ SMALLEST = {
     "xception_aligned": "xception41p",
     "xcit": "xcit_nano_12_p8_224",
 }
-#: Height and width where a model takes any: few pixels, and yet a border in the last stage.
-_SIDE = 128
+#: Heights and widths for models that take several: few pixels, and yet a border in the last stage; patches of 16 or 14.
+_SIDES = (128, 126)
 
 
 def _build(name: str) -> Sample:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = timm.create_model(name).eval()
-    config = model.default_cfg
-    channels, side, _ = config["input_size"]
-    small = images(channels, min(side, _SIDE), min(side, _SIDE))
-    if not config.get("fixed_input_size"):
-        try:
-            with torch.no_grad():
+    channels, *full = model.default_cfg["input_size"]
+    if not model.default_cfg.get("fixed_input_size"):
+        for side in _SIDES:
+            small = images(channels, side, side)
+            with contextlib.suppress(RuntimeError, AssertionError, ValueError), torch.no_grad():
                 model(*small)
-        except (RuntimeError, AssertionError, ValueError):  # it takes any size from a certain one on
-            return Sample(model, images(*config["input_size"]))
-        return Sample(model, small)
-    return Sample(model, images(*config["input_size"]))
+                return Sample(model, small)
+    return Sample(model, images(channels, *full))
 
 
 MODELS = {name: functools.partial(_build, name) for name in SMALLEST.values()}
