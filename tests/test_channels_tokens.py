@@ -368,3 +368,15 @@ def test_rearrangements_of_one_of_several_results() -> None:
     net = Net(step, qkv=nn.Linear(3, 24), o=nn.Linear(8, 3))
     small = fxcompress.compress(net, [RandomFilterPruner(0.5), Speedup()], example_inputs=TOKENS)
     assert small.get_submodule("qkv").out_features == 12
+
+
+def test_a_prefix_that_is_empty() -> None:
+    """Tokens that are left out of a rotation, of which a model may have none, are channels like the others."""
+
+    def step(net: Net, x: Tensor) -> Tensor:
+        x = net.a(x)
+        return net.o(torch.cat((x[:, :0], x[:, 0:].sigmoid()), 1))
+
+    net = Net(step, a=nn.Linear(3, 8), o=nn.Linear(8, 3))
+    small = fxcompress.compress(net, [RandomFilterPruner(0.5), Speedup()], example_inputs=TOKENS)
+    assert small.get_submodule("a").out_features == 4

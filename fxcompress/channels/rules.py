@@ -127,9 +127,10 @@ def movement(call: Call) -> Any:
     (_, source), *rest = call.arguments.items()
     labels = call.of(source)
     parts: list[list[Tensor]] = []
-    for factor in labels.expanded():
-        moved = call.func(factor, **dict(rest))
-        parts.append(list(moved) if isinstance(moved, (tuple, list)) else [moved])
+    for factor, expanded in zip(labels.factors, labels.expanded(), strict=True):
+        moved = call.func(expanded, **dict(rest))
+        pieces = list(moved) if isinstance(moved, (tuple, list)) else [moved]
+        parts.append([piece if piece.numel() else _empty_piece(piece, factor, labels.shape) for piece in pieces])
     many = isinstance(call.result, (tuple, list))
     made = []
     for i in range(len(call.result) if many else 1):
@@ -142,6 +143,14 @@ def movement(call: Call) -> Any:
                 call.ledger.freeze([part[i].reshape(-1)[:1]], "it is picked out on its own")
         made.append(call.made(factors, i if many else None, labels.direct))
     return made if many else made[0]
+
+
+def _empty_piece(piece: Tensor, factor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The factor that a piece without elements has (``x[:, :0]``): it has channels along the dimensions it left alone."""
+    if piece.dim() != len(shape):
+        return piece
+    untouched = all(new == old for new, old, size in zip(piece.shape, shape, factor.shape, strict=True) if size > 1)
+    return factor if untouched else piece
 
 
 def permutation(call: Call) -> Labels:
