@@ -146,7 +146,7 @@ def movement(call: Call) -> Any:
 
 
 def _empty_piece(piece: Tensor, factor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The factor that a piece without elements has (``x[:, :0]``): it has channels along the dimensions it left alone."""
+    """The factor of a piece without elements (``x[:, :0]``): there are channels along the dimensions it left alone."""
     if piece.dim() != len(shape):
         return piece
     untouched = all(new == old for new, old, size in zip(piece.shape, shape, factor.shape, strict=True) if size > 1)
