@@ -9,7 +9,8 @@ import inspect
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from fxcompress.arguments import leaves, mapped
 from fxcompress.attention import multihead_attention
+from fxcompress.compiling import compiling
 from fxcompress.errors import FxCompressError, InputError, TraceError
 from fxcompress.exclusive import exclusive
 from fxcompress.inputs import Inputs, check_devices, other_batch, tensors_in
@@ -85,16 +87,21 @@ def capture(model: nn.Module, example_inputs: Any, *, waiting: bool = False) -> 
 
 
 def _trace(model: nn.Module, inputs: Inputs, waiting: bool = False) -> TracedModule:
-    opaque: set[str] = set()
     work = copied(model)
-    recorder = _record_all(model, work, inputs, opaque)
+    attempt = _record_best(model, work, inputs)
+    recorder, opaque = attempt.recorder, attempt.opaque
+    for scope, read in attempt.reads.items():
+        warnings.warn(
+            f"{scope} stays as it is: {read.what}, at {read.line}. Its channels will not be pruned.", stacklevel=3
+        )
     if recorder.branches:
         warnings.warn(
             f"the forward asks for self.training, at {recorder.branches[0]}, and the model is in train mode: the path "
             "that it takes then is what was recorded. Call model.eval() before, if the result is to run in eval mode.",
             stacklevel=3,
         )
-    batched = _settle_batch(model, work, inputs, recorder, opaque)
+    with attempt.asked():
+        batched = _settle_batch(model, work, inputs, recorder, opaque)
     return _assemble(work, recorder, opaque, batched, waiting)
 
 
@@ -141,29 +148,77 @@ def _trace_symbolically(model: nn.Module) -> TracedModule:
     return made
 
 
-def _record_all(model: nn.Module, work: nn.Module, inputs: Inputs, opaque: set[str]) -> Recorder:
+@dataclass(frozen=True)
+class _Attempt:
+    """One recording of a forward.
+
+    Attributes:
+        recorder: what it recorded.
+        reads: the modules that stay as they are, with what each of them read.
+        asked: what the forward is told about being captured.
+    """
+
+    recorder: Recorder
+    reads: dict[str, ValueReadError]
+    asked: Callable[[], AbstractContextManager[None]]
+
+    @property
+    def opaque(self) -> set[str]:
+        """Names of the modules that stay as they are."""
+        return set(self.reads)
+
+    def hidden(self, work: nn.Module) -> int:
+        """How many modules lie inside those that stay as they are."""
+        return sum(any(f"{path}.".startswith(f"{name}.") for name in self.reads) for path in modules_of(work))
+
+
+def _record_best(model: nn.Module, work: nn.Module, inputs: Inputs) -> _Attempt:
+    """Record; where values are read, once more under the flag that libraries ask before they read any.
+
+    What is recorded under the flag is kept if it leaves fewer modules as they are.
+    """
+    found: _Attempt | TraceError
+    try:
+        found = _record_all(model, work, inputs, nullcontext)
+        if not found.reads:
+            return found
+    except TraceError as error:
+        found = error
+    try:
+        again = _record_all(model, work, inputs, compiling)
+    except FxCompressError:
+        pass
+    else:
+        if isinstance(found, TraceError) or again.hidden(work) < found.hidden(work):
+            return again
+    if isinstance(found, TraceError):
+        raise found
+    return found
+
+
+def _record_all(
+    model: nn.Module, work: nn.Module, inputs: Inputs, asked: Callable[[], AbstractContextManager[None]]
+) -> _Attempt:
     """Record, making the submodules that read values opaque one after the other (at most all of them)."""
     known = frozenset(map(id, _plain_tensors(work)))
+    reads: dict[str, ValueReadError] = {}
     scanned = False
     while True:
         try:
-            return _record(model, work, inputs, opaque, known)
+            with asked():
+                return _Attempt(_record(model, work, inputs, set(reads), known), reads, asked)
         except ValueReadError as read:
             if not scanned and read.what.startswith("a tensor appears"):
                 known |= {id(item) for item in gc.get_objects() if issubclass(type(item), Tensor)}
                 scanned = True
                 continue
-            if not read.scope or read.scope in opaque:
+            if not read.scope or read.scope in reads:
                 raise TraceError(
                     f"the model's forward cannot be recorded: {read.what}, at {read.line}. What happens next depends "
                     "on values, which a graph cannot express. Move that line into a submodule (which then stays as "
                     "it is, unpruned), or compute it outside the model."
                 ) from None
-            opaque.add(read.scope)
-            warnings.warn(
-                f"{read.scope} stays as it is: {read.what}, at {read.line}. Its channels will not be pruned.",
-                stacklevel=4,
-            )
+            reads[read.scope] = read.with_traceback(None)
 
 
 def _record(model: nn.Module, work: nn.Module, inputs: Inputs, opaque: set[str], known: frozenset[int]) -> Recorder:
