@@ -48,6 +48,10 @@ class Call:
     kwargs: dict[str, Any]
 
 
+#: Methods that at most change a dtype: they name no sizes.
+_CASTS = frozenset("to type_as type float double half bfloat16".split())
+
+
 class Plan:
     """A live set laid over a clean graph.
 
@@ -239,7 +243,7 @@ class Plan:
             return self.call(node)
         if moved[0] not in self._collapsed and self.cuts(made) is not None:
             call = self.call(node)
-            if self._agrees(node, moved[0], call):
+            if node.target in _CASTS or (self._indices_known(node, sources) and self._agrees(node, moved[0], call)):
                 return call
         if node.name in self.channels.soft:
             self._collapsed.add(node)
@@ -255,6 +259,15 @@ class Plan:
 
     def _is_index(self, node: fx.Node, source: fx.Node) -> bool:
         return bool(node.args) and source is not node.args[0] and node.target is not torch.cat
+
+    def _indices_known(self, node: fx.Node, sources: list[fx.Node]) -> bool:
+        """Whether no index is computed from constants: what it picks then follows from values nobody has here.
+
+        What an index picks that depends on the input is frozen, so that any other index stands for it.
+        """
+        return not any(
+            self._is_index(node, source) and self.value(source).const and source.op != "get_attr" for source in sources
+        )
 
     def _agrees(self, node: fx.Node, source: fx.Node, call: Call) -> bool:
         """Whether the rewritten call, run on the positions of the live elements, gives those it should."""
@@ -289,7 +302,8 @@ class Plan:
                 return given[source]
             if source.op == "get_attr":
                 return _attribute(self.module, str(source.target))
-            return self.number(source) if live else self.value(source)
+            value = self.number(source) if live else self.value(source)
+            return torch.zeros(value.shape, dtype=torch.long) if isinstance(value, Labels) else value
 
         args, kwargs = mapped(fetch, list(call.args)), mapped(fetch, dict(call.kwargs))
         if call.op == "call_method":

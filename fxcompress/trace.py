@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxcompress import dtypes
 from fxcompress.arguments import leaves, mapped
 from fxcompress.attention import multihead_attention
 from fxcompress.compiling import compiling
@@ -100,8 +101,12 @@ def _trace(model: nn.Module, inputs: Inputs, waiting: bool = False) -> TracedMod
             "that it takes then is what was recorded. Call model.eval() before, if the result is to run in eval mode.",
             stacklevel=3,
         )
+    found = _dtype_followers(model, inputs, attempt)
     with attempt.asked():
         batched = _settle_batch(model, work, inputs, recorder, opaque)
+    if found:
+        recorder.constants[dtypes.MARKER] = torch.zeros((), dtype=dtypes.dtype_of(work), device=recorder.device)
+        dtypes.follow(recorder.graph, found, f"{CONSTANTS}.{dtypes.MARKER}")
     return _assemble(work, recorder, opaque, batched, waiting)
 
 
@@ -367,7 +372,24 @@ def _plain_tensors(model: nn.Module) -> Iterator[Tensor]:
                 yield from tensors_in(value)
 
 
-# ---- the batch dimension -------------------------------------------------------------------------------------
+# ---- the dtype and the batch dimension -------------------------------------------------------------------------------------
+
+
+def _dtype_followers(model: nn.Module, inputs: Inputs, attempt: _Attempt) -> dtypes.Followers:
+    """The literals that are the dtype of the model itself, found by recording it in another where there could be any."""
+    dtype = dtypes.dtype_of(model)
+    if dtype is None or not dtypes.names_dtype(attempt.recorder.graph, dtype):
+        return []
+    other = dtypes.other_dtype(dtype)
+    twin = copied(model).to(other)
+    moved = inputs.map(lambda tensor: tensor.to(other) if tensor.is_floating_point() else tensor)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            again = _record_all(twin, twin, moved, attempt.asked)
+    except FxCompressError:
+        return []
+    return dtypes.followers(attempt.recorder.graph, again.recorder.graph, dtype, other)
 
 
 def _settle_batch(
