@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import copy
 import functools
-import gc
 import inspect
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from fxcompress import dtypes
+from fxcompress import attempts, dtypes
 from fxcompress.arguments import leaves, mapped
 from fxcompress.attention import multihead_attention
-from fxcompress.compiling import compiling
 from fxcompress.errors import FxCompressError, InputError, TraceError
 from fxcompress.exclusive import exclusive
 from fxcompress.inputs import Inputs, check_devices, other_batch, tensors_in
-from fxcompress.module import TracedModule, copied, copy_graph, modules_of, own_attributes, owner, state_of
+from fxcompress.module import TracedModule, copied, copy_graph, modules_of, owner, state_of
 from fxcompress.nodes import scale_size
 from fxcompress.recorder import CONSTANTS, MODE_HOLDER, Recorder, TrainingFlag, ValueReadError
 from fxcompress.valueless import Valueless
@@ -89,11 +86,18 @@ def capture(model: nn.Module, example_inputs: Any, *, waiting: bool = False) -> 
 
 def _trace(model: nn.Module, inputs: Inputs, waiting: bool = False) -> TracedModule:
     work = copied(model)
-    attempt = _record_best(model, work, inputs)
+    attempt = attempts.best(functools.partial(_record, model, work, inputs), work)
     recorder, opaque = attempt.recorder, attempt.opaque
     for scope, read in attempt.reads.items():
         warnings.warn(
             f"{scope} stays as it is: {read.what}, at {read.line}. Its channels will not be pruned.", stacklevel=3
+        )
+    for field, kind in recorder.left_out.items():
+        warnings.warn(
+            f"{field} of the model's result is a {kind}, which a graph cannot hold: the traced model leaves it None. If "
+            "you do not need it, turn it off in the call or in the model's config (a cache of keys and values by "
+            "use_cache=False); if you do, return its tensors.",
+            stacklevel=3,
         )
     if recorder.branches:
         warnings.warn(
@@ -151,79 +155,6 @@ def _trace_symbolically(model: nn.Module) -> TracedModule:
     made = _assemble(work, recorder, opaque, ())
     made.meta["provisional"] = True
     return made
-
-
-@dataclass(frozen=True)
-class _Attempt:
-    """One recording of a forward.
-
-    Attributes:
-        recorder: what it recorded.
-        reads: the modules that stay as they are, with what each of them read.
-        asked: what the forward is told about being captured.
-    """
-
-    recorder: Recorder
-    reads: dict[str, ValueReadError]
-    asked: Callable[[], AbstractContextManager[None]]
-
-    @property
-    def opaque(self) -> set[str]:
-        """Names of the modules that stay as they are."""
-        return set(self.reads)
-
-    def hidden(self, work: nn.Module) -> int:
-        """How many modules lie inside those that stay as they are."""
-        return sum(any(f"{path}.".startswith(f"{name}.") for name in self.reads) for path in modules_of(work))
-
-
-def _record_best(model: nn.Module, work: nn.Module, inputs: Inputs) -> _Attempt:
-    """Record; where values are read, once more under the flag that libraries ask before they read any.
-
-    What is recorded under the flag is kept if it leaves fewer modules as they are.
-    """
-    found: _Attempt | TraceError
-    try:
-        found = _record_all(model, work, inputs, nullcontext)
-        if not found.reads:
-            return found
-    except TraceError as error:
-        found = error
-    try:
-        again = _record_all(model, work, inputs, compiling)
-    except FxCompressError:
-        pass
-    else:
-        if isinstance(found, TraceError) or again.hidden(work) < found.hidden(work):
-            return again
-    if isinstance(found, TraceError):
-        raise found
-    return found
-
-
-def _record_all(
-    model: nn.Module, work: nn.Module, inputs: Inputs, asked: Callable[[], AbstractContextManager[None]]
-) -> _Attempt:
-    """Record, making the submodules that read values opaque one after the other (at most all of them)."""
-    known = frozenset(map(id, _plain_tensors(work)))
-    reads: dict[str, ValueReadError] = {}
-    scanned = False
-    while True:
-        try:
-            with asked():
-                return _Attempt(_record(model, work, inputs, set(reads), known), reads, asked)
-        except ValueReadError as read:
-            if not scanned and read.what.startswith("a tensor appears"):
-                known |= {id(item) for item in gc.get_objects() if issubclass(type(item), Tensor)}
-                scanned = True
-                continue
-            if not read.scope or read.scope in reads:
-                raise TraceError(
-                    f"the model's forward cannot be recorded: {read.what}, at {read.line}. What happens next depends "
-                    "on values, which a graph cannot express. Move that line into a submodule (which then stays as "
-                    "it is, unpruned), or compute it outside the model."
-                ) from None
-            reads[read.scope] = read.with_traceback(None)
 
 
 def _record(model: nn.Module, work: nn.Module, inputs: Inputs, opaque: set[str], known: frozenset[int]) -> Recorder:
@@ -361,21 +292,10 @@ def _scoped_forward(recorder: Recorder, path: str, forward: Callable[..., Any]) 
     return run
 
 
-def _plain_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Tensors kept as ordinary attributes of modules: constants that no ``register_buffer`` knows."""
-    for module in modules_of(model).values():
-        for name in own_attributes(module):
-            value = vars(module)[name]
-            if isinstance(value, Tensor):
-                yield value
-            elif isinstance(value, (dict, list, tuple)) and value:
-                yield from tensors_in(value)
-
-
 # ---- the dtype and the batch dimension -------------------------------------------------------------------------------------
 
 
-def _dtype_followers(model: nn.Module, inputs: Inputs, attempt: _Attempt) -> dtypes.Followers:
+def _dtype_followers(model: nn.Module, inputs: Inputs, attempt: attempts.Attempt) -> dtypes.Followers:
     """The literals that are the dtype of the model itself, found by recording it in another where there could be any."""
     dtype = dtypes.dtype_of(model)
     if dtype is None or not dtypes.names_dtype(attempt.recorder.graph, dtype):
@@ -386,7 +306,7 @@ def _dtype_followers(model: nn.Module, inputs: Inputs, attempt: _Attempt) -> dty
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            again = _record_all(twin, twin, moved, attempt.asked)
+            again = attempts.attempt(functools.partial(_record, twin, twin, moved), twin, attempt.asked)
     except FxCompressError:
         return []
     return dtypes.followers(attempt.recorder.graph, again.recorder.graph, dtype, other)

@@ -22,6 +22,7 @@ from fxcompress.channels.stand_ins import stand_in
 from fxcompress.inputs import Inputs, positional, tensors_in
 from fxcompress.layers import understood
 from fxcompress.module import TracedModule, evaluating, state_of, submodule
+from fxcompress.outputs import tensors_of
 
 
 @dataclass(frozen=True)
@@ -269,8 +270,8 @@ class _Interpreter:
         return getattr(submodule(self.module, path), leaf)
 
     def _finish(self, result: Any) -> None:
-        for labels in labels_in(self._describe(result)):
-            self.watch.ledger.freeze(labels.factors, "it is an output of the model")
+        for _, tensor in tensors_of(result):
+            self.watch.ledger.freeze(self.watch.of(tensor).factors, "it is an output of the model")
 
     def _settle(self, node: fx.Node, result: Any) -> None:
         for tensor in [result] if isinstance(result, Tensor) else tensors_in(result):
