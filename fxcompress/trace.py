@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from fxcompress import attempts, dtypes
 from fxcompress.arguments import leaves, mapped
 from fxcompress.attention import multihead_attention
-from fxcompress.errors import FxCompressError, InputError, TraceError
+from fxcompress.errors import FxCompressError, InputError
 from fxcompress.exclusive import exclusive
 from fxcompress.inputs import Inputs, check_devices, other_batch, tensors_in
 from fxcompress.module import TracedModule, copied, copy_graph, modules_of, owner, state_of
