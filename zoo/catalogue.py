@@ -33,7 +33,11 @@ def names(library: str | None = None) -> list[str]:
 def build(name: str, seed: int = 0) -> Sample:
     """A model in eval mode whose weights and statistics hide nothing, and inputs for it."""
     library, _, model = name.partition("/")
-    sample = LIBRARIES[library][model]()
+    return prepared(LIBRARIES[library][model](), seed)
+
+
+def prepared(sample: Sample, seed: int = 0) -> Sample:
+    """A sample in eval mode whose weights and statistics hide nothing."""
     sample.model.eval()
     model_zoo.randomize(sample.model, seed)
     model_zoo.calibrate(sample.model, *sample.inputs) if isinstance(sample.inputs, tuple) else _calibrate(sample)
