@@ -427,6 +427,20 @@ class Holder(nn.Module):
         return f"of {self.kind.__name__}"
 
 
+def _tied(modules: dict[str, nn.Module], kept: set[str]) -> set[str]:
+    """Names of the modules outside ``kept`` that hold nothing but other names of parameters inside."""
+    inside = {id(parameter) for path in kept if path in modules for parameter in modules[path]._parameters.values()}
+    return {
+        path
+        for path, module in modules.items()
+        if path not in kept
+        and path.rpartition(".")[0] in kept
+        and not any(True for _ in (*module.children(), *module.buffers(recurse=False)))
+        and (own := [parameter for parameter in module._parameters.values() if parameter is not None])
+        and inside.issuperset(map(id, own))
+    }
+
+
 def _assemble(
     work: nn.Module, recorder: Recorder, opaque: set[str], batched: tuple[str, ...], waiting: bool = False
 ) -> TracedModule:
@@ -437,9 +451,11 @@ def _assemble(
     kept |= ancestors
     dropped: list[str] = []
     every = modules_of(work)
+    idle = _tied(every, kept)  # nobody calls them, and their names are in the state_dict
+    kept |= idle
     canonical = {id(module): path for path, module in every.items()}
     modules = {path: module for path, module in every.items() if path in kept}
-    whole = {path for path, module in modules.items() if path in opaque or (path and is_leaf(module))}
+    whole = {path for path in modules if path in opaque or (path and path not in idle and is_leaf(modules[path]))}
     made = {id(item): item if path in whole else Holder.of(item) for path, item in modules.items()}
     for path, module in modules.items():
         for name, child in module._modules.items() if path not in whole else ():
