@@ -160,7 +160,7 @@ class _Watch(TorchDispatchMode):
         if rule is None:
             for tensor in tensors:
                 self.ledger.freeze(self.of(tensor).factors, f"nothing is known about {func._schema.name}")
-            made: Any = [call.made(()) if isinstance(result, Tensor) else None]
+            made: Any = None
         elif name in _MAKES_LABELS or any(item.factors for item in labels):
             made = rule(call)
         else:
