@@ -108,13 +108,13 @@ def paddings() -> list[Tensor]:
     """Attention masks for 12 tokens that differ from the example's, which has three of padding in its second row."""
     kinds = {"none": [range(12)] * 2, "left": [range(5, 12), range(12)], "right": [range(4), range(11)]}
     kinds["three rows"] = [range(12), range(3, 12), range(6)]
-    return [
-        torch.tensor([[int(position in row) for position in range(12)] for row in rows]) for rows in kinds.values()
-    ]
+    return [torch.tensor([[int(position in row) for position in range(12)] for row in rows]) for rows in kinds.values()]
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", [marked(n, quick=n in ("bert", "llama")) for n in ("bert", "gpt2", "llama", "mistral")])
+@pytest.mark.parametrize(
+    "name", [marked(n, quick=n in ("bert", "llama")) for n in ("bert", "gpt2", "llama", "mistral")]
+)
 def test_padding_other_than_the_examples(name: str, implementation: str) -> None:
     sample = prepared(configured(name, attn_implementation=implementation))
     traced = quietly_traced(sample)
@@ -239,5 +239,3 @@ def test_the_compiling_flag_is_put_back() -> None:
     with pytest.raises(KeyError):
         fails()
     assert not torch.compiler.is_compiling()
-
-
