@@ -94,8 +94,8 @@ def _trace(model: nn.Module, inputs: Inputs, waiting: bool = False) -> TracedMod
         )
     for field, kind in recorder.left_out.items():
         warnings.warn(
-            f"{field} of the model's result is a {kind}, which a graph cannot hold: the traced model leaves it None. If "
-            "you do not need it, turn it off in the call or in the model's config (a cache of keys and values by "
+            f"{field} of the model's result is a {kind}, which a graph cannot hold: the traced model leaves it None. "
+            "If you do not need it, turn it off in the call or in the model's config (a cache of keys and values by "
             "use_cache=False); if you do, return its tensors.",
             stacklevel=3,
         )
@@ -292,11 +292,11 @@ def _scoped_forward(recorder: Recorder, path: str, forward: Callable[..., Any]) 
     return run
 
 
-# ---- the dtype and the batch dimension -------------------------------------------------------------------------------------
+# ---- the dtype and the batch dimension -----------------------------------------------------------------------------
 
 
 def _dtype_followers(model: nn.Module, inputs: Inputs, attempt: attempts.Attempt) -> dtypes.Followers:
-    """The literals that are the dtype of the model itself, found by recording it in another where there could be any."""
+    """The literals that are the model's own dtype, found by recording it in another where there could be any."""
     dtype = dtypes.dtype_of(model)
     if dtype is None or not dtypes.names_dtype(attempt.recorder.graph, dtype):
         return []

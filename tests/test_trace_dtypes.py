@@ -1,6 +1,7 @@
 """Dtypes in a recording: what the forward read off its tensors moves with the module, what its author wrote stays."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -75,7 +76,7 @@ def test_a_model_that_is_in_another_dtype_when_it_is_traced(dtype: torch.dtype) 
 
 def test_masked_and_removed_models_follow_too() -> None:
     masked = fxcompress.compress(built(follows), [L1FilterPruner(0.5)], example_inputs=TOKENS)
-    removed = fxcompress.compress(masked, [Speedup()], example_inputs=TOKENS)
+    removed: Any = fxcompress.compress(masked, [Speedup()], example_inputs=TOKENS)
     assert removed.fc.weight.shape == (3, 4)
     for dtype in (torch.float64, torch.float16):
         with torch.no_grad():

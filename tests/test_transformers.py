@@ -3,15 +3,10 @@
 import warnings
 from typing import Any
 
-import model_zoo  # isort: skip  # declares the operators that torchvision asks for: it must come first
 import pytest
 import torch
 from removal import relative_gap
 from torch import Tensor, nn
-from zoo.catalogue import build, prepared
-from zoo.measure import removable_share
-from zoo.sample import Sample, tokens
-from zoo.transformers_models import MODELS, configured
 
 import fxcompress
 from fxcompress import TracedModule, channel_groups, compress, masks
@@ -19,8 +14,10 @@ from fxcompress.compiling import compiling
 from fxcompress.inputs import Inputs, other_batch
 from fxcompress.passes import L1FilterPruner, Speedup
 from fxcompress.verify import precise
-
-assert model_zoo.NAMES
+from zoo.catalogue import build, prepared
+from zoo.measure import removable_share
+from zoo.sample import Sample, tokens
+from zoo.transformers_models import MODELS, configured
 
 #: What the default suite runs; `make zoo` runs the rest.
 QUICK = frozenset(("bert", "gpt2", "llama", "t5", "clip", "wav2vec2"))
