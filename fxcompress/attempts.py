@@ -59,7 +59,7 @@ def best(record: Record, work: nn.Module) -> Attempt:
         if not found.reads:
             return found
     except TraceError as error:
-        found = error
+        found = error.with_traceback(None)  # whose frames, this one among them, would keep the model
     try:
         again = attempt(record, work, compiling)
     except FxCompressError:
@@ -67,9 +67,12 @@ def best(record: Record, work: nn.Module) -> Attempt:
     else:
         if isinstance(found, TraceError) or again.hidden(work) < found.hidden(work):
             return again
-    if isinstance(found, TraceError):
-        raise found
-    return found
+    try:
+        if isinstance(found, TraceError):
+            raise found
+        return found
+    finally:
+        del found
 
 
 def attempt(record: Record, work: nn.Module, asked: Asked) -> Attempt:
