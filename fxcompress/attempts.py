@@ -59,7 +59,8 @@ def best(record: Record, work: nn.Module) -> Attempt:
         if not found.reads:
             return found
     except TraceError as error:
-        found = error.with_traceback(None)  # whose frames, this one among them, would keep the model
+        found = error.with_traceback(None)  # whose frames, this one among them, would keep the model;
+        found.__context__ = None  # so would those of what it was made of
     try:
         again = attempt(record, work, compiling)
     except FxCompressError:

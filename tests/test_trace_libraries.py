@@ -1,7 +1,9 @@
 """What libraries do in a forward: ask whether they are traced, return objects of their own, keep idle names."""
 
 import copy
+import gc
 import warnings
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +94,19 @@ def test_a_model_that_is_one_module_is_recorded_under_the_flag() -> None:
     model = Masking().eval()
     traced = fxcompress.trace(model, (X, torch.tensor([1, 1])))
     same(model, traced, X, torch.tensor([1, 0]))
+
+
+def test_a_first_attempt_that_failed_keeps_nothing_alive() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        for make in (Masking, Masked):
+            model = make().eval()
+            gone = weakref.ref(model), weakref.ref(fxcompress.trace(model, (X, torch.tensor([1, 1]))))
+            del model
+            assert [each() for each in gone] == [None, None]
+    finally:
+        gc.enable()
 
 
 # ---- results -------------------------------------------------------------------------------------------------------
