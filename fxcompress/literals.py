@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import fx
 
 from fxcompress.channels.labels import Labels
@@ -136,8 +137,9 @@ def _getitem(plan: Plan, node: fx.Node) -> Arguments:
     for item in items:
         if item is Ellipsis:
             dim += len(labels.shape) - consumed
-        kept = None if item is None or item is Ellipsis else _kept(plan, labels, dim)
-        made.append(item if kept is None else _point(item, kept, labels.shape[dim]))
+        rows = [] if item is None or item is Ellipsis else _kept_rows(plan, labels, dim)
+        pointed = [_point(item, kept, labels.shape[dim]) for kept in rows]
+        made.append(pointed[0] if pointed and all(other == pointed[0] for other in pointed) else item)
         dim += item is not None and item is not Ellipsis
     return (source, tuple(made) if isinstance(index, (tuple, list)) else made[0], *rest), {}
 
@@ -162,6 +164,19 @@ def _kept(plan: Plan, labels: Labels, dim: int) -> list[int] | None:
         if cut.dims == (dim,):
             return [int(i) for i in cut.keep[0]]
     return None
+
+
+def _kept_rows(plan: Plan, labels: Labels, dim: int) -> list[list[int]]:
+    """The indices kept of a dimension, for each row that keeps others (the heads of an attention do)."""
+    for cut in plan.cuts(labels) or ():
+        if dim not in cut.dims:
+            continue
+        place = cut.dims.index(dim)
+        if cut.gather is None or place != cut.column:
+            return [[int(i) for i in cut.keep[place]]]
+        rows = np.moveaxis(cut.gather, place, -1).reshape(-1, cut.gather.shape[place])
+        return [[int(i) for i in row] for row in np.unique(rows, axis=0)]
+    return []
 
 
 def _pad(plan: Plan, node: fx.Node) -> Arguments:

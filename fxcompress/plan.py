@@ -55,6 +55,10 @@ class Call:
     kwargs: dict[str, Any]
 
 
+#: Methods that at most change a dtype: they name no sizes.
+_CASTS = frozenset("to type_as type float double half bfloat16".split())
+
+
 class Plan:
     """A live set laid over a clean graph.
 
@@ -246,7 +250,7 @@ class Plan:
             return self.call(node)
         if moved[0] not in self._collapsed and self.cuts(made) is not None:
             call = self.call(node)
-            if self._agrees(node, moved[0], call):
+            if node.target in _CASTS or (self._indices_known(node, sources) and self._agrees(node, moved[0], call)):
                 return call
         if node.name in self.channels.soft:
             self._collapsed.add(node)
@@ -262,6 +266,15 @@ class Plan:
 
     def _is_index(self, node: fx.Node, source: fx.Node) -> bool:
         return bool(node.args) and source is not node.args[0] and node.target is not torch.cat
+
+    def _indices_known(self, node: fx.Node, sources: list[fx.Node]) -> bool:
+        """Whether no index is computed from constants: what it picks then follows from values nobody has here.
+
+        What an index picks that depends on the input is frozen, so that any other index stands for it.
+        """
+        return _name(node) in _LIKE or not any(
+            self._is_index(node, source) and self.value(source).const and source.op != "get_attr" for source in sources
+        )
 
     def _agrees(self, node: fx.Node, source: fx.Node, call: Call) -> bool:
         """Whether the rewritten call, run on the positions of the live elements, gives those it should."""
@@ -299,9 +312,12 @@ class Plan:
             value = self.number(source) if live else self.value(source)
             if not isinstance(value, Labels):
                 return value
-            if _name(node) not in _LIKE:
+            shape = self.shape(value) if live else value.shape
+            if _name(node) in _LIKE:
+                return torch.zeros(shape, dtype=_NUMBERS)
+            if value.const:
                 raise InexpressibleError(node, f"moves channels by what is in {source.name}")
-            return torch.zeros(self.shape(value) if live else value.shape, dtype=_NUMBERS)
+            return torch.zeros(shape, dtype=torch.long)  # what the input picks is frozen: any index stands for it
 
         args, kwargs = mapped(fetch, list(call.args)), mapped(fetch, dict(call.kwargs))
         if call.op == "call_method":

@@ -6,6 +6,7 @@ real, and leaves a node behind. Control flow is not its business, because Python
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import operator
@@ -27,6 +28,7 @@ from fxcompress.errors import TraceError
 from fxcompress.inputs import tensors_in
 from fxcompress.module import OwnedGraph, state_of
 from fxcompress.nodes import require_recorded
+from fxcompress.outputs import items_of
 from fxcompress.sizes import TRACED, Expression, TracedInt, plain
 
 #: Calls whose *result* is decided by values, so that what Python does next cannot be recorded.
@@ -139,6 +141,7 @@ class Recorder(TorchFunctionMode):
         self._node_of: dict[int, tuple[weakref.ref[Tensor], fx.Node]] = {}  # an id may be used again
         self._literals: dict[int, Tensor] = {}
         self.inputs: dict[str, Tensor] = {}
+        self.left_out: dict[str, str] = {}
         self._dynamic: set[fx.Node] = set()
         self._attributes: dict[int, str] = {}
         self.state = state_of(model)
@@ -413,21 +416,33 @@ class Recorder(TorchFunctionMode):
     def _result(self, value: Any) -> Any:
         fields = getattr(type(value), "__dataclass_fields__", None)
         if fields is not None:
-            items = {name: getattr(value, name) for name in fields if getattr(value, name) is not None}
-            return self.graph.call_function(type(value), (), {k: self._result(v) for k, v in items.items()})
+            made = {name: self._field(fields[name], item) for name, item in items_of(value)}
+            kept = {name: item for name, item in made.items() if item is not None}
+            return self.graph.call_function(type(value), (), kept)
         if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
             items_ = map(self._result, value)
             return type(value)(*items_) if hasattr(value, "_fields") else type(value)(items_)
         if isinstance(value, Mapping):
-            made = {key: self._result(item) for key, item in value.items()}
-            return made if type(value) is dict else self.graph.call_function(type(value), (made,))
+            entries = {key: self._result(item) for key, item in value.items()}
+            return entries if type(value) is dict else self.graph.call_function(type(value), (entries,))
         try:
             return self.argument(value)
         except ValueReadError:
             raise TraceError(
                 f"the model returns a {type(value).__name__}, which a graph cannot hold; expected tensors, numbers, "
-                "tuples, lists, dicts or dataclasses of them. Return the tensors and wrap them outside the model."
+                "tuples, lists, dicts or dataclasses of them. Have it left out (a cache of keys and values by "
+                "use_cache=False in the call or the model's config), or return tensors and wrap them outside the model."
             ) from None
+
+    def _field(self, field: dataclasses.Field[Any], value: Any) -> Any:
+        """A field of a result; None, which is as good, for an optional one that a graph cannot hold."""
+        try:
+            return self._result(value)
+        except TraceError:
+            if field.default is not None:
+                raise
+            self.left_out[field.name] = type(value).__name__
+            return None
 
 
 def _lists_positions(item: Any) -> bool:

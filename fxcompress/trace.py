@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import gc
 import inspect
 import itertools
 import warnings
@@ -15,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxcompress import attempts, dtypes
 from fxcompress.arguments import leaves, mapped
 from fxcompress.attention import multihead_attention
-from fxcompress.errors import FxCompressError, InputError, TraceError
+from fxcompress.errors import FxCompressError, InputError
 from fxcompress.exclusive import exclusive
 from fxcompress.inputs import Inputs, check_devices, other_batch, tensors_in
-from fxcompress.module import TracedModule, copied, copy_graph, modules_of, own_attributes, owner, state_of
+from fxcompress.module import TracedModule, copied, copy_graph, modules_of, owner, state_of
 from fxcompress.nodes import scale_size
 from fxcompress.recorder import CONSTANTS, MODE_HOLDER, Recorder, TrainingFlag, ValueReadError
 from fxcompress.valueless import Valueless
@@ -85,16 +85,32 @@ def capture(model: nn.Module, example_inputs: Any, *, waiting: bool = False) -> 
 
 
 def _trace(model: nn.Module, inputs: Inputs, waiting: bool = False) -> TracedModule:
-    opaque: set[str] = set()
     work = copied(model)
-    recorder = _record_all(model, work, inputs, opaque)
+    attempt = attempts.best(functools.partial(_record, model, work, inputs), work)
+    recorder, opaque = attempt.recorder, attempt.opaque
+    for scope, read in attempt.reads.items():
+        warnings.warn(
+            f"{scope} stays as it is: {read.what}, at {read.line}. Its channels will not be pruned.", stacklevel=3
+        )
+    for field, kind in recorder.left_out.items():
+        warnings.warn(
+            f"{field} of the model's result is a {kind}, which a graph cannot hold: the traced model leaves it None. "
+            "If you do not need it, turn it off in the call or in the model's config (a cache of keys and values by "
+            "use_cache=False); if you do, return its tensors.",
+            stacklevel=3,
+        )
     if recorder.branches:
         warnings.warn(
             f"the forward asks for self.training, at {recorder.branches[0]}, and the model is in train mode: the path "
             "that it takes then is what was recorded. Call model.eval() before, if the result is to run in eval mode.",
             stacklevel=3,
         )
-    batched = _settle_batch(model, work, inputs, recorder, opaque)
+    found = _dtype_followers(model, inputs, attempt)
+    with attempt.asked():
+        batched = _settle_batch(model, work, inputs, recorder, opaque)
+    if found:
+        recorder.constants[dtypes.MARKER] = torch.zeros((), dtype=dtypes.dtype_of(work), device=recorder.device)
+        dtypes.follow(recorder.graph, found, f"{CONSTANTS}.{dtypes.MARKER}")
     return _assemble(work, recorder, opaque, batched, waiting)
 
 
@@ -139,31 +155,6 @@ def _trace_symbolically(model: nn.Module) -> TracedModule:
     made = _assemble(work, recorder, opaque, ())
     made.meta["provisional"] = True
     return made
-
-
-def _record_all(model: nn.Module, work: nn.Module, inputs: Inputs, opaque: set[str]) -> Recorder:
-    """Record, making the submodules that read values opaque one after the other (at most all of them)."""
-    known = frozenset(map(id, _plain_tensors(work)))
-    scanned = False
-    while True:
-        try:
-            return _record(model, work, inputs, opaque, known)
-        except ValueReadError as read:
-            if not scanned and read.what.startswith("a tensor appears"):
-                known |= {id(item) for item in gc.get_objects() if issubclass(type(item), Tensor)}
-                scanned = True
-                continue
-            if not read.scope or read.scope in opaque:
-                raise TraceError(
-                    f"the model's forward cannot be recorded: {read.what}, at {read.line}. What happens next depends "
-                    "on values, which a graph cannot express. Move that line into a submodule (which then stays as "
-                    "it is, unpruned), or compute it outside the model."
-                ) from None
-            opaque.add(read.scope)
-            warnings.warn(
-                f"{read.scope} stays as it is: {read.what}, at {read.line}. Its channels will not be pruned.",
-                stacklevel=4,
-            )
 
 
 def _record(model: nn.Module, work: nn.Module, inputs: Inputs, opaque: set[str], known: frozenset[int]) -> Recorder:
@@ -301,18 +292,24 @@ def _scoped_forward(recorder: Recorder, path: str, forward: Callable[..., Any]) 
     return run
 
 
-def _plain_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Tensors kept as ordinary attributes of modules: constants that no ``register_buffer`` knows."""
-    for module in modules_of(model).values():
-        for name in own_attributes(module):
-            value = vars(module)[name]
-            if isinstance(value, Tensor):
-                yield value
-            elif isinstance(value, (dict, list, tuple)) and value:
-                yield from tensors_in(value)
+# ---- the dtype and the batch dimension -----------------------------------------------------------------------------
 
 
-# ---- the batch dimension -------------------------------------------------------------------------------------
+def _dtype_followers(model: nn.Module, inputs: Inputs, attempt: attempts.Attempt) -> dtypes.Followers:
+    """The literals that are the model's own dtype, found by recording it in another where there could be any."""
+    dtype = dtypes.dtype_of(model)
+    if dtype is None or not dtypes.names_dtype(attempt.recorder.graph, dtype):
+        return []
+    other = dtypes.other_dtype(dtype)
+    twin = copied(model).to(other)
+    moved = inputs.map(lambda tensor: tensor.to(other) if tensor.is_floating_point() else tensor)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            again = attempts.attempt(functools.partial(_record, twin, twin, moved), twin, attempt.asked)
+    except FxCompressError:
+        return []
+    return dtypes.followers(attempt.recorder.graph, again.recorder.graph, dtype, other)
 
 
 def _settle_batch(
@@ -430,6 +427,20 @@ class Holder(nn.Module):
         return f"of {self.kind.__name__}"
 
 
+def _tied(modules: dict[str, nn.Module], kept: set[str]) -> set[str]:
+    """Names of the modules outside ``kept`` that hold nothing but other names of parameters inside."""
+    inside = {id(parameter) for path in kept if path in modules for parameter in modules[path]._parameters.values()}
+    return {
+        path
+        for path, module in modules.items()
+        if path not in kept
+        and path.rpartition(".")[0] in kept
+        and not any(True for _ in (*module.children(), *module.buffers(recurse=False)))
+        and (own := [parameter for parameter in module._parameters.values() if parameter is not None])
+        and inside.issuperset(map(id, own))
+    }
+
+
 def _assemble(
     work: nn.Module, recorder: Recorder, opaque: set[str], batched: tuple[str, ...], waiting: bool = False
 ) -> TracedModule:
@@ -440,9 +451,11 @@ def _assemble(
     kept |= ancestors
     dropped: list[str] = []
     every = modules_of(work)
+    idle = _tied(every, kept)  # nobody calls them, and their names are in the state_dict
+    kept |= idle
     canonical = {id(module): path for path, module in every.items()}
     modules = {path: module for path, module in every.items() if path in kept}
-    whole = {path for path, module in modules.items() if path in opaque or (path and is_leaf(module))}
+    whole = {path for path in modules if path in opaque or (path and path not in idle and is_leaf(modules[path]))}
     made = {id(item): item if path in whole else Holder.of(item) for path, item in modules.items()}
     for path, module in modules.items():
         for name, child in module._modules.items() if path not in whole else ():

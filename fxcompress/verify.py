@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from fxcompress.errors import VerificationError
 from fxcompress.inputs import Inputs, other_batch, positional
 from fxcompress.module import TracedModule, evaluating
+from fxcompress.outputs import tensors_of
 
 #: Models with fewer bytes of state than this are compared in float64.
 SMALL = 2**29
@@ -47,13 +48,12 @@ def tolerance_of(dtype: torch.dtype) -> float:
 
 def difference(expected: Any, found: Any) -> float:
     """``max abs(a - b) / max abs(a)`` over every tensor of two results of the same structure; inf where they differ."""
-    left, right = pytree.tree_leaves(expected), pytree.tree_leaves(found)
-    if len(left) != len(right):
+    left, right = dict(tensors_of(expected)), dict(tensors_of(found))
+    if left.keys() != right.keys():
         return float("inf")
     worst = 0.0
-    for a, b in zip(left, right, strict=True):
-        if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-            continue
+    for path, a in left.items():
+        b = right[path]
         if a.shape != b.shape:
             return float("inf")
         if not a.numel():

@@ -34,7 +34,11 @@ def names(library: str) -> list[str]:
 def build(name: str, seed: int = 0) -> Sample:
     """A model in eval mode whose weights and statistics hide nothing, and inputs for it."""
     library, _, model = name.partition("/")
-    sample = models(library)[model]()
+    return prepared(models(library)[model](), seed)
+
+
+def prepared(sample: Sample, seed: int = 0) -> Sample:
+    """A sample in eval mode whose weights and statistics hide nothing."""
     sample.model.eval()
     model_zoo.randomize(sample.model, seed)
     model_zoo.calibrate(sample.model, *sample.inputs) if isinstance(sample.inputs, tuple) else _calibrate(sample)

@@ -117,8 +117,8 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any], Inputs]] = {
     "clip": (
         "CLIPModel",
         {
-            "text_config": {**_TEXT, "eos_token_id": 2},
-            "vision_config": {**_ENCODER, "image_size": 32, "patch_size": 8},
+            "text_config": {**_TEXT, "num_hidden_layers": 4, "eos_token_id": 2},
+            "vision_config": {**_ENCODER, "num_hidden_layers": 4, "image_size": 32, "patch_size": 4},
             "projection_dim": 36,
         },
         _image_and_text,
@@ -153,13 +153,14 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any], Inputs]] = {
 }
 
 
-def _build(name: str) -> Sample:
+def configured(name: str, **changes: Any) -> Sample:
+    """A model of the sweep, with some options of its configuration changed."""
     architecture, options, inputs = _CONFIGS[name]
     kind = getattr(transformers, architecture)
-    config: PretrainedConfig = kind.config_class(**options)
+    config: PretrainedConfig = kind.config_class(**{**options, **changes})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return Sample(kind(config), inputs())
 
 
-MODELS = {name: functools.partial(_build, name) for name in _CONFIGS}
+MODELS = {name: functools.partial(configured, name) for name in _CONFIGS}

@@ -34,6 +34,7 @@ _ROWS: dict[Rule, str] = {
     reductions.extremum: "max min",
     reductions.softmax: "_softmax _log_softmax _safe_softmax",
     reductions.layer_norm: "native_layer_norm _fused_rms_norm",
+    reductions.weight_norm: "_weight_norm_interface",
     reductions.group_norm: "native_group_norm",
     reductions.batch_norm: """native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training
         _batch_norm_with_update cudnn_batch_norm""",

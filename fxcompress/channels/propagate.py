@@ -22,6 +22,7 @@ from fxcompress.channels.stand_ins import stand_in
 from fxcompress.inputs import Inputs, positional, tensors_in
 from fxcompress.layers import understood
 from fxcompress.module import TracedModule, evaluating, state_of, submodule
+from fxcompress.outputs import tensors_of
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ class _Watch(TorchDispatchMode):
         if rule is None:
             for tensor in tensors:
                 self.ledger.freeze(self.of(tensor).factors, f"nothing is known about {func._schema.name}")
-            made: Any = [call.made(()) if isinstance(result, Tensor) else None]
+            made: Any = None
         elif name in _MAKES_LABELS or any(item.factors for item in labels):
             made = rule(call)
         else:
@@ -277,8 +278,8 @@ class _Interpreter:
         return getattr(submodule(self.module, path), leaf)
 
     def _finish(self, result: Any) -> None:
-        for labels in labels_in(self._describe(result)):
-            self.watch.ledger.freeze(labels.factors, "it is an output of the model")
+        for _, tensor in tensors_of(result):
+            self.watch.ledger.freeze(self.watch.of(tensor).factors, "it is an output of the model")
 
     def _settle(self, node: fx.Node, result: Any) -> None:
         for tensor in [result] if isinstance(result, Tensor) else tensors_in(result):

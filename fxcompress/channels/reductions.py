@@ -86,6 +86,18 @@ def layer_norm(call: Call) -> Any:
     return [call.made(_affine(call, labels, ndim - 1), 0), *_without(call, labels, dims)]
 
 
+def weight_norm(call: Call) -> list[Labels]:
+    """``g * v / norm(v)``, with a norm for each index of one dimension: a statistic over all the others."""
+    v, g = call.labels("v"), call.labels("g")
+    ndim = len(v.shape)
+    dims = frozenset(range(ndim)) - {call.arguments.get("dim", 0) % ndim}
+    _reduce_keeping(call, v, dims)
+    if v.factors:
+        call.ledger.live_only.add(call.ledger.node)  # 0 / 0 where a norm is that of nothing
+    kept = join(call.ledger, ((v.shape, v.factors), (g.shape, g.factors)), "its norms have no channels of their own")
+    return [call.made(kept, 0), *_without(call, v, dims)]
+
+
 def group_norm(call: Call) -> Any:
     """GroupNorm: statistics over rows of ``channels / groups``, which must stay equal in number."""
     labels, groups = call.labels("input"), call.arguments["group"]
