@@ -184,14 +184,14 @@ class _Recurrence:
     def _pass(self, step: Pass, entering: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """The labels of a pass' memories ``[H]`` and of what it hands on ``[P]``; None for what cannot go."""
         rows = self._along(step.reads, 0)
-        size = step.reads.shape[0] // self.gates
-        units = None if rows is None or size == 1 else rows[:size]
+        units = None if rows is None else rows[: len(rows) // self.gates]
         for tensor in (step.reads, step.recurs, *step.biases):
             mine = self._along(tensor, 0)
-            if mine is not None and units is None:
-                self.ledger.freeze([mine], "it is the only unit of its layer")
-            elif mine is not None:
+            if mine is not None and units is not None:
                 self.ledger.unite(mine.reshape(self.gates, -1), units[None])
+        if units is not None and len(units) == 1:
+            self.ledger.freeze([units], "it is the only unit of its layer")
+            units = None
         handed = units
         if step.projects is not None:
             handed = self._along(step.projects, 0)
@@ -207,7 +207,7 @@ class _Recurrence:
             self.ledger.freeze([columns], _NONE)
         elif columns is not None and entering is not None:
             self.ledger.unite(entering, columns)
-            self.ledger.end([entering, columns])
+            self.ledger.end([columns])
         if rows is not None:
             self.ledger.produce([rows])
         if rows is not None and columns is not None and entering is not None:
