@@ -127,6 +127,8 @@ def agree(layer: nn.Module, *, inputs: tuple[int, ...] | None = None, groups: in
         assert isinstance(weight, torch.Tensor)
         channels = (inputs or (0,))[1 if inputs and len(inputs) == layer.weight.dim() else 0]
         if layer.transposed:
+            if layer.groups == layer.in_channels:  # depthwise
+                layer.groups = weight.shape[0]
             layer.in_channels, layer.out_channels = weight.shape[0], weight.shape[1] * layer.groups
         else:
             layer.groups = channels // weight.shape[1] if layer.groups > 1 else 1

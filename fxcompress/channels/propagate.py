@@ -107,6 +107,9 @@ class _Watch(TorchDispatchMode):
     def label(self, tensor: Tensor, labels: Labels) -> None:
         self.table[id(tensor)] = weakref.ref(tensor), labels
 
+    def name_of(self, tensor: Tensor) -> str | None:
+        return self.parameters.get(id(tensor))
+
     def relabel(self, tensor: Tensor, labels: Labels) -> bool:
         if id(tensor) not in self.parameters:
             return False
@@ -158,6 +161,7 @@ class _Watch(TorchDispatchMode):
             self.ledger,
             self.of,
             self.relabel,
+            self.name_of,
             self.values_only,
             tensors,
             const,
