@@ -60,8 +60,12 @@ def understood(layer: nn.Module) -> bool:
     """Whether the channels of a leaf layer's own parameters can be masked and removed."""
     if all(parameter is None for parameter in layer._parameters.values()):
         return True
-    known = isinstance(layer, nn.modules.batchnorm._NormBase) or operator_of(layer) is not None
-    return known or functional(layer, None, None, None) is not None
+    return isinstance(layer, nn.modules.batchnorm._NormBase) or opens(layer)
+
+
+def opens(layer: nn.Module) -> bool:
+    """Whether a leaf layer can be written as a functional call that is given its parameters."""
+    return operator_of(layer) is not None or functional(layer, None, None, None) is not None
 
 
 def is_open(node: fx.Node) -> bool:
