@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +27,9 @@ def spread(x: Tensor, sequence: Tensor) -> Tensor:
 def lstm(b: Builder, op: Op) -> None:
     """One layer, two directions, two layers, projections, an initial state, the last state as a gate."""
     c, width, form = b.channels, op.width, op.variant % 6
-    options = ({}, {"bidirectional": True}, {"num_layers": 2, "dropout": 0.1}, {"proj_size": width}, {}, {})[form]
-    layer = nn.LSTM(c, width + (2 if form == 3 else 0), batch_first=form != 4, **options)  # type: ignore[arg-type]
+    forms: dict[int, dict[str, Any]] = {1: {"bidirectional": True}, 2: {"num_layers": 2, "dropout": 0.1}}
+    forms[3] = {"proj_size": width}
+    layer = nn.LSTM(c, width + (2 if form == 3 else 0), batch_first=form != 4, **forms.get(form, {}))
     rnn, conv = b.layer("lstm", layer), b.conv(width * (2 if form == 1 else 1))
     start = b.linear(c, width) if form == 4 else ""
 

@@ -1,7 +1,7 @@
 """Recurrent layers: which operator each of them calls, their functional form, and their attributes.
 
-An opened ``nn.LSTM``, ``nn.GRU``, ``nn.RNN`` or cell is a call of :func:`recurrent_layer` or :func:`recurrent_cell` that
-is given its weights, so that masks can sit on them.
+An opened ``nn.LSTM``, ``nn.GRU``, ``nn.RNN`` or cell is a call of :func:`recurrent_layer` or :func:`recurrent_cell`
+that is given its weights, so that masks can sit on them.
 """
 
 from __future__ import annotations

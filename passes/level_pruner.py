@@ -24,7 +24,7 @@ class LevelPruner(Pass):
     """Masks the elements with the smallest ``abs(w)``: exactly ``int(N * s)`` of a layer's N, ties by index.
 
     Han et al. 2015, "Learning both Weights and Connections", arXiv 1506.02626, section 3. Any layer with a weight of
-    two or more dimensions takes part, recurrent ones with all of theirs; biases, norms and layers that have no functional
+    two or more dimensions takes part, recurrent ones with all of theirs; biases, norms and layers without a functional
     form (``nn.Bilinear``) do not. The tensors keep their shapes.
 
     Args:

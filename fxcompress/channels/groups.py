@@ -44,7 +44,7 @@ class Slices:
         dim: the dimension that the rows lie along.
         rows: their indices.
         channels: for each row the channel of the group (0 .. width - 1) that it belongs to.
-        groups: of a grouped transposed convolution, whose weight is (inputs, outputs / groups, ...): its groups count as
+        groups: of a grouped transposed convolution, whose weight is (inputs, outputs / groups, ...): they count as
             lying side by side along ``dim``. 1 for all others.
     """
 

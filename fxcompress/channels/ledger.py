@@ -110,7 +110,7 @@ class Division:
 
 @dataclass(frozen=True)
 class Excess:
-    """An operator tells two kinds of channels apart by their number: every row of ``more`` must keep more than ``less``.
+    """Every row of ``more`` must keep more channels than ``less`` does: an operator tells them apart by their number.
 
     Both are labels ``[rows, channels]``, of which every row keeps equally many.
     """

@@ -40,8 +40,8 @@ def read_layer(layer: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) ->
         return None
     weights = [layer._parameters[name] for name in weight_names(layer)]
     if isinstance(layer, nn.RNNBase):
-        options = dict(num_layers=layer.num_layers, bidirectional=layer.bidirectional, has_biases=layer.bias)
-        named |= {"params": weights, **options}
+        named |= {"params": weights, "num_layers": layer.num_layers}
+        named |= {"bidirectional": layer.bidirectional, "has_biases": layer.bias}
     else:
         named |= dict(zip(_CELL_ARGUMENTS[2:], weights, strict=False))
     return operator, {name: value for name, value in named.items() if value is not None}
@@ -212,8 +212,8 @@ class _Recurrence:
             self.ledger.produce([rows])
         if rows is not None and columns is not None and entering is not None:
             self.ledger.connect([entering], [rows])
-        space = [f for f in (None if rows is None else rows[:, None], None if columns is None else columns[None])]
-        self.ledger.contract(weight.shape, [factor for factor in space if factor is not None], self.steps)
+        space = ([] if rows is None else [rows[:, None]]) + ([] if columns is None else [columns[None]])
+        self.ledger.contract(weight.shape, space, self.steps)
 
     def _along(self, tensor: Tensor, dim: int) -> Tensor | None:
         """The labels along a dimension of a parameter, 1-D."""

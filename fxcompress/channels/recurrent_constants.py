@@ -1,7 +1,7 @@
 """What is known of a recurrent operator whatever it is given: units that stay zero, and columns that read nothing.
 
-A unit whose rows and biases are zero in every gate computes tanh(0) or relu(0), and a memory that starts from zero stays
-zero whatever its gates are.
+A unit whose rows and biases are zero in every gate computes tanh(0) or relu(0), and a memory that starts from zero
+stays zero whatever its gates are.
 """
 
 from __future__ import annotations
