@@ -33,7 +33,8 @@ class Layer:
         name: dotted name of the module that holds the weight.
         module: that module.
         weight: its producing slices, shape (channels, ...): dimension 0 is the channel, whatever the layer's own
-            layout; masked elements are zero.
+            layout; masked elements are zero. Of a recurrent layer they are the rows of ``weight_ih`` and then those
+            of ``weight_hh``, one for each gate of a hidden unit, whose scores are combined as coupled layers' are.
     """
 
     name: str

@@ -50,7 +50,7 @@ def check_attributes(layer: Any) -> None:
     """A layer of the same kind, made anew with its attributes, has its parameters."""
     taken = ("batch_first", "num_layers", "bidirectional") if isinstance(layer, nn.RNNBase) else ()
     taken += ("proj_size",) if isinstance(layer, nn.LSTM) else ()
-    options = {name: getattr(layer, name) for name in taken}
+    options: Any = {name: getattr(layer, name) for name in taken}
     twin = type(layer)(layer.input_size, layer.hidden_size, bias=layer.bias, **options)
     assert {k: v.shape for k, v in twin.state_dict().items()} == {k: v.shape for k, v in layer.state_dict().items()}
     if isinstance(layer, nn.RNNBase):
