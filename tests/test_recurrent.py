@@ -50,8 +50,9 @@ def check_attributes(layer: Any) -> None:
     """A layer of the same kind, made anew with its attributes, has its parameters."""
     taken = ("batch_first", "num_layers", "bidirectional") if isinstance(layer, nn.RNNBase) else ()
     taken += ("proj_size",) if isinstance(layer, nn.LSTM) else ()
-    options: Any = {name: getattr(layer, name) for name in taken}
-    twin = type(layer)(layer.input_size, layer.hidden_size, bias=layer.bias, **options)
+    options = {name: getattr(layer, name) for name in taken}
+    kind: Any = type(layer)
+    twin = kind(layer.input_size, layer.hidden_size, bias=layer.bias, **options)
     assert {k: v.shape for k, v in twin.state_dict().items()} == {k: v.shape for k, v in layer.state_dict().items()}
     if isinstance(layer, nn.RNNBase):
         assert [id(w) for w in layer._flat_weights] == [id(p) for p in layer.parameters()]
