@@ -351,7 +351,7 @@ class _Notes:
         full: dict[int, tuple[str, ...]] = {}
         for item in group.slices:
             weight = self.module.get_parameter(item.parameter).detach()
-            used = (weight != 0).movedim(item.dim, 0).flatten(1).any(1).cpu().numpy()[item.rows]
+            used = item.lines(weight != 0).flatten(1).any(1).cpu().numpy()[item.rows]
             empty[item.channels[~used]] = True
             for channel in item.channels[used].tolist():
                 full[channel] = (*full.get(channel, ()), item.layer)

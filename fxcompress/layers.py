@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxcompress.module import submodule
+from fxcompress.recurrent import agree_recurrent, closed_arguments, open_recurrent, operator_of, weight_names
 from fxcompress.rewrite import Rewriter
 
 _CONVOLUTIONS: dict[type[nn.Module], Callable[..., Any]] = {
@@ -59,7 +60,12 @@ def understood(layer: nn.Module) -> bool:
     """Whether the channels of a leaf layer's own parameters can be masked and removed."""
     if all(parameter is None for parameter in layer._parameters.values()):
         return True
-    return isinstance(layer, nn.modules.batchnorm._NormBase) or functional(layer, None, None, None) is not None
+    return isinstance(layer, nn.modules.batchnorm._NormBase) or opens(layer)
+
+
+def opens(layer: nn.Module) -> bool:
+    """Whether a leaf layer can be written as a functional call that is given its parameters."""
+    return operator_of(layer) is not None or functional(layer, None, None, None) is not None
 
 
 def is_open(node: fx.Node) -> bool:
@@ -73,6 +79,11 @@ def open_layer(rewriter: Rewriter, node: fx.Node) -> bool:
     The module stays in the tree as the holder of its parameters. Returns False for a layer that cannot be opened.
     """
     layer = submodule(rewriter.module, str(node.target))
+    if operator_of(layer):
+        node.meta["layer"] = target = str(node.target)
+        weights = [parameter_node(rewriter, f"{target}.{name}", before=node) for name in weight_names(layer)]
+        open_recurrent(rewriter, node, weights)
+        return True
     x = node.args[0] if node.args else node.kwargs["input"]
     names = dict(layer.named_parameters(recurse=False))
     if functional(layer, x, None, None) is None:
@@ -91,7 +102,8 @@ def open_layer(rewriter: Rewriter, node: fx.Node) -> bool:
 def close_layer(rewriter: Rewriter, node: fx.Node) -> None:
     """The inverse of :func:`open_layer`; the parameter nodes must read the layer's own parameters."""
     target = node.meta.pop("layer")
-    rewriter.become(node, "call_module", target, (node.args[0],))
+    recurrent = operator_of(submodule(rewriter.module, target))
+    rewriter.become(node, "call_module", target, closed_arguments(node) if recurrent else (node.args[0],))
 
 
 def parameter_node(rewriter: Rewriter, name: str, *, before: fx.Node) -> fx.Node:
@@ -113,10 +125,14 @@ def agree(layer: nn.Module, *, inputs: tuple[int, ...] | None = None, groups: in
         groups: number of groups of a GroupNorm now.
     """
     weight = getattr(layer, "weight", None)
-    if isinstance(layer, nn.modules.conv._ConvNd):
+    if operator_of(layer):
+        agree_recurrent(layer)
+    elif isinstance(layer, nn.modules.conv._ConvNd):
         assert isinstance(weight, torch.Tensor)
         channels = (inputs or (0,))[1 if inputs and len(inputs) == layer.weight.dim() else 0]
         if layer.transposed:
+            if layer.groups == layer.in_channels:  # depthwise
+                layer.groups = weight.shape[0]
             layer.in_channels, layer.out_channels = weight.shape[0], weight.shape[1] * layer.groups
         else:
             layer.groups = channels // weight.shape[1] if layer.groups > 1 else 1

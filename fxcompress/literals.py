@@ -198,10 +198,15 @@ def _pad(plan: Plan, node: fx.Node) -> Arguments:
 def _convolution(groups: int) -> Callable[[Plan, fx.Node], Arguments]:
     def rewrite(plan: Plan, node: fx.Node) -> Arguments:
         """``groups`` of a depthwise convolution counts channels."""
-        if _argument(node, groups, "groups", 1) == 1:
+        before = _argument(node, groups, "groups", 1)
+        if before == 1:
             return node.args, node.kwargs
         source, weight = _argument(node, 0, "input"), _argument(node, 1, "weight")
-        wanted = plan.shape(plan.value(source))[1] // plan.shape(plan.value(weight))[1]
+        channels = plan.shape(plan.value(source))[1]
+        if not getattr(node.target, "__name__", "").startswith("conv_transpose"):
+            wanted = channels // plan.shape(plan.value(weight))[1]
+        else:
+            wanted = channels if plan.value(weight).shape[0] == before else before
         return _with(node, groups, "groups", wanted)
 
     return rewrite

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxcompress import motifs_channels, motifs_tokens
+from fxcompress import motifs_channels, motifs_sequences, motifs_tokens
 
 if TYPE_CHECKING:
     from fxcompress.generate import Builder, Network, Op
@@ -63,10 +63,11 @@ def dilated_conv(b: Builder, op: Op) -> None:
 
 
 def transposed_conv(b: Builder, op: Op) -> None:
-    groups = op.pick(1, 2, 1)
+    depthwise = op.variant % 6 == 5
+    groups = b.channels if depthwise else op.pick(1, 2, 1)
     b.multiple(groups)
     kernel, stride = (2, 2) if op.variant % 2 == 0 and b.can_grow else (3, 1)
-    out = -(-op.width // groups) * groups
+    out = groups if depthwise else -(-op.width // groups) * groups
     module = nn.ConvTranspose2d(b.channels, out, kernel, stride, padding=kernel // 3, groups=groups)
     conv, norm = b.layer("deconv", module), b.norm(out)
     b.then(lambda m, x: F.relu(m[norm](m[conv](x))))
@@ -378,5 +379,9 @@ MOTIFS: dict[str, Motif] = {
     "class_token": motifs_tokens.class_token,
     "mlp": motifs_tokens.mlp,
     "window": motifs_tokens.window,
-    "recurrent": motifs_tokens.recurrent,
+    "lstm": motifs_sequences.lstm,
+    "gru": motifs_sequences.gru,
+    "bilinear": motifs_sequences.bilinear,
+    "unet": motifs_sequences.unet,
+    "feature_pyramid": motifs_sequences.feature_pyramid,
 }

@@ -208,16 +208,3 @@ def window(b: Builder, op: Op) -> None:
         return x + y[:, : x.shape[2], : x.shape[3]].permute(0, 3, 1, 2)
 
     b.then(step)
-
-
-def recurrent(b: Builder, op: Op) -> None:
-    """A GRU or LSTM along the width, its result added to every row of a convolution's."""
-    c, width = b.channels, op.width
-    cell = op.pick(nn.GRU, nn.LSTM)(c, width, batch_first=True, bidirectional=op.variant % 3 == 2)
-    layer, conv = b.layer("rnn", cell), b.conv(width * (2 if op.variant % 3 == 2 else 1))
-
-    def step(m: Network, x: Tensor) -> Tensor:
-        sequence: Tensor = m.get_submodule(layer)(x.mean(2).transpose(1, 2))[0]
-        return F.relu(m[conv](x) + sequence.transpose(1, 2).unsqueeze(2))
-
-    b.then(step)

@@ -35,7 +35,7 @@ from fxcompress.sizes import TRACED, Expression, TracedInt, plain
 VALUE_READS = frozenset(
     """
     item tolist numpy __bool__ __int__ __float__ __index__ __complex__ __array__ __contains__ equal allclose
-    is_nonzero nonzero argwhere unique unique_consecutive masked_select bincount
+    is_nonzero nonzero argwhere unique unique_consecutive masked_select bincount _pack_padded_sequence
     """.split()
 )
 _SIZES = frozenset(("size", "shape", "numel", "nelement"))

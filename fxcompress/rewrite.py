@@ -31,7 +31,7 @@ class Rewriter:
         self.module = module
         self.author = author
         self.edits = 0
-        self._index: dict[int, tuple[weakref.ref[Tensor], list[tuple[dict[str, Any], str]]]] = {}
+        self._index: dict[int, tuple[weakref.ref[Tensor], list[tuple[Any, Any]]]] = {}
 
     @property
     def graph(self) -> fx.Graph:
@@ -132,7 +132,7 @@ class Rewriter:
         self._index[id(new)] = weakref.ref(new), places
         self.edits += 1
 
-    def _places(self, tensor: Tensor) -> list[tuple[dict[str, Any], str]]:
+    def _places(self, tensor: Tensor) -> list[tuple[Any, Any]]:
         """Every table and key under which a parameter or buffer is kept."""
         known = self._index.get(id(tensor))
         if known is None or known[0]() is not tensor:  # an id may be used again
@@ -142,6 +142,11 @@ class Rewriter:
                     for key, other in table.items():
                         if other is not None:
                             self._index.setdefault(id(other), (weakref.ref(other), []))[1].append((table, key))
+                if isinstance(module, nn.RNNBase):  # which keeps a list of its weights beside
+                    for index, weight in enumerate(module._flat_weights):
+                        if weight is not None:
+                            places = self._index.setdefault(id(weight), (weakref.ref(weight), []))[1]
+                            places.append((module._flat_weights, index))
             known = self._index[id(tensor)]
         return known[1]
 

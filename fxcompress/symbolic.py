@@ -272,7 +272,7 @@ def derive(
 ) -> Symbolic:
     """The symbolic figures of a traced module without mask nodes.
 
-    What the analysis did not follow (recurrent layers, opaque modules) costs what it costs in the dense model.
+    What the analysis did not follow (opaque modules, packed sequences) costs what it costs in the dense model.
 
     Args:
         module: a clean traced module.

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from fxcompress import attempts, dtypes
 from fxcompress.arguments import leaves, mapped
@@ -22,7 +23,7 @@ from fxcompress.exclusive import exclusive
 from fxcompress.inputs import Inputs, check_devices, other_batch, tensors_in
 from fxcompress.module import TracedModule, copied, copy_graph, modules_of, owner, state_of
 from fxcompress.nodes import scale_size
-from fxcompress.recorder import CONSTANTS, MODE_HOLDER, Recorder, TrainingFlag, ValueReadError
+from fxcompress.recorder import CONSTANTS, MODE_HOLDER, Recorder, TrainingFlag, ValueReadError, user_line
 from fxcompress.valueless import Valueless
 
 #: Modules of torch.nn that are written out or traced through: channels, or sizes that change with them, live inside.
@@ -269,6 +270,9 @@ def _leaf_forward(recorder: Recorder, path: str, forward: Callable[..., Any]) ->
         if recorder.quiet:
             return forward(*args, **kwargs)
         recorder.reached.add(path)
+        if any(isinstance(value, PackedSequence) for value in (*args, *kwargs.values())):
+            what = f"a PackedSequence, which values of lengths lay out, enters {path}"
+            raise ValueReadError(recorder.scopes[-1], what, user_line())
         tensors = list(tensors_in((args, kwargs)))
         call = forward if recorder.computes or not recorder.depends_on_inputs(tensors) else valueless
         return recorder.record(call, "", args, kwargs, tensors, module=path)

@@ -33,7 +33,8 @@ class Layer:
         name: dotted name of the module that holds the weight.
         module: that module.
         weight: its producing slices, shape (channels, ...): dimension 0 is the channel, whatever the layer's own
-            layout; masked elements are zero.
+            layout; masked elements are zero. Of a recurrent layer they are the rows of ``weight_ih`` and then those
+            of ``weight_hh``, one for each gate of a hidden unit, whose scores are combined as coupled layers' are.
     """
 
     name: str
@@ -194,10 +195,10 @@ def _layer(item: Slices, module: TracedModule, masking: Masking) -> Layer:
     mask = masking.elements.get(item.parameter)
     if mask is not None:
         weight = weight * mask
-    rows = torch.from_numpy(item.rows).to(weight.device)
-    if len(rows) != weight.shape[item.dim] or (item.rows[:-1] > item.rows[1:]).any():
-        weight = weight.index_select(item.dim, rows)
-    return Layer(item.layer, submodule(module, item.layer), weight.movedim(item.dim, 0))
+    weight, rows = item.lines(weight), torch.from_numpy(item.rows).to(weight.device)
+    if len(rows) != len(weight) or (item.rows[:-1] > item.rows[1:]).any():
+        weight = weight.index_select(0, rows)
+    return Layer(item.layer, submodule(module, item.layer), weight)
 
 
 class _Units:

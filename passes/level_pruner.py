@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from fxcompress.errors import InputError
+from fxcompress.layers import opens
 from fxcompress.masking import Masking, complete
 from fxcompress.module import TracedModule
 from fxcompress.pipeline import Context, Pass
+from fxcompress.recurrent import operator_of
 from fxcompress.select import Selection, Selectors, Sparsity
 
 
@@ -22,7 +24,8 @@ class LevelPruner(Pass):
     """Masks the elements with the smallest ``abs(w)``: exactly ``int(N * s)`` of a layer's N, ties by index.
 
     Han et al. 2015, "Learning both Weights and Connections", arXiv 1506.02626, section 3. Any layer with a weight of
-    two or more dimensions takes part; biases and norms do not. The tensors keep their shapes.
+    two or more dimensions takes part, recurrent ones with all of theirs; biases, norms and layers without a functional
+    form (``nn.Bilinear``) do not. The tensors keep their shapes.
 
     Args:
         sparsity: fraction of elements to mask, in [0, 1), or a mapping of name pattern to fraction (the last match
@@ -128,16 +131,23 @@ def n_of_m(score: Tensor, kept: int, of: int, dim: int) -> Tensor:
 
 
 def _weights(module: TracedModule) -> dict[str, Tensor]:
-    """Weights of two or more dimensions that the graph uses, by name, in its order."""
-    holders = [str(node.target) for node in module.graph.nodes if node.op == "call_module"]
+    """Weights of two or more dimensions that the graph uses and that can be masked, by name, in its order."""
+    called = {str(node.target) for node in module.graph.nodes if node.op == "call_module"}
+    holders = [name for name in called if opens(module.get_submodule(name))]
     read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
     used = {name: None for node in holders for name, _ in module.get_submodule(node).named_parameters(node)}
     parameters = dict(module.named_parameters())
     return {
         name: parameters[name]
         for name in parameters
-        if (name in used or name in read) and parameters[name].dim() > 1 and name.endswith("weight")
+        if (name in used or name in read) and parameters[name].dim() > 1 and _is_weight(module, name)
     }
+
+
+def _is_weight(module: TracedModule, name: str) -> bool:
+    """Whether a parameter is called a weight; a recurrent layer has several (``weight_ih_l0``)."""
+    path, _, leaf = name.rpartition(".")
+    return name.endswith("weight") or (leaf.startswith("weight_") and bool(operator_of(module.get_submodule(path))))
 
 
 def _lowest(score: Tensor, sparsity: float) -> Tensor:

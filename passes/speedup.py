@@ -158,7 +158,6 @@ class Speedup(Pass):
             return masking
         masking = masking.joined(self.masks)
         channels = groups.channels
-        flags = _alive_slices(masking)
         alive = np.zeros(len(channels.component), dtype=bool)
         for name, _ in module.named_parameters():
             mask = masking.elements.get(name)
@@ -167,7 +166,7 @@ class Speedup(Pass):
                 alive[channels.component[factor.numpy()[kept]]] = True
         dead = [np.empty(0, dtype=np.int64)]
         for group in groups:
-            _check_not_emptied(group, flags)
+            _check_not_emptied(group, masking)
             if group.removable:
                 dead.append(group.components[~alive[group.components]])
         live = settle(module, groups, masking.live(channels) & channels.live(np.concatenate(dead)))
@@ -194,21 +193,13 @@ def _kept(mask: Tensor, factor: Tensor) -> BoolArray:
     return kept
 
 
-def _alive_slices(masking: Masking) -> dict[tuple[str, int], BoolArray]:
-    """For every masked parameter axis which slices have an element left."""
-    alive = {}
-    for name, mask in masking.elements.items():
-        for dim in range(mask.dim()):
-            others = [d for d in range(mask.dim()) if d != dim]
-            alive[name, dim] = (mask.any(dim=others) if others else mask).cpu().numpy()
-    return alive
-
-
-def _check_not_emptied(group: Group, flags: Mapping[tuple[str, int], BoolArray]) -> None:
+def _check_not_emptied(group: Group, masking: Masking) -> None:
     """Raise :class:`InputError` if all producing slices of a group are masked."""
     alive = np.zeros(group.width, dtype=bool)
     for item in group.slices:
-        kept = flags.get((item.parameter, item.dim))
+        mask = masking.elements.get(item.parameter)
+        lines = None if mask is None else item.lines(mask)
+        kept = None if lines is None else lines.reshape(len(lines), -1).any(1).cpu().numpy()
         alive[item.channels if kept is None else item.channels[kept[item.rows]]] = True
     if not alive.any():
         raise InputError(

@@ -36,8 +36,11 @@ _SELDOM: tuple[tuple[Op, ...], ...] = (
     *((Op("transposed_conv", 8, variant),) for variant in (0, 2, 3, 5)),
     *((Op("zero_padded_shortcut", 8, variant), Op("conv_bn_relu", 6)) for variant in (0, 1, 2)),
     *((Op("conv_bn_relu", 12), Op("group_norm", 6, variant), Op("conv_bn_relu", 6)) for variant in (0, 4, 7, 0)),
-    *((Op("attention_fused", 8, variant),) for variant in (0, 2)),
+    *((Op("conv_bn_relu", 12), Op("layer_norm", 6, variant), Op("conv_bn_relu", 6)) for variant in (0, 1)),
+    *((Op("attention_fused", 8, variant),) for variant in (0, 2, 0, 2, 0, 2)),
+    *((Op("einsum", 8, variant),) for variant in (0, 2, 0, 2, 1)),
     *((Op("depthwise_conv", 8, variant), Op("conv_bn_relu", 6)) for variant in (0, 1)),
+    *((Op("lstm", 8, variant),) for variant in (1, 3, 4)),
 )
 
 
@@ -284,7 +287,7 @@ def _count_parameters(found: Counter[str], dense: nn.Module, removed: nn.Module)
         if not path:
             found["parameter outside layers"] += 1
         for kinds, rewritten in _LAYERS:
-            if isinstance(layer, kinds) and leaf == "weight":
+            if isinstance(layer, kinds) and leaf.startswith("weight"):
                 found.update(rewritten(layer, before, after))
 
 
@@ -307,4 +310,5 @@ _LAYERS: list[tuple[tuple[type[nn.Module], ...], _Count]] = [
     ((nn.Linear,), _linear),
     ((nn.modules.batchnorm._BatchNorm,), lambda *_: ["batch norm"]),
     ((nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d), lambda *_: ["layer or group norm"]),
+    ((nn.RNNBase, nn.RNNCellBase), lambda *_: ["recurrent layer"]),
 ]

@@ -217,7 +217,7 @@ REMOVAL_BUGS: dict[Callable[[Patch], None], tuple[str, ...]] = {
     tied_once: ("tied_weights",),
     shared_twice: ("shared_conv",),
     output_missed: ("conv_bn_relu", "residual"),
-    opaque_layer_missed: ("recurrent",),
+    opaque_layer_missed: ("bilinear",),
     gather_order_ignored: ("permute_index", "shuffle", "reorder"),
     all_channels_counted: ("layer_norm", "softmax_gate"),
     pad_labels_swapped: ("zero_padded_shortcut",),

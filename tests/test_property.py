@@ -41,6 +41,7 @@ REWRITES = (
     "live-only statistics",
     "matrix product",
     "parameter outside layers",
+    "recurrent layer",
     "split or slice",
     "transposed convolution",
     "view or reshape",

@@ -24,10 +24,11 @@ from torch import Tensor, fx, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxcompress.channels import constant_values as values
-from fxcompress.channels import contractions, reductions, rules
+from fxcompress.channels import contractions, recurrence, reductions, rules
 from fxcompress.channels.constant_values import Known, Product, Window
 from fxcompress.channels.labels import IntArray, dims_of
 from fxcompress.channels.propagate import propagate
+from fxcompress.channels.recurrent_constants import Zeros
 from fxcompress.channels.rules import Call, Rule
 from fxcompress.inputs import Inputs
 from fxcompress.module import TracedModule, owner
@@ -192,6 +193,8 @@ class Constants:
 
     def _made(self, call: Call, rule: Rule | None, inplace: bool) -> Any:
         """The constants of the results, or of the first, None where nothing is known."""
+        if rule is recurrence.recurrent:  # of which dropout is random, but not in eval mode
+            return Zeros.of(call, self.of).results
         if rule is None or torch.Tag.nondeterministic_seeded in call.func.tags:
             return None
         made: Any = None
@@ -247,6 +250,11 @@ class Constants:
             made = self._read_window(call, window, ended)
         elif rule is contractions.matmul:
             made = self._read_product(call)
+        elif rule is recurrence.recurrent:
+            for columns in Zeros.of(call, self.of).columns:
+                verdicts = np.where(columns.harmless, Verdict.HARMLESS, Verdict.STAYS)
+                reason = f"{self._place(call)[1]} reads them at every step"
+                made.append(_reading(torch.from_numpy(columns.labels), verdicts, reason))
         elif call.name in ("sum", "nansum"):
             (source, *_) = call.tensors
             for factor in ended:

@@ -201,14 +201,66 @@ def _transposed(
     groups: int,
 ) -> list[Tensor]:
     """The weight is (inputs, outputs / groups, ...): its rows consume and its columns produce."""
+    repeats = _positions(call.arguments["input"]) * math.prod(w.shape[2:])
     if groups == 1:
         a = ((x.shape[1], 1), [f.reshape(-1, 1) for f in inputs])
         b = (w.shape[:2], [f.reshape(-1, 1) for f in rows] + [f.reshape(1, -1) for f in columns])
-        repeats = _positions(call.arguments["input"]) * math.prod(w.shape[2:])
         return [f.reshape(-1) for f in contract(call, a, b, frozenset({0}), (x, w), repeats)]
-    ledger = call.ledger
-    ledger.freeze([*inputs, *rows, *columns], "a grouped transposed convolution")
-    return []
+    ledger, each = call.ledger, w.shape[1]
+    entering, consumed = _one(call, inputs), _one(call, rows)
+    if entering is None or consumed is None:
+        ledger.freeze([*inputs, *rows, *columns], "its input has no channels of its own")
+        ledger.contract(w.shape[:2], [], repeats)
+        return []
+    ledger.unite(entering, consumed)
+    if w.shape[0] == groups:  # depthwise: every input makes outputs of its own, which go with it
+        ledger.freeze(columns, "which of the outputs of one channel it makes")
+        if w.const:
+            ledger.produce([consumed])
+        ledger.contract(w.shape[:2], [consumed.reshape(-1, 1)], repeats)
+        return [consumed.repeat_interleave(each)]
+    made = _made_by_groups(call, w, columns, groups)
+    if made is None:
+        ledger.freeze([entering, *columns], "the weight of a grouped transposed convolution is computed")
+        ledger.contract(w.shape[:2], [], repeats)
+        return []
+    out = made[:: w.shape[0] // groups].reshape(-1)  # the rows of one group make the same outputs
+    if each == 1:
+        ledger.freeze([out], "the only output of its convolution group")
+    else:
+        ledger.divide(out, groups, pinned=(0,))
+    ledger.divide(entering, groups, pinned=(0,))
+    ledger.connect([entering], [out])
+    ledger.end([entering])
+    ledger.contract(w.shape[:2], [consumed.reshape(-1, 1), *([made] if each > 1 else [])], repeats)
+    return [out]
+
+
+def _made_by_groups(call: Call, w: Labels, columns: list[Tensor], groups: int) -> Tensor | None:
+    """Which output each element of a grouped transposed weight adds to: labels (inputs, outputs / groups).
+
+    The outputs have no axis of their own in the weight: they get one, as if its groups lay side by side. None where the
+    weight is no parameter.
+    """
+    ledger, weight = call.ledger, call.arguments["weight"]
+    inputs, each = w.shape[:2]
+    known = [column for column in columns if column.dim() == 2]
+    if known:  # the weight has been used before
+        rows = known[0].reshape(groups, inputs // groups, each)
+        ledger.unite(rows, rows[:, :1])
+        ledger.produce([rows[:, 0]])
+        return known[0]
+    name = call.name_of(weight)
+    if name is None or not (w.direct and w.const):
+        return None
+    out = ledger.fresh_axis(name, 1, groups * each, "parameter")
+    made = out.reshape(groups, each).repeat_interleave(inputs // groups, 0)
+    ledger.produce([out])
+    if each > 1:
+        kept = tuple(f for f in w.factors if dims_of(f) != (1,))
+        mine = made.reshape(tuple(made.shape) + (1,) * (weight.dim() - 2))
+        call.relabel(weight, Labels(w.shape, (*kept, mine), w.const, w.direct, rows=frozenset({0})))
+    return made
 
 
 def _grouped(

@@ -12,7 +12,7 @@ from typing import Any
 import networkx as nx
 import numpy as np
 from rich.table import Table
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from fxcompress.channels.dependencies import (
     GroupedLayers,
@@ -44,17 +44,27 @@ class Slices:
         dim: the dimension that the rows lie along.
         rows: their indices.
         channels: for each row the channel of the group (0 .. width - 1) that it belongs to.
+        groups: of a grouped transposed convolution, whose weight is (inputs, outputs / groups, ...): they count as
+            lying side by side along ``dim``. 1 for all others.
     """
 
     parameter: str
     dim: int
     rows: IntArray
     channels: IntArray
+    groups: int = 1
 
     @property
     def layer(self) -> str:
         """Name of the module that holds the weight."""
         return self.parameter.rpartition(".")[0]
+
+    def lines(self, weight: Tensor) -> Tensor:
+        """Everything along ``dim`` of the parameter (or of its mask) as dimension 0; :attr:`rows` are indices of it."""
+        if self.groups == 1:
+            return weight.movedim(self.dim, 0)
+        grouped = weight.reshape(self.groups, -1, *weight.shape[1:])
+        return grouped.movedim(self.dim + 1, 1).flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -417,7 +427,8 @@ def _slices(channels: Channels, position: IntArray, labels: IntArray, axis_of: I
     for index in distinct(axis_of):
         axis = channels.facts.ledger.axes[index]
         mine = labels[axis_of == index]
-        made.append(Slices(axis.name, axis.dim, mine - axis.start, position[channels.component[mine]]))
+        groups = axis.size // channels.facts.state[axis.name].shape[axis.dim]
+        made.append(Slices(axis.name, axis.dim, mine - axis.start, position[channels.component[mine]], groups))
     return tuple(made)
 
 

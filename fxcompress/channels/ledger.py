@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxcompress.channels.labels import IntArray, Labels, column_of, dims_of, distinct
+from fxcompress.channels.labels import BoolArray, IntArray, Labels, column_of, dims_of, distinct
 
 #: Where an axis comes from: a parameter, a buffer, or a tensor that the forward makes.
 Kind = Literal["parameter", "buffer", "made"]
@@ -108,6 +108,23 @@ class Division:
     node: str
 
 
+@dataclass(frozen=True)
+class Excess:
+    """Every row of ``more`` must keep more channels than ``less`` does: an operator tells them apart by their number.
+
+    Both are labels ``[rows, channels]``, of which every row keeps equally many.
+    """
+
+    more: IntArray
+    less: IntArray
+
+    def missing(self, live: BoolArray) -> IntArray:
+        """How many channels each row of ``more`` is short of."""
+        least = live[self.less].sum(axis=1).max() + 1
+        short: IntArray = np.maximum(least - live[self.more].sum(axis=1), 0)
+        return short
+
+
 @dataclass
 class Ledger:
     """Everything that a propagation found out, in the order in which it did."""
@@ -117,6 +134,7 @@ class Ledger:
     freezes: list[Freeze] = field(default_factory=list)
     constraints: list[Constraint] = field(default_factory=list)
     divisions: list[Division] = field(default_factory=list)
+    excesses: list[Excess] = field(default_factory=list)
     produced: list[IntArray] = field(default_factory=list)
     layers: list[tuple[IntArray, IntArray]] = field(default_factory=list)
     contractions: list[Contraction] = field(default_factory=list)
@@ -187,6 +205,10 @@ class Ledger:
         rows = factor.reshape(groups, -1)
         self.divisions.append(Division(rows.numpy(), self.node))
         self.constrain(rows, pinned, rows=(0,))
+
+    def exceed(self, more: Tensor, less: Tensor) -> None:
+        """Every row of ``more [rows, channels]`` must keep more channels than the rows of ``less`` do."""
+        self.excesses.append(Excess(more.numpy(), less.numpy()))
 
     def produce(self, factors: Iterable[Tensor]) -> None:
         """These labels are rows of a weight that produces channels: they are what gets scored."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fxcompress.channels import contractions, reductions, rules
+from fxcompress.channels import contractions, recurrence, reductions, rules
 from fxcompress.channels.rules import Rule
 
 _ROWS: dict[Rule, str] = {
@@ -29,6 +29,7 @@ _ROWS: dict[Rule, str] = {
         nan_to_num rrelu_with_noise""",
     contractions.matmul: "mm bmm addmm baddbmm mv dot",
     contractions.convolution: "convolution _convolution convolution_overrideable",
+    recurrence.recurrent: """lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell""",
     reductions.reduction: """sum mean amax amin prod std var std_mean var_mean logsumexp linalg_vector_norm norm any all
         nansum count_nonzero""",
     reductions.extremum: "max min",

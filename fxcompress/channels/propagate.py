@@ -17,12 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fxcompress.channels.labels import Labels, dims_of, labels_in
 from fxcompress.channels.ledger import Kind, Ledger
 from fxcompress.channels.operators import is_pointwise, operator_name, read_arguments, rule_for
+from fxcompress.channels.recurrence import operator_overload, read_function, read_layer
 from fxcompress.channels.rules import Call, Rule
 from fxcompress.channels.stand_ins import stand_in
 from fxcompress.inputs import Inputs, positional, tensors_in
 from fxcompress.layers import understood
 from fxcompress.module import TracedModule, evaluating, state_of, submodule
 from fxcompress.outputs import tensors_of
+from fxcompress.recurrent import GATES, operator_of
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,6 @@ _MOVES = frozenset(
 
 #: Why nothing inside an opaque module, or a layer with an operator of its own, can be removed.
 WHOLE = "is one operator with all its channels"
-
-
-_RECURRENT = frozenset(f"{kind}{form}" for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu") for form in ("", "_cell"))
 
 
 #: Operators with something to say about tensors without labels.
@@ -115,6 +114,9 @@ class _Watch(TorchDispatchMode):
     def label(self, tensor: Tensor, labels: Labels) -> None:
         self.table[id(tensor)] = weakref.ref(tensor), labels
 
+    def name_of(self, tensor: Tensor) -> str | None:
+        return self.parameters.get(id(tensor))
+
     def relabel(self, tensor: Tensor, labels: Labels) -> bool:
         if id(tensor) not in self.parameters:
             return False
@@ -141,6 +143,15 @@ class _Watch(TorchDispatchMode):
             self.asleep = False
         return result
 
+    def ran(self, name: str, arguments: dict[str, Any], results: list[Any]) -> None:
+        """Label the results of a recurrent operator, which no dispatch mode sees as what it is."""
+        self.moves_only = False
+        self.asleep = True
+        try:
+            self._apply(operator_overload(name), name, False, arguments, results)
+        finally:
+            self.asleep = False
+
     def _apply(self, func: Any, name: str, inplace: bool, arguments: dict[str, Any], result: Any) -> None:
         if name in _SINGULAR:
             risky = list(arguments.values())[_SINGULAR[name] :]
@@ -157,6 +168,7 @@ class _Watch(TorchDispatchMode):
             self.ledger,
             self.of,
             self.relabel,
+            self.name_of,
             self.values_only,
             tensors,
             const,
@@ -252,8 +264,9 @@ class _Interpreter:
         args, kwargs = fx.map_arg(node.args, fetch), fx.map_arg(node.kwargs, fetch)
         watch.values_only = all(user.target is operator.getitem and user.args[1] == 0 for user in node.users)
         watch.moves_only = True
-        reason = self._closed(node)
-        watch.asleep = bool(reason)
+        recurrence = self._recurrence(node, args, kwargs)
+        reason = "" if recurrence else self._closed(node)
+        watch.asleep = bool(recurrence or reason)
         try:
             if node.op == "call_module":
                 result = submodule(self.module, str(node.target))(*args, **kwargs)
@@ -264,6 +277,8 @@ class _Interpreter:
                 result = node.target(*args, **kwargs)
         finally:
             watch.asleep = False
+        if recurrence:
+            watch.ran(*recurrence, pytree.tree_leaves(result))
         if reason:
             self._freeze(node, reason)
             self.watch.varies(result)
@@ -288,15 +303,27 @@ class _Interpreter:
                 self.watch.label(tensor, replace(labels, copied=frozenset()))
         self.values[node.name] = self._describe(result)
 
+    def _recurrence(
+        self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[str, dict[str, Any]] | None:
+        """The recurrent operator that a node runs, and its arguments."""
+        if node.op == "call_function":
+            return read_function(getattr(node.target, "__name__", ""), args, kwargs)
+        if node.op != "call_module" or str(node.target) in self.opaque:
+            return None
+        return read_layer(submodule(self.module, str(node.target)), args, kwargs)
+
     def _closed(self, node: fx.Node) -> str:
-        """Why labels do not enter a node's module; empty where they do."""
-        if getattr(node.target, "__name__", "") in _RECURRENT:
-            return f"{getattr(node.target, '__name__', '')} {WHOLE}"
+        """Why labels do not enter a node's module or function; empty where they do."""
+        if node.op == "call_function" and getattr(node.target, "__name__", "") in GATES:
+            return f"{getattr(node.target, '__name__', '')} of a PackedSequence {WHOLE}"
         if node.op != "call_module":
             return ""
         if str(node.target) in self.opaque:
             return f"{node.target} is opaque and {WHOLE}"
         layer = submodule(self.module, str(node.target))
+        if operator_of(layer):
+            return f"{type(layer).__name__} of a PackedSequence {WHOLE}"
         return "" if understood(layer) else f"{type(layer).__name__} {WHOLE}"
 
     def _freeze(self, node: fx.Node, reason: str) -> None:

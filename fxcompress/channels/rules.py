@@ -28,6 +28,7 @@ class Call:
     ledger: Ledger
     of: Callable[[Tensor], Labels]
     relabel: Callable[[Tensor, Labels], bool]
+    name_of: Callable[[Tensor], str | None]  # of a parameter or buffer
     values_only: bool  # the result's second part (indices) is not used
     tensors: list[Tensor]  # every tensor argument, in order
     const: bool  # the result depends on parameters and buffers alone

@@ -83,6 +83,13 @@ class Channels:
                 alive[back] = True
                 live |= alive[self.component]
                 changed = True
+            for excess in self.facts.ledger.excesses:
+                short = excess.missing(live)
+                for row, count in zip(self.component[excess.more], short, strict=True):
+                    alive = np.zeros(len(self.component), dtype=bool)
+                    alive[_best(row[~live[row]], int(count), rank or {})] = True
+                    live |= alive[self.component]
+                changed = changed or bool(short.any())
         return live
 
 
@@ -116,10 +123,13 @@ def _bring_back(constraint: Constraint, live: BoolArray, component: IntArray, ra
     for row, count in zip(rows, alive, strict=True):
         if count == target or (count == 0 and not must_live):
             continue
-        gone = list(dict.fromkeys(component[row[~live[row]]].tolist()))
-        gone.sort(key=lambda c: (-rank.get(c, 0.0), c))
-        back += gone[: target - int(count)]
+        back += _best(component[row[~live[row]]], target - int(count), rank)
     return np.array(sorted(set(back)), dtype=np.int64) if back else dead
+
+
+def _best(components: IntArray, count: int, rank: Mapping[int, float]) -> list[int]:
+    """The first ``count`` of some components, best ranked first."""
+    return sorted(dict.fromkeys(components.tolist()), key=lambda c: (-rank.get(c, 0.0), c))[:count]
 
 
 def solve(facts: Facts, graph: fx.Graph) -> Channels:
@@ -133,6 +143,7 @@ def solve(facts: Facts, graph: fx.Graph) -> Channels:
         frozen[component[freeze.labels]] = True
     for constraint in constraints:
         frozen[_stuck(constraint, component)] = True
+    _hold_rows(constraints, component, frozen)
     return Channels(facts, component, frozen, constraints, soft)
 
 
@@ -145,6 +156,18 @@ def _stuck(constraint: Constraint, component: IntArray) -> IntArray:
     rows = component[factor]
     whole = rows.min(axis=other) == rows.max(axis=other)
     return distinct(rows.min(axis=other)[whole])
+
+
+def _hold_rows(constraints: Sequence[Constraint], component: IntArray, frozen: BoolArray) -> None:
+    """Freeze the rows that must keep as many channels as a row of frozen ones."""
+    held = [rows for c in constraints if c.pinned and (rows := c.rows()) is not None and rows.shape[1] > 1]
+    changed = True
+    while changed:  # every round freezes a row at least, so this ends
+        changed = False
+        for rows in held:
+            flags = frozen[component[rows]]
+            if flags.all(axis=1).any() and not flags.all():
+                frozen[component[rows]] = changed = True
 
 
 def _multi(labels: Labels) -> bool:
