@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from fxcompress.arguments import mapped
 from fxcompress.channels.groups import ChannelGroups
-from fxcompress.channels.labels import BoolArray, Cut, Labels, cut_shape, cut_tensor, dims_of, labels_in, plan_cuts
+from fxcompress.channels.labels import BoolArray, Cut, Labels, cut_shape, cut_tensor, dims_of, distinct, labels_in, plan_cuts
 from fxcompress.channels.solve import Channels, source_of
 from fxcompress.errors import GraphError
 from fxcompress.literals import LITERALS, InexpressibleError, Scaled
@@ -357,15 +357,13 @@ def settle(
         try:
             plan.steps()
         except InexpressibleError as problem:
-            back = np.zeros(len(live), dtype=bool)
             values = [plan.value(node) for node in (problem.node, *problem.node.all_input_nodes)]
-            for labels in labels_in(values):
-                for factor in labels.factors:
-                    back[channels.component[factor.numpy().reshape(-1)]] = True
+            factors = [factor for labels in labels_in(values) for factor in labels.factors]
+            back = channels.revived(live, distinct(np.concatenate([f.numpy().reshape(-1) for f in factors])))
             warnings.warn(f"{problem}; its channels stay", stacklevel=2)
-            if not back[channels.component[~live]].any():
+            if (back == live).all():
                 raise
-            live = live | back[channels.component]
+            live = back
         else:
             return live
 
