@@ -21,7 +21,17 @@ from torch.utils import _pytree as pytree
 
 from fxcompress.arguments import mapped
 from fxcompress.channels.groups import ChannelGroups
-from fxcompress.channels.labels import BoolArray, Cut, Labels, cut_shape, cut_tensor, dims_of, distinct, labels_in, plan_cuts
+from fxcompress.channels.labels import (
+    BoolArray,
+    Cut,
+    Labels,
+    cut_shape,
+    cut_tensor,
+    dims_of,
+    distinct,
+    labels_in,
+    plan_cuts,
+)
 from fxcompress.channels.solve import Channels, source_of
 from fxcompress.errors import GraphError
 from fxcompress.literals import LITERALS, InexpressibleError, Scaled

@@ -27,6 +27,7 @@ from fxcompress.channels.dependencies import (
 from fxcompress.channels.labels import BoolArray, IntArray, dims_of, distinct
 from fxcompress.channels.ledger import Axis
 from fxcompress.channels.propagate import WHOLE, propagate
+from fxcompress.channels.row_sets import RowSet, row_sets
 from fxcompress.channels.solve import Channels, solve
 from fxcompress.errors import InputError
 from fxcompress.exclusive import exclusive
@@ -162,6 +163,11 @@ class ChannelGroups:
         image has not: that read the same tensor). What passes every channel on, as a depthwise convolution does, reads
         none."""
         return shared_inputs(self, self._places)
+
+    @property
+    def row_sets(self) -> tuple[RowSet, ...]:
+        """Sets of rows that may go whole: attention heads, groups of convolutions and of GroupNorms."""
+        return row_sets(self, self.channels)
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write one row for each group: name, width, rows, removable, reason, layers, members (``;`` between items).
@@ -341,7 +347,7 @@ def _groups(channels: Channels) -> Iterator[Group]:
     labels, axis_of = labels[parameters[axis_of]], axis_of[parameters[axis_of]]
     parts = component[labels]
     keys = _keys(parts, axis_of, channels.frozen, len(component), len(starts))
-    number = _numbered(keys[parts])
+    number = _numbered(keys[parts] * 2 + _in_rows(channels)[parts])
     order = np.argsort(number, kind="stable")
     blocks = np.split(order, np.searchsorted(number[order], np.arange(1, number.max() + 1)))
     sets = [_in_order(parts[block]) for block in blocks]
@@ -421,9 +427,28 @@ def _slices(channels: Channels, position: IntArray, labels: IntArray, axis_of: I
     return tuple(made)
 
 
+def _in_rows(channels: Channels) -> BoolArray:
+    """For every component whether it lies in rows that may go whole."""
+    found: BoolArray = np.zeros(len(channels.component), dtype=bool)
+    found[channels.component[channels.rows.row > 0]] = True
+    return found
+
+
+def _whole_rows(channels: Channels) -> IntArray:
+    """For every component the number of the one row that it lies in with others; 0 where it is in none, or several."""
+    labels = np.flatnonzero(channels.rows.row)
+    pairs = distinct(channels.component[labels] * channels.rows.number + channels.rows.row[labels])
+    components, numbers = pairs // channels.rows.number, pairs % channels.rows.number
+    alone = np.bincount(components, minlength=len(channels.component))[components] == 1
+    shared = np.bincount(numbers, minlength=channels.rows.number)[numbers] > 1
+    table = np.zeros(len(channels.component), dtype=np.int64)
+    table[components[alone & shared]] = numbers[alone & shared]
+    return table
+
+
 def _row_tables(channels: Channels) -> list[IntArray]:
     """For every constraint with several rows, the number of the row that each component lies in (0: in none)."""
-    tables = []
+    tables = [_whole_rows(channels)] if channels.rows.ties else []
     for constraint in channels.constraints:
         if all(len(dims_of(factor)) < 2 for factor in constraint.labels.factors):
             continue

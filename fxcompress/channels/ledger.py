@@ -96,7 +96,7 @@ class Constraint:
         free = [dim for dim in dims_of(factor) if dim not in self.labels.rows]
         return column_of(factor, free) if free else None
 
-    def distinct(self, component: IntArray) -> Constraint:
+    def distinct(self, cells: IntArray) -> Constraint:
         """The same constraint without slices that repeat others, where all repeat equally often (the batch does)."""
         if len(self.labels.factors) != 1:
             return self
@@ -105,7 +105,7 @@ class Constraint:
             return self  # it only keeps the last one from going
         factor = self.labels.factors[0].numpy()
         for dim in dims:
-            _, first, counts = np.unique(component[factor], axis=dim, return_index=True, return_counts=True)
+            _, first, counts = np.unique(cells[factor], axis=dim, return_index=True, return_counts=True)
             if (counts == counts[0]).all():
                 factor = factor.take(np.sort(first), axis=dim)
         made = torch.from_numpy(np.ascontiguousarray(factor))

@@ -79,10 +79,10 @@ class Channels:
             return ~dead[self.component]
         dead[self.rows.part[gone]] = True
         live: BoolArray = ~dead[self.rows.part]
-        return self.rows.product(live, self.component, self._channels(live))
+        return self.rows.product(live, self.component, self.alive(live))
 
-    def _channels(self, live: BoolArray) -> BoolArray:
-        """For every component whether it lives: nothing of it that lies in no row died, and one part that does lives."""
+    def alive(self, live: BoolArray) -> BoolArray:
+        """For every component whether it lives: a part in some row does, and none died that lies in no row."""
         alive = np.ones(len(self.component), dtype=bool)
         alive[self.component[~live]] = False
         in_rows = self.rows.row > 0
@@ -92,7 +92,7 @@ class Channels:
 
     def revived(self, live: BoolArray, labels: IntArray) -> BoolArray:
         """What lives once the components and rows of some labels do."""
-        channels, row = self._channels(live), self.rows.row
+        channels, row = self.alive(live), self.rows.row
         channels[self.component[labels]] = True
         alive = self.rows.living(live)
         alive[row[labels]] = True
@@ -190,7 +190,8 @@ def solve(facts: Facts, graph: fx.Graph) -> Channels:
     component = connected(ledger.next_label, ((e.left, e.right) for e in ledger.equalities))
     rows = _rows(ledger, component)
     soft = _soft_nodes(facts, graph)
-    constraints = _constraints(facts, graph, component, soft)
+    cells = component * rows.number + rows.row  # two labels with one number always live and die together
+    constraints = _constraints(facts, graph, cells, soft)
     frozen = np.zeros(ledger.next_label, dtype=bool)
     for freeze in ledger.freezes:
         frozen[component[freeze.labels]] = True
@@ -284,7 +285,7 @@ def _blocks(labels: Labels, node: str) -> Iterator[Constraint]:
         yield Constraint(Labels(shape, tuple(factors), rows=labels.rows), frozenset(), node)
 
 
-def _constraints(facts: Facts, graph: fx.Graph, component: IntArray, soft: frozenset[str]) -> tuple[Constraint, ...]:
+def _constraints(facts: Facts, graph: fx.Graph, cells: IntArray, soft: frozenset[str]) -> tuple[Constraint, ...]:
     """What rules asked for, and that every value that is not soft keeps a shape and an element; no duplicates."""
     found = list(facts.ledger.constraints)
     for name, labels in facts.state.items():
@@ -304,8 +305,8 @@ def _constraints(facts: Facts, graph: fx.Graph, component: IntArray, soft: froze
             found += _blocks(labels, node.name)
     distinct: dict[Any, Constraint] = {}
     for constraint in found:
-        constraint = constraint.distinct(component)
+        constraint = constraint.distinct(cells)
         factors = constraint.labels.factors
-        content = tuple((tuple(f.shape), component[f.numpy()].tobytes()) for f in factors)
+        content = tuple((tuple(f.shape), cells[f.numpy()].tobytes()) for f in factors)
         distinct.setdefault((constraint.pinned, content), constraint)
     return tuple(distinct.values())
