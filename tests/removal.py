@@ -56,6 +56,7 @@ PRUNERS = st.builds(
     sparsity=st.sampled_from((0.3, 0.5, 0.8)),
     scope=st.sampled_from(("layer", "layer", "global")),
     round_to=st.sampled_from((1, 1, 1, 2, 4)),
+    granularity=st.sampled_from(("channel", "head", "head_dim")),
     seed=st.integers(0, 99),
 )
 
