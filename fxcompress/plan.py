@@ -245,8 +245,8 @@ class Plan:
             return self.call(node)
         sources = [s for s in node.all_input_nodes if isinstance(self.value(s), Labels)]
         moved = [s for s in sources if self.value(s).factors and not self._is_index(node, s)]
-        if len(moved) != 1:
-            return self.call(node)
+        if len(moved) != 1 or any(source not in moved and not self.value(source).const for source in sources):
+            return self.call(node)  # what the input points at does not move
         if moved[0] not in self._collapsed and self.cuts(made) is not None:
             call = self.call(node)
             if self._agrees(node, moved[0], call):
@@ -299,6 +299,10 @@ class Plan:
                 return given[source]
             if source.op == "get_attr":
                 return _attribute(self.module, str(source.target))
+            if isinstance(self.value(source), Labels):  # an index that was made from buffers
+                return self._run(
+                    source, Call(source.op, source.target, source.args, dict(source.kwargs)), {}, live=False
+                )
             return self.number(source) if live else self.value(source)
 
         args, kwargs = mapped(fetch, list(call.args)), mapped(fetch, dict(call.kwargs))

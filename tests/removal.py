@@ -164,6 +164,8 @@ PLAIN = tuple(
     for kind in MOTIFS
     if kind
     not in (
+        "attention_linear",  # softmax over channels
+        "attention_talking",  # norms of queries and keys
         "class_token",  # LayerNorm
         "group_norm",
         "layer_norm",
@@ -172,6 +174,7 @@ PLAIN = tuple(
         "reshape_pairs",  # maximum and softmax over pairs of channels
         "softmax_gate",
         "spatial_gate",
+        "transformer_block",  # LayerNorm
         "weight_standardised",
     )
 )
