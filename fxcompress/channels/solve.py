@@ -188,10 +188,13 @@ def solve(facts: Facts, graph: fx.Graph) -> Channels:
     """Components, freezes and constraints of a propagation."""
     ledger = facts.ledger
     component = connected(ledger.next_label, ((e.left, e.right) for e in ledger.equalities))
-    rows = _rows(ledger, component)
+    rows = _rows(ledger, component, [])
     soft = _soft_nodes(facts, graph)
     cells = component * rows.number + rows.row  # two labels with one number always live and die together
     constraints = _constraints(facts, graph, cells, soft)
+    bonds = [bond for constraint in constraints if (bond := _bond(constraint, rows)) is not None]
+    if bonds:
+        rows = _rows(ledger, component, bonds)
     frozen = np.zeros(ledger.next_label, dtype=bool)
     for freeze in ledger.freezes:
         frozen[component[freeze.labels]] = True
@@ -202,8 +205,8 @@ def solve(facts: Facts, graph: fx.Graph) -> Channels:
     return Channels(facts, component, frozen, constraints, soft, rows)
 
 
-def _rows(ledger: Ledger, component: IntArray) -> Rows:
-    """The rows that may go whole."""
+def _rows(ledger: Ledger, component: IntArray, bonds: Sequence[tuple[IntArray, IntArray]]) -> Rows:
+    """The rows that may go whole; ``bonds`` are pairs of labels whose rows go together."""
     if not ledger.rows:
         nothing = np.zeros(len(component), dtype=np.int64)
         return rows_of((), component, (), (nothing, np.empty(0, dtype=np.int64)))
@@ -212,7 +215,26 @@ def _rows(ledger: Ledger, component: IntArray) -> Rows:
         part = connected(len(component), ((e.left, e.right) for e in ledger.equalities if not e.spread))
     pairs = [(part[tie.rows], part[tie.members]) for tie in ledger.rows]
     tied = distinct(np.concatenate([side for pair in pairs for side in pair]))
+    pairs += [(part[left], part[right]) for left, right in bonds]
     return rows_of(ledger.rows, part, ledger.freezes, (connected(len(component), pairs), tied))
+
+
+def _bond(constraint: Constraint, rows: Rows) -> tuple[IntArray, IntArray] | None:
+    """Labels whose rows go together because those of a value that two dimensions number must stay a rectangle: where a
+    fused projection has lost a head's queries, it has lost its values. None where they do so anyway."""
+    lines = constraint.rows() if rows.ties and not constraint.pinned else None
+    if lines is None or len(shape := [size for size in constraint.row_shape() if size > 1]) < 2:
+        return None
+    numbers = rows.row[lines]
+    if numbers.min() == 0 or (numbers != numbers[:, :1]).any():
+        return None
+    grid = numbers[:, 0].reshape(shape)
+    for dim in range(grid.ndim):
+        slabs = np.moveaxis(grid, dim, 0).reshape(shape[dim], -1)
+        if (slabs == slabs[:, :1]).all():
+            return None
+    labels = lines[:, 0].reshape(-1, shape[-1])
+    return labels[1:].reshape(-1), np.broadcast_to(labels[:1], labels[1:].shape).reshape(-1)
 
 
 def _stuck(constraint: Constraint, number: IntArray) -> IntArray:
