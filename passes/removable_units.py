@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import networkx as nx
 import numpy as np
 import numpy.typing as npt
 
@@ -59,6 +61,11 @@ def channel_units(group: Group, scores: FloatArray, alive: BoolArray, row: IntAr
         aligned: the channels of a unit have the same position in every row; else they are every row's lowest.
     """
     scores = np.where(alive, scores, -np.inf)
+    rank = dict(zip(group.components.tolist(), scores.tolist(), strict=True))
+    if group.crossed:
+        table = crossed_units(group.crossed, scores)
+        number, table = table.shape[1], table[:, :-1]
+        return Units(number, _means(scores, table), group.components[table], _NONE, len(table), rank)
     lists = [np.flatnonzero(group.row_of == number) for number in range(group.rows)]
     if aligned and group.rows > 1:
         ordered = [line for kind in _kinds(lists, row) for line in _aligned(kind, scores)]
@@ -66,10 +73,49 @@ def channel_units(group: Group, scores: FloatArray, alive: BoolArray, row: IntAr
         ordered = [line[np.argsort(scores[line], kind="stable")] for line in lists]
     number = min(map(len, ordered))
     table = np.stack([line[: number - 1] for line in ordered])  # the last unit of a group never goes
-    with np.errstate(invalid="ignore"):
-        unit_scores = scores[table].mean(axis=0)
-    rank = dict(zip(group.components.tolist(), scores.tolist(), strict=True))
-    return Units(number, unit_scores, group.components[table], _NONE, group.rows, rank)
+    return Units(number, _means(scores, table), group.components[table], _NONE, group.rows, rank)
+
+
+def _means(scores: FloatArray, table: IntArray) -> FloatArray:
+    """The mean score of every unit."""
+    means: FloatArray = scores[table].mean(axis=0)
+    return means
+
+
+def crossed_units(crossed: Sequence[IntArray], scores: FloatArray) -> IntArray:
+    """Channels of two divisions that cross each other, as sets that take equally many from every row of either.
+
+    Each set is the cheapest flow through what is left, from the rows of one division to those of the other. There
+    always is one: taking the same fraction of every channel takes equally many from every row, and what a fractional
+    flow can do, an integral one can. The least scores go first.
+
+    Returns:
+        (channels, sets).
+    """
+    left, right = crossed
+    sizes = int(left.max()) + 1, int(right.max()) + 1
+    several = math.lcm(*sizes)
+    finite = np.isfinite(scores)
+    span = max(float(np.ptp(scores[finite])), 1e-30) if finite.any() else 1.0
+    lowest = float(scores[finite].min()) if finite.any() else 0.0
+    alive = np.where(finite, scores, lowest)
+    costs = np.where(finite, 2**32 + np.round((alive - lowest) / span * 2**20), 0).astype(np.int64)
+    cells: dict[tuple[int, int], list[int]] = {}
+    for channel in np.argsort(scores, kind="stable").tolist():
+        cells.setdefault((int(left[channel]), int(right[channel])), []).append(channel)
+    made = []
+    for _ in range(len(scores) // several):
+        graph: nx.MultiDiGraph[tuple[int, int]] = nx.MultiDiGraph()
+        for side, (size, sign) in enumerate(zip(sizes, (-1, 1), strict=True)):
+            graph.add_nodes_from(((side, row) for row in range(size)), demand=sign * several // size)
+        for (row, column), channels in cells.items():
+            for channel in channels[:several]:
+                graph.add_edge((0, row), (1, column), key=channel, capacity=1, weight=int(costs[channel]))
+        _, flow = nx.network_simplex(graph)
+        taken = {c for ends in flow.values() for keys in ends.values() for c, amount in keys.items() if amount}
+        cells = {cell: [c for c in channels if c not in taken] for cell, channels in cells.items()}
+        made.append(sorted(taken))
+    return np.array(made, dtype=np.int64).T
 
 
 def _kinds(lists: Sequence[IntArray], row: IntArray) -> list[list[IntArray]]:
