@@ -69,7 +69,8 @@ def attention_cross(b: Builder, op: Op) -> None:
 
         def crossed(m: Network, x: Tensor, before: Tensor) -> Tensor:
             query, key, value = m[q](tokens(x)), m[k](tokens(before)), m[v](tokens(before))
-            y = F.scaled_dot_product_attention(*(split_heads(t, heads) for t in (query, key, value)))
+            query, key, value = (split_heads(t, heads) for t in (query, key, value))
+            y = F.scaled_dot_product_attention(query, key, value)
             return x + image(m[out](join_heads(y)), x)
 
         b.join(past, crossed)
@@ -79,7 +80,8 @@ def attention_cross(b: Builder, op: Op) -> None:
     def pooled(m: Network, x: Tensor) -> Tensor:
         query = m.tensor(latents).expand(x.shape[0], -1, -1)
         key, value = m[k](tokens(x)), m[v](tokens(x))
-        y = F.scaled_dot_product_attention(*(split_heads(t, heads) for t in (query, key, value)))
+        query, key, value = (split_heads(t, heads) for t in (query, key, value))
+        y = F.scaled_dot_product_attention(query, key, value)
         return x * torch.sigmoid(m[out](join_heads(y)).mean(1))[:, :, None, None]
 
     b.then(pooled)

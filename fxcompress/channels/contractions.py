@@ -248,8 +248,8 @@ def _grouped(
     ledger.connect([entering], [out])
     ledger.end([entering])
     sources = ledger.divide(entering, groups)
-    rows = ledger.rows_along(sources, (0,))  # a group goes with all that enters and all that leaves it
-    ledger.stand_for(rows, ledger.divide(out, groups))
+    whole = ledger.rows_along(sources, (0,))  # a group goes with all that enters and all that leaves it
+    ledger.stand_for(whole, ledger.divide(out, groups))
     taken = sources.repeat_interleave(per_group.shape[1], 0)  # (outputs, inputs / groups)
     ledger.contract(w.shape[:2], [out.reshape(-1, 1), taken], repeats)
     for column in columns:
