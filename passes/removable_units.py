@@ -141,7 +141,7 @@ def _aligned(lists: Sequence[IntArray], scores: FloatArray) -> list[IntArray]:
 
 
 def row_units(rows: RowSet, scores: FloatArray, alive: BoolArray) -> Units:
-    """Whole rows. The last row of a group never goes.
+    """Whole rows. The last row that a weight produces never goes.
 
     Args:
         rows: the rows.

@@ -148,9 +148,9 @@ def test_one_ranking_over_heads_and_channels() -> None:
 
 def test_selection_takes_or_leaves_a_whole_set_of_heads() -> None:
     net = Separate().eval()
-    for options in ({"include": "q"}, {"include": "v"}):
+    for layer in ("q", "v"):
         small = fxcompress.compress(
-            net, [L1FilterPruner(0.4, granularity="head", **options), Speedup()], example_inputs=SHORT
+            net, [L1FilterPruner(0.4, granularity="head", include=layer), Speedup()], example_inputs=SHORT
         )
         assert shapes(small, "q.weight", "v.weight") == [(10, 7), (8, 7)]
     with pytest.warns(UserWarning, match="nothing to prune"):
@@ -260,7 +260,8 @@ def test_what_belongs_to_a_head_goes_with_it(change: Any, tensor: Tensor, dim: i
     net = scored(change, own=tensor, index=torch.randint(0, 9, (5, 5)))
     masked, removed = check(net, TOKENS, InOrder(0.4, granularity="head"), (torch.randn(4, 5, 3),))
     assert kept(masked, "q.bias") == list(range(5, 15))
-    assert torch.equal(removed.own, net.own.double().narrow(dim, 1, 2))
+    own: Any = removed.own
+    assert torch.equal(own, net.own.double().narrow(dim, 1, 2))
     even = fxcompress.compress(net, [InOrder(0.4), Speedup()], example_inputs=TOKENS)
     assert even.own.shape == net.own.shape  # heads that only shrink keep theirs
 
@@ -301,9 +302,10 @@ def test_norms_of_heads_and_the_scale_that_their_size_implies() -> None:
 
     layers = {name: nn.Linear(3, 15) for name in "qkv"}
     net = Net(step, **layers, norm=nn.RMSNorm(5, eps=0.01), o=nn.Linear(15, 3))
-    for granularity, left in (("channel", (9, 9, 3)), ("head_dim", (9, 9, 3)), ("head", (10, 10, 5))):
+    left: dict[Any, tuple[int, ...]] = {"channel": (9, 9, 3), "head_dim": (9, 9, 3), "head": (10, 10, 5)}
+    for granularity, widths in left.items():
         _, removed = check(net, TOKENS, L1FilterPruner(0.4, granularity=granularity), (torch.randn(4, 8, 3),))
-        assert tuple(removed.get_parameter(f"{n}.weight").shape[0] for n in ("q", "v", "norm")) == left
+        assert tuple(removed.get_parameter(f"{n}.weight").shape[0] for n in ("q", "v", "norm")) == widths
         (node,) = [n for n in removed.graph.nodes if n.target is F.scaled_dot_product_attention]
         assert node.kwargs.get("scale", 5**-0.5) == pytest.approx(5**-0.5)
 

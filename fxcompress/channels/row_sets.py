@@ -27,7 +27,7 @@ class RowSet:
         groups: names of the channel groups that the rows are of.
         numbers: the rows' numbers in the analysis, in order.
         slices: the producing rows of weights, for scoring; their ``channels`` count the rows of the set.
-        parts: for every group the rows (0 .. width - 1) of the set that it has channels in.
+        parts: for every item of ``slices`` the rows (0 .. width - 1) of the set that it has channels in.
     """
 
     name: str
@@ -44,7 +44,11 @@ class RowSet:
 
 
 def row_sets(groups: Iterable[Group], channels: Channels) -> tuple[RowSet, ...]:
-    """The sets of at least two rows that nothing keeps from going, in the order of the graph."""
+    """The sets of at least two rows that nothing keeps from going, in the order of the graph.
+
+    Rows that one weight produces are of one set. (A group may have many sets: shared cosines make one channel of all
+    layers.)
+    """
     rows = channels.rows
     if not rows.ties:
         return ()
@@ -52,7 +56,7 @@ def row_sets(groups: Iterable[Group], channels: Channels) -> tuple[RowSet, ...]:
     owned = [(g, [rows.row[starts[item.parameter, item.dim] + item.rows] for item in g.slices]) for g in groups]
     owned = [(group, numbers) for group, numbers in owned if any(found.any() for found in numbers)]
     made = []
-    for numbers in _connected([distinct(np.concatenate(numbers)) for _, numbers in owned], rows.number):
+    for numbers in _connected([item for _, found in owned for item in map(distinct, found) if item.any()], rows.number):
         free = numbers[~rows.frozen[numbers]]
         if len(free) > 1:
             made.append(_row_set(owned, free, channels))
@@ -78,9 +82,9 @@ def _row_set(owned: list[tuple[Group, list[IntArray]]], numbers: IntArray, chann
         if all((item < 0).all() for item in mine):
             continue
         names.append(group.name)
-        parts.append(distinct(np.concatenate([item[item >= 0] for item in mine])))
         for item, which in zip(group.slices, mine, strict=True):
             if (which >= 0).any():
+                parts.append(distinct(which[which >= 0]))
                 slices.append(replace(item, rows=item.rows[which >= 0], channels=which[which >= 0]))
     layers = tuple(dict.fromkeys(item.layer for item in slices))
     goes = np.isin(channels.rows.row, numbers)
