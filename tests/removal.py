@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxcompress import Pass, TracedModule, compress, count, masks, trace
+from fxcompress import GraphError, Pass, TracedModule, compress, count, masks, trace
 from fxcompress.channels.labels import Labels
 from fxcompress.inputs import Inputs
 from fxcompress.motifs import MOTIFS
@@ -141,7 +141,13 @@ def check_figures(spec: Spec, pruner: RandomFilterPruner) -> None:
     masked = compress(network(spec).eval(), [pruner], example_inputs=x, verify=False)
     removed = compress(masked, [Speedup()], example_inputs=x, verify=False)
     cost, found = count(masked, x), count(removed, x)
-    symbolic = cost.symbolic
+    try:
+        symbolic = cost.symbolic
+    except GraphError as problem:
+        if pruner.granularity != "head" or "whole rows" not in str(problem):
+            raise
+        assert cost.after == found  # how many rows are left is no width
+        return
     assert symbolic.evaluate() == (cost.macs, cost.params, cost.bytes)
     predicted = symbolic.evaluate(symbolic.current)
     assert predicted.params == found.params

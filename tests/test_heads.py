@@ -10,7 +10,7 @@ from nets import Net
 from removal import check_removal, relative_gap
 from scores import InOrder
 from test_channels_tokens import CASES as TOKEN_CASES
-from test_channels_tokens import TOKENS, fused, join_heads, split_heads
+from test_channels_tokens import TOKENS, fused, join_heads, rotated, split_heads
 from torch import Tensor, nn
 
 import fxcompress
@@ -233,6 +233,25 @@ def test_rotary_heads_and_positions_at_once() -> None:
     small = fxcompress.compress(masked, [Speedup()], example_inputs=case.x)
     assert shapes(small, "q.weight", "k.weight") == [(2, 3), (2, 3)]
     assert small.get_buffer("cos").shape == (9, 2)
+
+
+def test_layers_that_share_cosines_have_heads_of_their_own() -> None:
+    def step(net: Net, x: Tensor) -> Tensor:
+        for i in "12":
+            q, k, v = (split_heads(net.get_submodule(f"{name}{i}")(x), 3) for name in "qkv")
+            q, k = (rotated(t, net.cos, net.sin) for t in (q, k))
+            x = x + net.get_submodule(f"o{i}")(join_heads(F.scaled_dot_product_attention(q, k, v)))
+        return x
+
+    layers = {f"{name}{i}": nn.Linear(3, 12) for name in "qkv" for i in "12"}
+    net = Net(step, **layers, o1=nn.Linear(12, 3), o2=nn.Linear(12, 3), cos=torch.zeros(9, 4), sin=torch.zeros(9, 4))
+    sets = fxcompress.channel_groups(net, TOKENS).row_sets
+    assert [(item.width, item.layers) for item in sets] == [(3, ("q1", "k1", "v1")), (3, ("q2", "k2", "v2"))]
+    _, removed = check(net, TOKENS, RandomFilterPruner(0.4, granularity="head"), (torch.randn(4, 7, 3),))
+    assert shapes(removed, "q1.weight", "q2.weight", "v1.weight", "o2.weight") == [(8, 3), (8, 3), (8, 3), (3, 8)]
+    both = [RandomFilterPruner({"v1": 0.4, "q1": 0.4, "k1": 0.4}, granularity="head"), RandomFilterPruner(0.5)]
+    small = fxcompress.compress(net, [*both, Speedup()], example_inputs=TOKENS)
+    assert shapes(small, "q1.weight", "q2.weight", "v1.weight", "v2.weight") == [(4, 3), (6, 3), (4, 3), (6, 3)]
 
 
 def scored(change: Any, heads: int = 3, **more: Any) -> Net:
