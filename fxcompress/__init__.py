@@ -6,6 +6,7 @@ from fxcompress.channels.dependencies import LayerSets as LayerSets
 from fxcompress.channels.groups import ChannelGroups as ChannelGroups
 from fxcompress.channels.groups import Group as Group
 from fxcompress.channels.groups import channel_groups as channel_groups
+from fxcompress.channels.row_sets import RowSet as RowSet
 from fxcompress.compress import Step as Step
 from fxcompress.compress import compress as compress
 from fxcompress.cost import Cost as Cost

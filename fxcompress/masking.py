@@ -63,7 +63,7 @@ class Masking:
             flags = self.dead.get((axis.name, axis.dim))
             if flags is not None and axis.kind != "made" and len(flags) == axis.size:
                 gone[axis.start : axis.start + axis.size] = flags
-        return channels.live(channels.component[gone])
+        return channels.without(gone)
 
     def joined(self, elements: Mapping[str, Tensor]) -> Masking:
         """With further element masks; what is masked stays masked."""

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxcompress import motifs_channels, motifs_sequences, motifs_tokens
+from fxcompress import motifs_attention, motifs_channels, motifs_sequences, motifs_tokens
 
 if TYPE_CHECKING:
     from fxcompress.generate import Builder, Network, Op
@@ -376,6 +376,13 @@ MOTIFS: dict[str, Motif] = {
     "attention_explicit": motifs_tokens.attention_explicit,
     "multihead": motifs_tokens.multihead,
     "attention_rotary": motifs_tokens.attention_rotary,
+    "attention_shared": motifs_attention.attention_shared,
+    "attention_cross": motifs_attention.attention_cross,
+    "attention_window": motifs_attention.attention_window,
+    "attention_linear": motifs_attention.attention_linear,
+    "attention_talking": motifs_attention.attention_talking,
+    "transformer_block": motifs_attention.transformer_block,
+    "tied_embedding": motifs_attention.tied_embedding,
     "class_token": motifs_tokens.class_token,
     "mlp": motifs_tokens.mlp,
     "window": motifs_tokens.window,

@@ -21,15 +21,21 @@ from torch.utils import _pytree as pytree
 
 from fxcompress.arguments import mapped
 from fxcompress.channels.groups import ChannelGroups
-from fxcompress.channels.labels import BoolArray, Cut, Labels, cut_shape, cut_tensor, dims_of, labels_in, plan_cuts
+from fxcompress.channels.labels import (
+    BoolArray,
+    Cut,
+    Labels,
+    cut_shape,
+    cut_tensor,
+    dims_of,
+    distinct,
+    labels_in,
+    plan_cuts,
+)
 from fxcompress.channels.solve import Channels, source_of
 from fxcompress.errors import GraphError
 from fxcompress.literals import LITERALS, InexpressibleError, Scaled
 from fxcompress.module import TracedModule, evaluating, submodule
-
-#: Functions that ask another tensor for its shape or its dtype alone.
-_LIKE = frozenset(("type_as", "view_as", "reshape_as", "expand_as", "to"))
-
 
 #: Positions are numbered in a dtype that holds what a padding may be filled with.
 _NUMBERS = torch.float64
@@ -246,11 +252,11 @@ class Plan:
             return self.call(node)
         sources = [s for s in node.all_input_nodes if isinstance(self.value(s), Labels)]
         moved = [s for s in sources if self.value(s).factors and not self._is_index(node, s)]
-        if len(moved) != 1:
-            return self.call(node)
+        if len(moved) != 1 or any(source not in moved and not self.value(source).const for source in sources):
+            return self.call(node)  # what the input points at does not move
         if moved[0] not in self._collapsed and self.cuts(made) is not None:
             call = self.call(node)
-            if node.target in _CASTS or (self._indices_known(node, sources) and self._agrees(node, moved[0], call)):
+            if node.target in _CASTS or self._agrees(node, moved[0], call):
                 return call
         if node.name in self.channels.soft:
             self._collapsed.add(node)
@@ -266,15 +272,6 @@ class Plan:
 
     def _is_index(self, node: fx.Node, source: fx.Node) -> bool:
         return bool(node.args) and source is not node.args[0] and node.target is not torch.cat
-
-    def _indices_known(self, node: fx.Node, sources: list[fx.Node]) -> bool:
-        """Whether no index is computed from constants: what it picks then follows from values nobody has here.
-
-        What an index picks that depends on the input is frozen, so that any other index stands for it.
-        """
-        return _name(node) in _LIKE or not any(
-            self._is_index(node, source) and self.value(source).const and source.op != "get_attr" for source in sources
-        )
 
     def _agrees(self, node: fx.Node, source: fx.Node, call: Call) -> bool:
         """Whether the rewritten call, run on the positions of the live elements, gives those it should."""
@@ -309,15 +306,11 @@ class Plan:
                 return given[source]
             if source.op == "get_attr":
                 return _attribute(self.module, str(source.target))
-            value = self.number(source) if live else self.value(source)
-            if not isinstance(value, Labels):
-                return value
-            shape = self.shape(value) if live else value.shape
-            if _name(node) in _LIKE:
-                return torch.zeros(shape, dtype=_NUMBERS)
-            if value.const:
-                raise InexpressibleError(node, f"moves channels by what is in {source.name}")
-            return torch.zeros(shape, dtype=torch.long)  # what the input picks is frozen: any index stands for it
+            if isinstance(self.value(source), Labels):  # an index that was made from buffers
+                return self._run(
+                    source, Call(source.op, source.target, source.args, dict(source.kwargs)), {}, live=False
+                )
+            return self.number(source) if live else self.value(source)
 
         args, kwargs = mapped(fetch, list(call.args)), mapped(fetch, dict(call.kwargs))
         if call.op == "call_method":
@@ -385,15 +378,13 @@ def settle(
         try:
             plan.steps()
         except InexpressibleError as problem:
-            back = np.zeros(len(live), dtype=bool)
             values = [plan.value(node) for node in (problem.node, *problem.node.all_input_nodes)]
-            for labels in labels_in(values):
-                for factor in labels.factors:
-                    back[channels.component[factor.numpy().reshape(-1)]] = True
+            factors = [factor for labels in labels_in(values) for factor in labels.factors]
+            back = channels.revived(live, distinct(np.concatenate([f.numpy().reshape(-1) for f in factors])))
             warnings.warn(f"{problem}; its channels stay", stacklevel=2)
-            if not back[channels.component[~live]].any():
+            if (back == live).all():
                 raise
-            live = live | back[channels.component]
+            live = back
         else:
             return live
 

@@ -48,7 +48,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of which none goes and all keep equally many channels.
+    """Rows that keep equally many channels, as long as none goes whole.
 
     Attributes:
         number: how many rows.
@@ -147,11 +147,13 @@ class Counter:
         self._cell = np.full(len(owned), -1, dtype=np.int64)
         for index, cell in enumerate(self.cells):
             self._cell[cell.components] = index
-        self._pinned = [
+        ledger = channels.facts.ledger
+        products = {item.node for item in ledger.contractions}
+        self._equal = [
             self._component[factor.numpy()]
-            for constraint in channels.facts.ledger.constraints
+            for constraint in ledger.constraints
             for factor in constraint.labels.factors
-            if constraint.pinned == {0} and factor.dim() == 2
+            if constraint.labels.rows == {0} and factor.dim() == 2 and constraint.node in products
         ]
 
     def live(self, labels: Labels, repeats: int = 1, where: str = "") -> Product:
@@ -215,14 +217,14 @@ class Counter:
         return Product.of(1, [one, per_row])
 
     def _stay_equal(self, lines: IntArray) -> bool:
-        """Whether the analysis demands that these rows keep equally many, and none goes whole."""
+        """Whether the analysis demands that these rows keep equally many (and none has gone whole)."""
         wanted = set(map(bytes, np.sort(lines, axis=1)))
-        return any(wanted <= set(map(bytes, np.sort(rows, axis=1))) for rows in self._pinned)
+        return any(wanted <= set(map(bytes, np.sort(rows, axis=1))) for rows in self._equal)
 
     def rows(self) -> tuple[Rows, ...]:
         """What the widths have to be multiples of."""
         found: dict[Any, Rows] = {}
-        for lines in self._pinned:
+        for lines in self._equal:
             parts, counts = np.unique(lines, return_counts=True)
             if (counts == 1).all() and parts[0] > 0:
                 total = self._linear(parts, counts)

@@ -18,7 +18,7 @@ import numpy as np
 import sympy
 
 from fxcompress.channels.groups import ChannelGroups
-from fxcompress.channels.labels import BoolArray
+from fxcompress.channels.labels import BoolArray, live_elements
 from fxcompress.errors import GraphError, InputError
 from fxcompress.module import TracedModule
 from fxcompress.polynomials import Cell, Counter, Product, Rows
@@ -168,7 +168,7 @@ class Symbolic:
         return f"Symbolic({len(self.symbols)} widths, {len(self.table)} rows)"
 
     def at(self, live: BoolArray) -> dict[str, int]:
-        """The width of every cell, given for every label of the analysis whether it lives."""
+        """The width of every cell, given for every label of the analysis whether it lives (all rows do)."""
         return {cell.name: int(live[cell.components].sum()) for cell in self._cells}
 
     def evaluate(self, widths: Mapping[str, Any] | None = None) -> Figures:
@@ -317,15 +317,32 @@ def derive(
         rows.append(SymbolicRow(name, kinds[name], (Sum.of(macs, samples), Sum.of(params), Sum.of(size))))
     frozen = {group.name: group.width for group in groups if not group.removable}
     cells = counter.cells
+    alive = channels.alive(live)
+    if not channels.rows.living(live).all():
+        _check_counts(counter, {cell.symbol: int(alive[cell.components].sum()) for cell in cells}, module, groups, live)
     return Symbolic(
         tuple(rows),
         MappingProxyType({cell.name: cell.symbol for cell in cells}),
         MappingProxyType({cell.name: len(cell.components) for cell in cells}),
-        MappingProxyType({cell.name: int(live[cell.components].sum()) for cell in cells}),
+        MappingProxyType({cell.name: int(alive[cell.components].sum()) for cell in cells}),
         cells,
         counter.rows(),
         MappingProxyType(frozen),
     )
+
+
+def _check_counts(
+    counter: Counter, widths: Mapping[Any, int], module: TracedModule, groups: ChannelGroups, live: BoolArray
+) -> None:
+    """Refuse a model without whole rows where the widths alone do not say what it costs."""
+    facts = groups.channels.facts
+    tensors = {name: facts.state[name] for name, _ in module.named_parameters()}
+    for name, labels in [*tensors.items(), *((item.node, item.space) for item in facts.ledger.contractions)]:
+        if _value(counter.live(labels, 1, name), widths) != live_elements(labels, live):
+            raise GraphError(
+                f"whole rows (attention heads, groups of a convolution) are masked, and what {name} costs depends on "
+                "their number, which no width tells. Remove the channels and count what is left."
+            )
 
 
 def _rest(terms: Sequence[Product], dense: int, samples: int, full: Mapping[Any, int]) -> int:

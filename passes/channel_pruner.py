@@ -9,20 +9,22 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from fxcompress.channels.groups import ChannelGroups, Group, Slices
-from fxcompress.channels.labels import BoolArray, distinct
+from fxcompress.channels.labels import BoolArray
+from fxcompress.channels.row_sets import RowSet
+from fxcompress.channels.solve import Channels
 from fxcompress.errors import InputError, PassError
 from fxcompress.masking import Masking, complete
 from fxcompress.module import TracedModule, modules_of, submodule
+from fxcompress.passes.removable_units import FloatArray, Units, channel_units, row_units
 from fxcompress.pipeline import Context, Pass
 from fxcompress.plan import settle
 from fxcompress.select import Selection, Selectors, Sparsity
 
-FloatArray = npt.NDArray[np.float64]
+_NONE = np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,16 @@ class ChannelPruner(Pass):
         include: name patterns, module types or predicates that choose layers; all by default.
         exclude: layers to leave alone; a group with one of them stays whole.
         scope: ``"layer"``: every group loses ``int(width * sparsity)``; ``"global"``: one ranking over all groups.
-        round_to: kept widths are rounded up to a multiple of this.
-        reduce: how the scores of coupled layers are combined: ``"sum"``, ``"mean"`` or ``"max"``.
+        round_to: kept widths, or kept numbers of rows, are rounded up to a multiple of this.
+        reduce: how the scores of coupled layers, and those of the channels of a head, are combined: ``"sum"``,
+            ``"mean"`` or ``"max"``.
+        granularity: what goes of channels that lie in rows (attention heads, groups of a convolution or GroupNorm).
+            ``"channel"``: every row loses equally many channels, those that score lowest in it; ``"head_dim"``: every
+            row loses the channels at the same positions; ``"head"``: rows go whole, a head with its queries, keys,
+            values and all that reads them, and those that stay keep their width. Channels without rows go one by one.
 
-    A group is never emptied. Ties go by order in the graph, then by index.
+    N counts what may go on its own: with ``"head"`` the heads of an attention, else the channels of a row. A group is
+    never emptied. Ties go by order in the graph, then by index.
     """
 
     sparsity: float | Mapping[str, float]
@@ -64,6 +72,7 @@ class ChannelPruner(Pass):
     scope: Literal["layer", "global"] = "layer"
     round_to: int = 1
     reduce: Literal["sum", "mean", "max"] = "sum"
+    granularity: Literal["channel", "head_dim", "head"] = "channel"
 
     needs_inputs: ClassVar[bool] = True
     idempotent: ClassVar[bool] = True
@@ -81,6 +90,8 @@ class ChannelPruner(Pass):
             raise InputError(f"round_to is {self.round_to!r}; expected an integer of at least 1.")
         if self.reduce not in ("sum", "mean", "max"):
             raise InputError(f"reduce is {self.reduce!r}; expected 'sum', 'mean' or 'max'.")
+        if self.granularity not in ("channel", "head_dim", "head"):
+            raise InputError(f"granularity is {self.granularity!r}; expected 'channel', 'head_dim' or 'head'.")
 
     @abstractmethod
     def score(self, layer: Layer) -> Tensor:
@@ -90,7 +101,7 @@ class ChannelPruner(Pass):
         """Score, choose, and mask."""
         groups = context.groups(module)
         masking = complete(module, context.masking or Masking(), groups.channels)
-        chosen = self._choose(list(groups), module, context)
+        chosen = self._choose(groups, module, context)
         while True:  # what had to come back leaves room for others: every further round masks more, so this ends
             live = masking.live(groups.channels)
             kept, back = self._settled(chosen, module, groups, masking, live)
@@ -101,12 +112,13 @@ class ChannelPruner(Pass):
                 break
             masking = complete(module, context.masking, groups.channels)
         if back:
-            context.notes.append(f"{back} channels stay so that coupled rows keep equal numbers")
+            what = "heads" if self.granularity == "head" else "channels"
+            context.notes.append(f"{back} {what} stay so that coupled rows keep equal numbers")
         return module
 
     def _settled(
         self,
-        chosen: list[tuple[Group, float]],
+        chosen: list[tuple[Group | RowSet, float]],
         module: TracedModule,
         groups: ChannelGroups,
         masking: Masking,
@@ -114,46 +126,62 @@ class ChannelPruner(Pass):
     ) -> tuple[BoolArray, int]:
         """For every label whether it lives once the lowest have gone, and how many had to come back."""
         channels = groups.channels
-        scores = [self._scores(group, module, masking) for group, _ in chosen]
-        tables = [_Units(group, score, live) for (group, _), score in zip(chosen, scores, strict=True)]
+        tables = [self._units(item, module, channels, masking, live) for item, _ in chosen]
         counts = self._counts(tables, [sparsity for _, sparsity in chosen])
-        dead = [channels.component[~live]]
         rank: dict[int, float] = {}
-        for units, count in zip(tables, counts, strict=True):
-            dead.append(units.lowest(count))
-            rank.update(units.rank())
-        gone = distinct(np.concatenate(dead))
-        kept = settle(module, groups, channels.live(gone), rank)
-        return kept, int(kept[gone].sum())
+        for units in tables:
+            rank.update(units.rank)
+        gone = [units.lowest(count) for units, count in zip(tables, counts, strict=True)]
+        components, rows = (
+            np.concatenate([_NONE, *parts]) for parts in (zip(*gone, strict=True) if gone else ((), ()))
+        )
+        kept = settle(module, groups, live & channels.live(components, rows), rank)
+        back = int(channels.alive(kept)[components].sum()) + int(channels.rows.living(kept)[rows].sum())
+        return kept, back
+
+    def _units(
+        self, item: Group | RowSet, module: TracedModule, channels: Channels, masking: Masking, live: BoolArray
+    ) -> Units:
+        """What may go of a group, or of a set of rows, with scores."""
+        scores = self._scores(item, module, masking)
+        if isinstance(item, RowSet):
+            return row_units(item, scores, channels.rows.living(live)[item.numbers])
+        alive, row = channels.alive(live)[item.components], channels.rows.row[item.components]
+        return channel_units(item, scores, alive, row, aligned=self.granularity == "head_dim")
 
     # ---- which groups ------------------------------------------------------------------------------------------
 
-    def _choose(self, groups: list[Group], module: TracedModule, context: Context) -> list[tuple[Group, float]]:
-        """The removable groups that the selection takes, each with its sparsity."""
+    def _choose(
+        self, groups: ChannelGroups, module: TracedModule, context: Context
+    ) -> list[tuple[Group | RowSet, float]]:
+        """The removable groups, or sets of rows, that the selection takes, each with its sparsity."""
         modules = modules_of(module)
         layers = {n: item for n, item in modules.items() if any(p is not None for p in item._parameters.values())}
         Selection(self.include, self.exclude).chosen(layers)  # raises where a selector matches nothing
         included = Selection(self.include).chosen(layers)
         excluded = frozenset() if self.exclude is None else Selection(self.exclude).chosen(layers)
         sparsities = Sparsity.parse(self.sparsity).sparsities(layers)
-        taken = [g for g in groups if set(g.layers) & included and not set(g.layers) & excluded]
-        removable = [group for group in taken if group.removable]
+        rows = groups.row_sets if self.granularity == "head" else ()
+        covered = {name for item in rows for name in item.groups}
+        items: list[Group | RowSet] = [*rows, *(group for group in groups if group.name not in covered)]
+        taken = [item for item in items if set(item.layers) & included and not set(item.layers) & excluded]
+        removable = [item for item in taken if isinstance(item, RowSet) or item.removable]
         if not removable:
             reasons = "; ".join(str(group) for group in taken[:5]) or "every group has an excluded layer"
             warnings.warn(f"{self.name} has nothing to prune: {reasons}", stacklevel=2)
         chosen = []
-        for group in removable:
-            wanted = {name: sparsities.get(name, 0.0) for name in group.layers}
+        for item in removable:
+            wanted = {name: sparsities.get(name, 0.0) for name in item.layers}
             smallest = min(wanted.values())
             if smallest != max(wanted.values()):
-                context.notes.append(f"the layers of group {group.name} disagree ({wanted}); taking {smallest}")
-            chosen.append((group, smallest))
+                context.notes.append(f"the layers of group {item.name} disagree ({wanted}); taking {smallest}")
+            chosen.append((item, smallest))
         return chosen
 
     # ---- scores ------------------------------------------------------------------------------------------------
 
-    def _scores(self, group: Group, module: TracedModule, masking: Masking) -> FloatArray:
-        """Scores of a group's channels, those of its layers combined: shape (width,)."""
+    def _scores(self, group: Group | RowSet, module: TracedModule, masking: Masking) -> FloatArray:
+        """Scores of a group's channels (a set's rows), those of its layers combined: shape (width,)."""
         total = np.full(group.width, -np.inf) if self.reduce == "max" else np.zeros(group.width)
         seen = np.zeros(group.width)
         for item in group.slices:
@@ -175,19 +203,13 @@ class ChannelPruner(Pass):
 
     # ---- how many ----------------------------------------------------------------------------------------------
 
-    def _counts(self, tables: list[_Units], sparsities: list[float]) -> list[int]:
+    def _counts(self, tables: list[Units], sparsities: list[float]) -> list[int]:
         """How many units each group loses."""
         if self.scope == "layer":
-            counts = [min(int(t.number * s), t.number - 1) for t, s in zip(tables, sparsities, strict=True)]
+            counts = [min(int(t.number * s), len(t.scores)) for t, s in zip(tables, sparsities, strict=True)]
         else:
             counts = _global_counts(tables, sparsities[0] if sparsities else 0.0)
-        return [self._rounded(units, count) for units, count in zip(tables, counts, strict=True)]
-
-    def _rounded(self, units: _Units, count: int) -> int:
-        kept = units.number - count
-        while kept < units.number and kept * units.rows % self.round_to:
-            kept += 1
-        return units.number - kept
+        return [units.rounded(count, self.round_to) for units, count in zip(tables, counts, strict=True)]
 
 
 def _layer(item: Slices, module: TracedModule, masking: Masking) -> Layer:
@@ -201,40 +223,11 @@ def _layer(item: Slices, module: TracedModule, masking: Masking) -> Layer:
     return Layer(item.layer, submodule(module, item.layer), weight)
 
 
-class _Units:
-    """A group's channels as removable units: a channel, or where rows must stay equal one channel of every row."""
-
-    def __init__(self, group: Group, scores: FloatArray, live: BoolArray) -> None:
-        self.group, self.rows = group, group.rows
-        alive = live[group.components]
-        self.scores = np.where(alive, scores, -np.inf)  # what is masked already counts as removed
-        lists = [np.flatnonzero(group.row_of == row) for row in range(group.rows)]
-        ordered = [row[np.argsort(self.scores[row], kind="stable")] for row in lists]
-        self.number = min(map(len, ordered))
-        self.table = np.stack([row[: self.number] for row in ordered])  # (rows, units): lowest first
-        with np.errstate(invalid="ignore"):
-            self.unit_scores = self.scores[self.table].mean(axis=0)
-
-    def lowest(self, count: int) -> npt.NDArray[np.int64]:
-        """Components of the units with the lowest scores."""
-        return self.group.components[self.table[:, :count].reshape(-1)]
-
-    def rank(self) -> dict[int, float]:
-        """Importance of every component of the group."""
-        return dict(zip(self.group.components.tolist(), self.scores.tolist(), strict=True))
-
-
-def _global_counts(tables: list[_Units], sparsity: float) -> list[int]:
+def _global_counts(tables: list[Units], sparsity: float) -> list[int]:
     """The ``int(N * s)`` lowest units of all groups; a group's last one is skipped and replaced by the next lowest."""
-    total = sum(units.number for units in tables)
-    entries = [(score, g, i) for g, units in enumerate(tables) for i, score in enumerate(units.unit_scores)]
+    entries = [(score, g) for g, units in enumerate(tables) for score in units.scores]
     entries.sort(key=lambda entry: entry[0])  # stable: ties by order in the graph, then index
     counts = [0] * len(tables)
-    wanted = int(total * sparsity)
-    for _, g, _ in entries:
-        if wanted == 0:
-            break
-        if counts[g] < tables[g].number - 1:
-            counts[g] += 1
-            wanted -= 1
+    for _, g in entries[: int(sum(units.number for units in tables) * sparsity)]:
+        counts[g] += 1
     return counts

@@ -22,8 +22,8 @@ CORE = {
     # what users call
     "compress", "trace", "channel_groups", "count", "latency", "report", "masks", "sparsity",
     # what they get
-    "TracedModule", "ChannelGroups", "Group", "GroupedLayers", "LayerSet", "LayerSets", "Cost", "Symbolic", "Latency",
-    "Report", "Step",
+    "TracedModule", "ChannelGroups", "Group", "GroupedLayers", "LayerSet", "LayerSets", "RowSet", "Cost", "Symbolic",
+    "Latency", "Report", "Step",
     # what authors of passes need
     "Pass", "PassResult", "Context", "Rewriter", "graph_pass",
     # errors

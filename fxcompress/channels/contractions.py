@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from fxcompress.channels.labels import Labels, aligned, dims_of
+from fxcompress.channels.labels import Labels, aligned, column_of, dims_of
 from fxcompress.channels.ledger import Ledger
-from fxcompress.channels.rules import Call, join
+from fxcompress.channels.rules import Call, join, meet
 
 
 def contract(
@@ -37,11 +37,37 @@ def contract(
     kept = join(ledger, (left, right), "it is summed with a tensor without channels of its own")
     ledger.contract(map(max, left[0], right[0]), kept, repeats)
     ledger.end(ending.values())
-    for factor in ending.values():
-        ledger.pin(factor, set(dims_of(factor)) - summed, "its rows are not channels after the sum")
-    if ending and not any(labels.direct for labels in consts):
+    weighed = any(labels.direct for labels in consts)
+    if ending and not weighed:
         ledger.live_only.add(ledger.node)
-    return [f for f in kept if summed.isdisjoint(dims_of(f))]
+    remaining = [f for f in kept if summed.isdisjoint(dims_of(f))]
+    rows: dict[tuple[int, ...], Tensor] = {}
+    for factor in ending.values():
+        rest = tuple(sorted(set(dims_of(factor)) - summed))
+        if not rest:
+            continue
+        if weighed or column_of(factor) not in summed:
+            ledger.pin(factor, rest, "its rows are not channels after the sum")
+        elif rest in rows:
+            ledger.stand_for(rows[rest], factor)
+        elif any(factor is f for f in kept):
+            rows[rest] = ledger.rows_along(factor, rest)
+    return _with_rows(ledger, remaining, rows)
+
+
+def _with_rows(ledger: Ledger, factors: Sequence[Tensor], rows: Mapping[tuple[int, ...], Tensor]) -> list[Tensor]:
+    """What remains after a sum: the factors that did not end, and labels for the rows of those that did."""
+    made = list(factors)
+    for dims, row in rows.items():
+        beside = [factor for factor in factors if not set(dims_of(factor)).isdisjoint(dims)]
+        for factor in beside:
+            if dims_of(factor) == dims:
+                ledger.unite(factor, row)
+            else:
+                meet(ledger, row, factor)
+        if not any(set(dims) <= set(dims_of(factor)) for factor in beside):
+            made.append(row)
+    return made
 
 
 def _spread(labels: Labels, places: Sequence[int], ndim: int) -> tuple[tuple[int, ...], list[Tensor]]:
@@ -290,18 +316,19 @@ def _grouped(
                 ledger.constrain(per_group, rows=(0,))
         ledger.contract(w.shape[:2], [out.reshape(-1, 1)], repeats)
         return [out]
-    if per_group.shape[1] == 1:
-        ledger.freeze([out], "the only output of its convolution group")
-    else:
-        ledger.divide(out, groups, pinned=(0,))
     if entering is None:
+        if per_group.shape[1] == 1:
+            ledger.freeze([out], "the only output of its convolution group")
+        else:
+            ledger.divide(out, groups, pinned=(0,))
         ledger.freeze(columns, "its input has no channels of its own")
         ledger.contract(w.shape[:2], [out.reshape(-1, 1)], repeats)
         return [out]
     ledger.connect([entering], [out])
     ledger.end([entering])
-    sources = entering.reshape(groups, -1)
-    ledger.divide(entering, groups, pinned=(0,))
+    sources = ledger.divide(entering, groups)
+    whole = ledger.rows_along(sources, (0,))  # a group goes with all that enters and all that leaves it
+    ledger.stand_for(whole, ledger.divide(out, groups))
     taken = sources.repeat_interleave(per_group.shape[1], 0)  # (outputs, inputs / groups)
     ledger.contract(w.shape[:2], [out.reshape(-1, 1), taken], repeats)
     for column in columns:

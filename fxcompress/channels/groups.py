@@ -27,6 +27,8 @@ from fxcompress.channels.dependencies import (
 from fxcompress.channels.labels import BoolArray, IntArray, dims_of, distinct
 from fxcompress.channels.ledger import Axis
 from fxcompress.channels.propagate import WHOLE, propagate
+from fxcompress.channels.row_sets import RowSet, row_sets
+from fxcompress.channels.row_tables import in_rows, numbered, row_tables, rows_among
 from fxcompress.channels.solve import Channels, solve
 from fxcompress.errors import InputError
 from fxcompress.exclusive import exclusive
@@ -82,6 +84,7 @@ class Group:
         components: the channels' numbers in the analysis, in order.
         slices: the producing rows, for scoring.
         row_of: for each channel the row that it lies in.
+        crossed: where a channel shuffle crosses two divisions into rows, for each channel its row in either.
     """
 
     name: str
@@ -94,6 +97,7 @@ class Group:
     components: IntArray
     slices: tuple[Slices, ...]
     row_of: IntArray
+    crossed: tuple[IntArray, ...] = ()
 
     def __str__(self) -> str:
         kind = "removable" if self.removable else f"frozen: {self.reason}"
@@ -172,6 +176,11 @@ class ChannelGroups:
         image has not: that read the same tensor). What passes every channel on, as a depthwise convolution does, reads
         none."""
         return shared_inputs(self, self._places)
+
+    @property
+    def row_sets(self) -> tuple[RowSet, ...]:
+        """Sets of rows that may go whole: attention heads, groups of convolutions and of GroupNorms."""
+        return row_sets(self, self.channels)
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write one row for each group: name, width, rows, removable, reason, layers, members (``;`` between items).
@@ -351,14 +360,14 @@ def _groups(channels: Channels) -> Iterator[Group]:
     labels, axis_of = labels[parameters[axis_of]], axis_of[parameters[axis_of]]
     parts = component[labels]
     keys = _keys(parts, axis_of, channels.frozen, len(component), len(starts))
-    number = _numbered(keys[parts])
+    number = numbered(keys[parts] * 2 + in_rows(channels)[parts])
     order = np.argsort(number, kind="stable")
     blocks = np.split(order, np.searchsorted(number[order], np.arange(1, number.max() + 1)))
     sets = [_in_order(parts[block]) for block in blocks]
     position = np.zeros(len(component), dtype=np.int64)
     for chosen in sets:
         position[chosen] = np.arange(len(chosen))
-    reasons, tables = _reasons(channels), _row_tables(channels)
+    reasons, tables = _reasons(channels), row_tables(channels)
     taken: dict[str, int] = {}
     for chosen, block, member in zip(sets, blocks, _members(channels, sets), strict=True):
         slices = _slices(channels, position, labels[block], axis_of[block])
@@ -369,9 +378,9 @@ def _groups(channels: Channels) -> Iterator[Group]:
             name = f"{name}[{taken[name] - 1}]"
         removable = not channels.frozen[chosen[0]]
         reason = "" if removable else reasons.get(int(chosen[0]), "its row cannot be cut")
-        row_of = _rows(tables, chosen)
+        row_of, crossed = rows_among(tables, chosen)
         rows = int(row_of.max()) + 1
-        yield Group(name, len(chosen), member, removable, reason, rows, layers, chosen, slices, row_of)
+        yield Group(name, len(chosen), member, removable, reason, rows, layers, chosen, slices, row_of, crossed)
 
 
 def _in_order(values: IntArray) -> IntArray:
@@ -430,46 +439,3 @@ def _slices(channels: Channels, position: IntArray, labels: IntArray, axis_of: I
         groups = axis.size // channels.facts.state[axis.name].shape[axis.dim]
         made.append(Slices(axis.name, axis.dim, mine - axis.start, position[channels.component[mine]], groups))
     return tuple(made)
-
-
-def _row_tables(channels: Channels) -> list[IntArray]:
-    """For every constraint with several rows, the number of the row that each component lies in (0: in none)."""
-    tables = []
-    for constraint in channels.constraints:
-        if all(len(dims_of(factor)) < 2 for factor in constraint.labels.factors):
-            continue
-        rows = constraint.rows()
-        if rows is None or len(rows) < 2:
-            continue
-        lines = channels.component[rows]
-        if (lines.min(axis=1) == lines.max(axis=1)).all():
-            continue  # rows of one channel each go whole
-        row = np.zeros(len(channels.component), dtype=np.int64)
-        for number in range(len(lines) - 1, -1, -1):  # a channel in several rows counts for the first
-            row[lines[number]] = number + 1
-        tables.append(row)
-    return tables
-
-
-def _rows(tables: list[IntArray], chosen: IntArray) -> IntArray:
-    """For each channel the number of its row, in the rows of all constraints at once if those are equally long, else
-    in those of the first constraint whose rows are: the rest is repaired when channels have been chosen."""
-    mine = [table[chosen] for table in tables]
-    mine = [row for row in mine if row.min() != row.max()]
-    joint = np.zeros(len(chosen), dtype=np.int64)
-    with np.errstate(over="ignore"):
-        for row in mine:
-            joint = joint * np.int64(1_000_003) + row
-    for keys in (joint, *mine):
-        numbers = _numbered(keys)
-        if len(set(np.bincount(numbers).tolist())) == 1:
-            return numbers
-    return np.zeros(len(chosen), dtype=np.int64)
-
-
-def _numbered(keys: IntArray) -> IntArray:
-    """Equal keys as equal numbers, from 0 in the order in which they appear."""
-    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    rank = np.empty(len(first), dtype=np.int64)
-    rank[np.argsort(first)] = np.arange(len(first))
-    return rank[inverse.reshape(-1)]

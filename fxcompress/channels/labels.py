@@ -8,6 +8,7 @@ one factor that varies along two, and an outer product has two factors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -216,6 +217,18 @@ def plan_cuts(labels: Labels, live: BoolArray) -> tuple[Cut, ...] | None:
             return None
         cuts.append(cut)
     return tuple(cuts)
+
+
+def live_elements(labels: Labels, live: BoolArray) -> int:
+    """How many elements of a tensor live."""
+    varying = labels.varying()
+    count = math.prod(size for dim, size in enumerate(labels.shape) if dim not in varying)
+    for dims, factors in blocks_of(labels):
+        mask: BoolArray = np.ones([labels.shape[d] for d in dims], dtype=bool)
+        for factor in factors:
+            mask = mask & live[factor.reshape([factor.shape[d] for d in dims]).numpy()]
+        count *= int(mask.sum())
+    return count
 
 
 def cut_shape(shape: Sequence[int], cuts: Sequence[Cut]) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -34,10 +35,23 @@ class Axis:
 
 @dataclass(frozen=True)
 class Equality:
-    """Labels that are one and the same channel, pair by pair, because of ``node``."""
+    """Labels that are one and the same channel, pair by pair, because of ``node``.
+
+    ``spread``: one side has no rows and the other has, so that every row has a part of the channel of its own.
+    """
 
     left: IntArray
     right: IntArray
+    node: str
+    spread: bool = False
+
+
+@dataclass(frozen=True)
+class RowTie:
+    """Labels that stand for whole rows, pair by pair with the members of those, because of ``node``."""
+
+    rows: IntArray
+    members: IntArray
     node: str
 
 
@@ -66,13 +80,23 @@ class Constraint:
         if len(self.labels.factors) != 1:
             return None
         (factor,) = self.labels.factors
-        free = [dim for dim in dims_of(factor) if dim not in self.labels.rows]
-        if not free:
+        column = self._column(factor)
+        if column is None:
             return factor.numpy().reshape(-1, 1)
-        column = column_of(factor, free)
         return np.moveaxis(factor.numpy(), column, -1).reshape(-1, factor.shape[column])
 
-    def distinct(self, component: IntArray) -> Constraint:
+    def row_shape(self) -> tuple[int, ...]:
+        """The sizes of the dimensions that number the rows."""
+        (factor,) = self.labels.factors
+        column = self._column(factor)
+        return tuple(size for dim, size in enumerate(factor.shape) if dim != column)
+
+    def _column(self, factor: Tensor) -> int | None:
+        """The dimension along which rows run; None where all dimensions number rows."""
+        free = [dim for dim in dims_of(factor) if dim not in self.labels.rows]
+        return column_of(factor, free) if free else None
+
+    def distinct(self, cells: IntArray) -> Constraint:
         """The same constraint without slices that repeat others, where all repeat equally often (the batch does)."""
         if len(self.labels.factors) != 1:
             return self
@@ -81,7 +105,7 @@ class Constraint:
             return self  # it only keeps the last one from going
         factor = self.labels.factors[0].numpy()
         for dim in dims:
-            _, first, counts = np.unique(component[factor], axis=dim, return_index=True, return_counts=True)
+            _, first, counts = np.unique(cells[factor], axis=dim, return_index=True, return_counts=True)
             if (counts == counts[0]).all():
                 factor = factor.take(np.sort(first), axis=dim)
         made = torch.from_numpy(np.ascontiguousarray(factor))
@@ -133,6 +157,7 @@ class Ledger:
     equalities: list[Equality] = field(default_factory=list)
     freezes: list[Freeze] = field(default_factory=list)
     constraints: list[Constraint] = field(default_factory=list)
+    rows: list[RowTie] = field(default_factory=list)
     divisions: list[Division] = field(default_factory=list)
     excesses: list[Excess] = field(default_factory=list)
     produced: list[IntArray] = field(default_factory=list)
@@ -160,8 +185,13 @@ class Ledger:
         self.next_label += size
         return torch.arange(axis.start, axis.start + size)
 
-    def unite(self, left: Tensor, right: Tensor) -> None:
-        """The labels of two factors (broadcast against each other) are one and the same."""
+    def unite(self, left: Tensor, right: Tensor, *, spread: bool = False) -> None:
+        """The labels of two factors (broadcast against each other) are one and the same channel.
+
+        Args:
+            left, right: the factors.
+            spread: along what only one of them has, rows may go one by one.
+        """
         if left is right:
             return
         if left.shape != right.shape:
@@ -169,12 +199,33 @@ class Ledger:
         a, b = left.reshape(-1).numpy(), right.reshape(-1).numpy()
         if a[0] == b[0] and (a == b).all():
             return
-        if len(a) > _FEW:  # a batch or space merged into a dimension repeats pairs many times
-            different = a != b
-            pairs = np.sort(a[different] * self.next_label + b[different])
-            pairs = pairs[np.diff(pairs, prepend=-1) > 0]
-            a, b = pairs // self.next_label, pairs % self.next_label
-        self.equalities.append(Equality(a, b, self.node))
+        self.equalities.append(Equality(*self._distinct(a, b), self.node, spread))
+
+    def _distinct(self, a: IntArray, b: IntArray) -> tuple[IntArray, IntArray]:
+        """Pairs of different labels; of many, each once: a batch or space merged into a dimension repeats them."""
+        if len(a) <= _FEW:
+            return a, b
+        different = a != b
+        pairs = np.sort(a[different] * self.next_label + b[different])
+        pairs = pairs[np.diff(pairs, prepend=-1) > 0]
+        return pairs // self.next_label, pairs % self.next_label
+
+    def stand_for(self, rows: Tensor, members: Tensor) -> None:
+        """Every label of ``rows`` goes with the labels of ``members`` that it meets, and only with all of them."""
+        rows, members = torch.broadcast_tensors(rows, members)
+        pairs = self._distinct(rows.reshape(-1).numpy(), members.reshape(-1).numpy())
+        self.rows.append(RowTie(*pairs, self.node))
+
+    def rows_along(self, factor: Tensor, dims: Iterable[int]) -> Tensor:
+        """New labels for the rows of a factor, which ``dims`` number: what remains of it when the others are summed."""
+        dims = tuple(sorted(dims))
+        sizes = [size if dim in dims else 1 for dim, size in enumerate(factor.shape)]
+        lines = factor.movedim(dims, tuple(range(len(dims)))).reshape(math.prod(sizes), -1)
+        _, first, which = np.unique(lines.numpy(), axis=0, return_index=True, return_inverse=True)
+        fresh = self.fresh_axis(self.node, dims[0], len(first))
+        rows = fresh[torch.from_numpy(which.reshape(-1))].reshape(sizes)
+        self.stand_for(rows, factor)
+        return rows
 
     def freeze(self, factors: Iterable[Tensor], reason: str) -> None:
         """No channel in these factors can be removed."""
@@ -200,11 +251,12 @@ class Ledger:
         labels = Labels(tuple(factor.shape), (factor,), rows=frozenset({*pinned, *rows}))
         self.constraints.append(Constraint(labels, frozenset(pinned), self.node))
 
-    def divide(self, factor: Tensor, groups: int, pinned: Iterable[int] = ()) -> None:
-        """The running operator takes a factor's channels in groups, which must keep equally many."""
+    def divide(self, factor: Tensor, groups: int, pinned: Iterable[int] = ()) -> Tensor:
+        """The running operator takes a factor's channels in groups, which must keep equally many: (groups, size)."""
         rows = factor.reshape(groups, -1)
         self.divisions.append(Division(rows.numpy(), self.node))
         self.constrain(rows, pinned, rows=(0,))
+        return rows
 
     def exceed(self, more: Tensor, less: Tensor) -> None:
         """Every row of ``more [rows, channels]`` must keep more channels than the rows of ``less`` do."""

@@ -30,8 +30,9 @@ def _reduce(call: Call, factors: Iterable[Tensor], dims: frozenset[int]) -> list
             remaining.append(factor)
         elif mine <= dims or column_of(factor) in dims:
             ledger.end([factor])
-            ledger.pin(factor, mine - dims, "its rows are not channels after the sum")
             ledger.live_only.add(ledger.node)
+            if mine - dims:
+                remaining.append(ledger.rows_along(factor, mine - dims))
         else:  # a sum over rows: columns that meet are one channel
             first = factor
             for dim in sorted(mine & dims):
@@ -74,7 +75,7 @@ def _reduce_keeping(call: Call, labels: Labels, dims: frozenset[int]) -> None:
             call.ledger.live_only.add(call.ledger.node)
             call.ledger.end([factor])
             if not mine <= dims:
-                call.ledger.pin(factor, mine - dims, "its rows keep their number")
+                call.ledger.constrain(factor, rows=mine - dims)
 
 
 def layer_norm(call: Call) -> Any:
@@ -103,7 +104,9 @@ def group_norm(call: Call) -> Any:
     labels, groups = call.labels("input"), call.arguments["group"]
     for factor in labels.factors:
         if dims_of(factor) == (1,):
-            if groups > 1:
+            if 1 < groups < factor.numel():
+                call.ledger.rows_along(call.ledger.divide(factor, groups), (0,))
+            elif groups > 1:
                 call.ledger.divide(factor, groups)
             call.ledger.live_only.add(call.ledger.node)
             call.ledger.end([factor])

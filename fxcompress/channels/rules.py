@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxcompress.channels.labels import Labels, aligned, canonical, dims_of, view_factor
+from fxcompress.channels.labels import Labels, aligned, canonical, column_of, dims_of, view_factor
 from fxcompress.channels.ledger import Ledger
 
 
@@ -80,22 +80,55 @@ def join(ledger: Ledger, operands: Sequence[tuple[tuple[int, ...], Sequence[Tens
     for factor, dense in pins:
         ledger.pin(factor, dense, reason)
     kept: list[tuple[Tensor, tuple[int, ...]]] = []
+    implied: set[int] = set()
     for _, factors in sides:
+        before = list(kept)
         for dims in dict.fromkeys(dims for _, dims in factors.values()):
             mine = [factor for factor, own in factors.values() if own == dims]
-            same = [factor for factor, own in kept if own == dims]
+            same = [factor for factor, own in before if own == dims]
             if len(mine) == len(same):
                 for left, right in zip(same, mine, strict=True):
                     ledger.unite(left, right)
                 continue
-            for other in [factor for factor, own in kept if not set(own).isdisjoint(dims)]:
-                for factor in mine:
-                    ledger.unite(other, factor)
+            if same:
+                _conjoin(ledger, *((same, mine) if len(same) > len(mine) else (mine, same)))
+            for other, own in before:
+                if own != dims and not set(own).isdisjoint(dims):
+                    for factor in mine:
+                        meet(ledger, other, factor)
+                        implied |= {id(f) for f, d, e in ((factor, dims, own), (other, own, dims)) if set(d) < set(e)}
             if not same:
                 kept += [(factor, dims) for factor in mine]
-    if len(kept) == 1:
-        return [kept[0][0]]
-    return [f for f, mine in kept if not any(f is not g and set(mine) < set(dims) for g, dims in kept)]
+    return [factor for factor, _ in kept if id(factor) not in implied]
+
+
+def meet(ledger: Ledger, left: Tensor, right: Tensor) -> None:
+    """Tie two factors that share some of the dimensions along which they vary.
+
+    What extends along rows alone stands for them; what extends along the channels of a row is one with those.
+    """
+    small, large = sorted((left, right), key=lambda factor: len(dims_of(factor)))
+    if set(dims_of(small)) < set(dims_of(large)) and column_of(large) not in dims_of(small):
+        ledger.stand_for(small, large)
+    else:
+        ledger.unite(left, right, spread=True)
+
+
+def _conjoin(ledger: Ledger, many: Sequence[Tensor], few: Sequence[Tensor]) -> None:
+    """Tie the labels of a merged dimension with factors that were merged into it (heads times channels that all heads
+    share): those that change fastest are its channels, the others its rows."""
+    fastest = max(many, key=_changes)
+    for factor in many:
+        for merged in few:
+            if factor is fastest or len(few) > 1:
+                ledger.unite(factor, merged, spread=True)
+            else:
+                ledger.stand_for(factor, merged)
+
+
+def _changes(factor: Tensor) -> int:
+    """How often labels differ from those before them, over all dimensions."""
+    return sum(int((factor.diff(dim=dim) != 0).sum()) for dim in dims_of(factor))
 
 
 def _bare_dims(shape: tuple[int, ...], factors: Iterable[tuple[Tensor, tuple[int, ...]]]) -> set[int]:

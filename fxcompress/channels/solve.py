@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +12,9 @@ import torch
 from torch import fx
 
 from fxcompress.channels.labels import BoolArray, IntArray, Labels, blocks_of, dims_of, distinct, labels_in, plan_cuts
-from fxcompress.channels.ledger import Constraint
+from fxcompress.channels.ledger import Constraint, Ledger, RowTie
 from fxcompress.channels.propagate import Facts
+from fxcompress.channels.rows import Rows, rows_of
 
 
 def connected(size: int, pairs: Iterable[tuple[IntArray, IntArray]]) -> IntArray:
@@ -47,6 +49,7 @@ class Channels:
         component: for every label the component it belongs to (its smallest label).
         frozen: for every component number whether something freezes it.
         constraints: on the live set, in terms of components.
+        rows: rows that may go whole, and what goes with them.
         soft: names of nodes whose value need not have a shape of its own when it shrinks, because everything that
             reads it is a rearrangement back to one dimension (a channel shuffle).
     """
@@ -56,13 +59,45 @@ class Channels:
     frozen: BoolArray
     constraints: tuple[Constraint, ...]
     soft: frozenset[str]
+    rows: Rows
 
-    def live(self, dead: IntArray) -> BoolArray:
-        """For every label whether it lives, given the dead components."""
+    def live(self, dead: IntArray, rows: IntArray | None = None) -> BoolArray:
+        """For every label whether it lives, given the dead components and the numbers of dead rows."""
         alive: BoolArray = np.ones(len(self.component), dtype=bool)
         alive[dead] = False
         lives: BoolArray = alive[self.component]
-        return lives
+        if rows is not None and len(rows):
+            lives &= ~np.isin(self.rows.row, rows)
+        return self.rows.product(lives, self.component, alive) if self.rows.ties else lives
+
+    def without(self, gone: BoolArray) -> BoolArray:
+        """For every label whether it lives, given labels that are gone: all that is one element by element with them
+        goes, and a component does of which every row has lost its part, or that lost a part which lies in no row."""
+        dead = np.zeros(len(self.component), dtype=bool)
+        if not self.rows.ties:
+            dead[self.component[gone]] = True
+            return ~dead[self.component]
+        dead[self.rows.part[gone]] = True
+        live: BoolArray = ~dead[self.rows.part]
+        return self.rows.product(live, self.component, self.alive(live))
+
+    def alive(self, live: BoolArray) -> BoolArray:
+        """For every component whether it lives: a part in some row does, and none died that lies in no row."""
+        alive = np.ones(len(self.component), dtype=bool)
+        alive[self.component[~live]] = False
+        in_rows = self.rows.row > 0
+        alive[self.component[live & in_rows]] = True
+        alive[self.component[~live & ~in_rows]] = False
+        return alive
+
+    def revived(self, live: BoolArray, labels: IntArray) -> BoolArray:
+        """What lives once the components and rows of some labels do."""
+        channels, row = self.alive(live), self.rows.row
+        channels[self.component[labels]] = True
+        alive = self.rows.living(live)
+        alive[row[labels]] = True
+        lives: BoolArray = live | (channels[self.component] & alive[row])
+        return self.rows.product(lives, self.component, channels) if self.rows.ties else lives
 
     def repair(self, live: BoolArray, rank: Mapping[int, float] | None = None) -> BoolArray:
         """The labels that live once every constraint holds: components are only brought back, best ranked first.
@@ -71,25 +106,26 @@ class Channels:
             live: bool, one for every label, uniform over components.
             rank: importance of components; without it earlier channels come back first.
         """
-        live = live.copy()
+        live = self.without(~live) if self.rows.ties else live.copy()
         changed = True
-        while changed:  # every round brings at least one component back, so this ends
+        while changed:  # every round brings at least one label back, so this ends
             changed = False
             for constraint in self.constraints:
                 if _holds(constraint, live):
                     continue
                 back = _bring_back(constraint, live, self.component, rank or {})
-                alive = np.zeros(len(self.component), dtype=bool)
-                alive[back] = True
-                live |= alive[self.component]
+                live = self.revived(live, back)
                 changed = True
             for excess in self.facts.ledger.excesses:
-                short = excess.missing(live)
-                for row, count in zip(self.component[excess.more], short, strict=True):
-                    alive = np.zeros(len(self.component), dtype=bool)
-                    alive[_best(row[~live[row]], int(count), rank or {})] = True
-                    live |= alive[self.component]
-                changed = changed or bool(short.any())
+                for row, count in zip(excess.more, excess.missing(live), strict=True):
+                    more = _best(row[~live[row]], int(count), self.component, rank or {})
+                    live = self.revived(live, np.array(more, dtype=np.int64))
+                    changed = changed or bool(more)
+            for tie in self.rows.ties:
+                empty = self.rows.empty(tie, live)
+                if len(empty):
+                    live = self.revived(live, _best_members(tie, empty, live, self.component, rank or {}))
+                    changed = True
         return live
 
 
@@ -107,53 +143,113 @@ def _holds(constraint: Constraint, live: BoolArray) -> bool:
 
 
 def _bring_back(constraint: Constraint, live: BoolArray, component: IntArray, rank: Mapping[int, float]) -> IntArray:
-    """Components to bring back so that the rows of a constraint become equal (all of them, if no rows are found)."""
-    everything = np.concatenate([component[factor.numpy().reshape(-1)] for factor in constraint.labels.factors])
-    everything = distinct(everything)
-    dead: IntArray = everything[~live[everything]]
-    if len(constraint.labels.factors) != 1:
-        return dead
+    """Labels to bring back so that the rows of a constraint become equal (all of them, if no rows are found)."""
+    everything = np.concatenate([factor.numpy().reshape(-1) for factor in constraint.labels.factors])
+    dead: IntArray = distinct(everything[~live[everything]])
     rows = constraint.rows()
     if rows is None:
         return dead
     alive = live[rows].sum(axis=1)
-    must_live = bool(constraint.pinned) or len(dims_of(constraint.labels.factors[0])) != 2
     target = max(int(alive.max()), 1)
     back: list[int] = []
-    for row, count in zip(rows, alive, strict=True):
-        if count == target or (count == 0 and not must_live):
-            continue
-        back += _best(component[row[~live[row]]], target - int(count), rank)
+    for row, count, stays in zip(rows, alive, _must_live(constraint, alive), strict=True):
+        if count < target and stays:
+            back += _best(row[~live[row]], target - int(count), component, rank)
     return np.array(sorted(set(back)), dtype=np.int64) if back else dead
 
 
-def _best(components: IntArray, count: int, rank: Mapping[int, float]) -> list[int]:
-    """The first ``count`` of some components, best ranked first."""
-    return sorted(dict.fromkeys(components.tolist()), key=lambda c: (-rank.get(c, 0.0), c))[:count]
+def _must_live(constraint: Constraint, alive: IntArray) -> BoolArray:
+    """For every row of a constraint whether it cannot stay empty: what lives is a product of row dimensions."""
+    sizes = constraint.row_shape()
+    grid = (alive > 0).reshape(sizes)
+    stays: BoolArray = np.ones(sizes, dtype=bool)
+    if constraint.pinned or not grid.any():  # all that a value has never goes
+        return stays.reshape(-1)
+    for dim in range(grid.ndim):
+        others = tuple(d for d in range(grid.ndim) if d != dim)
+        stays &= grid.any(axis=others, keepdims=True)
+    return stays.reshape(-1)
+
+
+def _best(gone: IntArray, count: int, component: IntArray, rank: Mapping[int, float]) -> list[int]:
+    """The best ranked of some labels, one for each component."""
+    one_of: dict[int, int] = {}
+    for label in gone.tolist():
+        one_of.setdefault(int(component[label]), label)
+    return [one_of[c] for c in sorted(one_of, key=lambda c: (-rank.get(c, 0.0), c))[:count]]
+
+
+def _best_members(
+    tie: RowTie, empty: IntArray, live: BoolArray, component: IntArray, rank: Mapping[int, float]
+) -> IntArray:
+    """For rows that live without a member: as many of those as the fullest row has, and one at least."""
+    lives = live[tie.members]
+    counts = np.unique(tie.rows[lives], return_counts=True)[1] if lives.any() else np.ones(1, dtype=np.int64)
+    best = [_best(distinct(tie.members[tie.rows == row]), int(counts.max()), component, rank) for row in empty]
+    return np.array(sorted(set(itertools.chain.from_iterable(best))), dtype=np.int64)
 
 
 def solve(facts: Facts, graph: fx.Graph) -> Channels:
     """Components, freezes and constraints of a propagation."""
     ledger = facts.ledger
     component = connected(ledger.next_label, ((e.left, e.right) for e in ledger.equalities))
+    rows = _rows(ledger, component, [])
     soft = _soft_nodes(facts, graph)
-    constraints = _constraints(facts, graph, component, soft)
+    cells = component * rows.number + rows.row  # two labels with one number always live and die together
+    constraints = _constraints(facts, graph, cells, soft)
+    bonds = [bond for constraint in constraints if (bond := _bond(constraint, rows)) is not None]
+    if bonds:
+        rows = _rows(ledger, component, bonds)
     frozen = np.zeros(ledger.next_label, dtype=bool)
     for freeze in ledger.freezes:
         frozen[component[freeze.labels]] = True
     for constraint in constraints:
         frozen[_stuck(constraint, component)] = True
+        rows.frozen[_stuck(constraint, rows.row)] = True
     _hold_rows(constraints, component, frozen)
-    return Channels(facts, component, frozen, constraints, soft)
+    frozen[component[rows.carried & rows.frozen[rows.row]]] = True
+    return Channels(facts, component, frozen, constraints, soft, rows)
 
 
-def _stuck(constraint: Constraint, component: IntArray) -> IntArray:
-    """Components that fill a whole pinned row: they can never go."""
+def _rows(ledger: Ledger, component: IntArray, bonds: Sequence[tuple[IntArray, IntArray]]) -> Rows:
+    """The rows that may go whole; ``bonds`` are pairs of labels whose rows go together."""
+    if not ledger.rows:
+        nothing = np.zeros(len(component), dtype=np.int64)
+        return rows_of((), component, (), (nothing, np.empty(0, dtype=np.int64)))
+    part = component
+    if any(e.spread for e in ledger.equalities):
+        part = connected(len(component), ((e.left, e.right) for e in ledger.equalities if not e.spread))
+    pairs = [(part[tie.rows], part[tie.members]) for tie in ledger.rows]
+    tied = distinct(np.concatenate([side for pair in pairs for side in pair]))
+    pairs += [(part[left], part[right]) for left, right in bonds]
+    return rows_of(ledger.rows, part, ledger.freezes, (connected(len(component), pairs), tied))
+
+
+def _bond(constraint: Constraint, rows: Rows) -> tuple[IntArray, IntArray] | None:
+    """Labels whose rows go together because those of a value that two dimensions number must stay a rectangle: where a
+    fused projection has lost a head's queries, it has lost its values. None where they do so anyway."""
+    lines = constraint.rows() if rows.ties and not constraint.pinned else None
+    if lines is None or len(shape := [size for size in constraint.row_shape() if size > 1]) < 2:
+        return None
+    numbers = rows.row[lines]
+    if numbers.min() == 0 or (numbers != numbers[:, :1]).any():
+        return None
+    grid = numbers[:, 0].reshape(shape)
+    for dim in range(grid.ndim):
+        slabs = np.moveaxis(grid, dim, 0).reshape(shape[dim], -1)
+        if (slabs == slabs[:, :1]).all():
+            return None
+    labels = lines[:, 0].reshape(-1, shape[-1])
+    return labels[1:].reshape(-1), np.broadcast_to(labels[:1], labels[1:].shape).reshape(-1)
+
+
+def _stuck(constraint: Constraint, number: IntArray) -> IntArray:
+    """Numbers (of components, or of rows) that fill a whole pinned row: they can never go."""
     if not constraint.pinned or len(constraint.labels.factors) != 1:
         return np.empty(0, dtype=np.int64)
     factor = constraint.labels.factors[0].numpy()
     other = tuple(d for d in range(factor.ndim) if d not in constraint.pinned)
-    rows = component[factor]
+    rows = number[factor]
     whole = rows.min(axis=other) == rows.max(axis=other)
     return distinct(rows.min(axis=other)[whole])
 
@@ -231,7 +327,7 @@ def _blocks(labels: Labels, node: str) -> Iterator[Constraint]:
         yield Constraint(Labels(shape, tuple(factors), rows=labels.rows), frozenset(), node)
 
 
-def _constraints(facts: Facts, graph: fx.Graph, component: IntArray, soft: frozenset[str]) -> tuple[Constraint, ...]:
+def _constraints(facts: Facts, graph: fx.Graph, cells: IntArray, soft: frozenset[str]) -> tuple[Constraint, ...]:
     """What rules asked for, and that every value that is not soft keeps a shape and an element; no duplicates."""
     found = list(facts.ledger.constraints)
     for name, labels in facts.state.items():
@@ -251,8 +347,8 @@ def _constraints(facts: Facts, graph: fx.Graph, component: IntArray, soft: froze
             found += _blocks(labels, node.name)
     distinct: dict[Any, Constraint] = {}
     for constraint in found:
-        constraint = constraint.distinct(component)
+        constraint = constraint.distinct(cells)
         factors = constraint.labels.factors
-        content = tuple((tuple(f.shape), component[f.numpy()].tobytes()) for f in factors)
+        content = tuple((tuple(f.shape), cells[f.numpy()].tobytes()) for f in factors)
         distinct.setdefault((constraint.pinned, content), constraint)
     return tuple(distinct.values())
