@@ -51,17 +51,15 @@ def main() -> None:
     options = parser.parse_args()
     chosen = [name for which in options.which for name in (names(which) if which in LIBRARIES else [which])]
     programs = ["zoo.measure", *(["zoo.peer"] if options.peer else [])]
-    found: dict[str, dict[str, Any]] = {program: {} for program in programs}
     jobs = [(program, name) for name in chosen for program in programs]
     with ThreadPoolExecutor(options.workers) as pool:
         results = pool.map(lambda job: run(*job, options.limit), jobs)
         for (program, name), record in track(zip(jobs, results, strict=True), total=len(jobs)):
-            found[program][name] = record
-            if program == "zoo.measure" and record.get("error"):
+            ours, peer = ({name: record} if program == each else {} for each in ("zoo.measure", "zoo.peer"))
+            write(merged(read(options.table), ours, peer), options.table)  # at once: a sweep takes its time
+            if ours and record["error"]:
                 print(f"{name}: {record['error']}")
-    rows = merged(read(options.table), found["zoo.measure"], found.get("zoo.peer", {}))
-    write(rows, options.table)
-    fallen = below(rows)
+    fallen = [name for name in below(read(options.table)) if name in chosen]
     if fallen:
         sys.exit(f"fewer removable channels than before: {', '.join(fallen)}")
 

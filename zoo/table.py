@@ -6,10 +6,9 @@ Every model has a floor under its removable share, which only goes up: a sweep t
 from __future__ import annotations
 
 import csv
-import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,6 @@ def read(path: Path) -> dict[str, Row]:
         return {}
     with path.open(newline="") as file:
         return {row["model"]: row for row in csv.DictReader(file)}
-
-
-def records(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """The last record of each model in files of JSON lines."""
-    lines = (json.loads(line) for path in paths for line in path.read_text().splitlines())
-    return {record["name"]: record for record in lines}
 
 
 def merged(rows: Mapping[str, Row], ours: Mapping[str, Any], peers: Mapping[str, Any]) -> dict[str, Row]:
