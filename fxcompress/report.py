@@ -14,7 +14,7 @@ from rich import box
 from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
-from torch import nn
+from torch import fx, nn
 
 from fxcompress.cost import byte_count, count, unmasked
 from fxcompress.errors import InputError
@@ -68,11 +68,13 @@ class Report:
         totals: params and bytes, and macs if there were inputs to count them with.
         rows: the changed layers, in the order in which the first model holds them; new ones last.
         latency: the measured time of both models; None if it was not measured.
+        notes: what the passes that made the second model had to say: what stays, and why.
     """
 
     totals: tuple[Total, ...]
     rows: tuple[Change, ...]
     latency: tuple[Latency, Latency] | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def slower(self) -> bool:
@@ -93,7 +95,7 @@ class Report:
         return saved if abs(saved) > _notch(before) + _notch(after) else 0.0
 
     def __rich__(self) -> Group:
-        return Group(self._totals(), *self._verdict(), self._layers())
+        return Group(self._totals(), *self._verdict(), self._layers(), *map(escape, self.notes))
 
     def _totals(self) -> Table:
         masked = any(total.removed is not None for total in self.totals)
@@ -180,10 +182,12 @@ def report(before: nn.Module, after: nn.Module, example_inputs: Any = None, *, l
         if not isinstance(model, nn.Module):
             raise InputError(f"{role} is a {type(model).__name__}; expected a torch.nn.Module.")
     rows = tuple(_changes(before, after))
+    history = after.meta.get("history", ()) if isinstance(after, fx.GraphModule) else ()
+    notes = tuple(dict.fromkeys(f"{step.name}: {note}" for step in history for note in step.notes))
     if example_inputs is None:
         old, new = unmasked(before), unmasked(after)
         sizes = Total("params", _params(old), _params(new)), Total("bytes", byte_count(old), byte_count(new))
-        return Report(sizes, rows)
+        return Report(sizes, rows, notes=notes)
     costs = count(before, example_inputs), count(after, example_inputs)
     removed = costs[1].after
     totals = [
@@ -191,7 +195,7 @@ def report(before: nn.Module, after: nn.Module, example_inputs: Any = None, *, l
         for name in ("params", "bytes", "macs")
     ]
     timed = latency and not any(tensor.is_meta for tensor in Inputs.parse(example_inputs).tensors())
-    return Report(tuple(totals), rows, _in_turns(before, after, example_inputs) if timed else None)
+    return Report(tuple(totals), rows, _in_turns(before, after, example_inputs) if timed else None, notes)
 
 
 def _in_turns(before: nn.Module, after: nn.Module, example_inputs: Any) -> tuple[Latency, Latency]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fxcompress.channels.groups import ChannelGroups, Group, Slices
 from fxcompress.channels.labels import BoolArray
+from fxcompress.channels.propagate import OUTPUT
 from fxcompress.channels.row_sets import RowSet
 from fxcompress.channels.solve import Channels
 from fxcompress.errors import InputError, PassError
@@ -114,6 +115,7 @@ class ChannelPruner(Pass):
         if back:
             what = "heads" if self.granularity == "head" else "channels"
             context.notes.append(f"{back} {what} stay so that coupled rows keep equal numbers")
+        context.notes += _reasons(groups)
         return module
 
     def _settled(
@@ -231,3 +233,15 @@ def _global_counts(tables: list[Units], sparsity: float) -> list[int]:
     for _, g in entries[: int(sum(units.number for units in tables) * sparsity)]:
         counts[g] += 1
     return counts
+
+
+def _reasons(groups: ChannelGroups) -> list[str]:
+    """Why channels stay that are no outputs of the model: one line for each reason."""
+    kept: dict[str, list[Group]] = {}
+    for group in groups:
+        if not group.removable and OUTPUT not in group.reason:
+            kept.setdefault(group.reason, []).append(group)
+    return [
+        f"{sum(group.width for group in same)} channels of {', '.join(group.name for group in same)} stay: {reason}"
+        for reason, same in kept.items()
+    ]

@@ -250,3 +250,22 @@ def test_a_masked_model_that_is_slower_is_told_why() -> None:
     totals = (Total("params", 8, 8, 4),)
     slow = Report(totals, (), (Latency(0.1, 0.0, 1, 1, 9, (0.1,) * 9), Latency(0.2, 0.0, 1, 1, 9, (0.2,) * 9)))
     assert "masks cost time" in str(slow)
+
+
+def test_an_operator_without_a_rule_is_named_with_what_stays_for_it() -> None:
+    class Factored(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(7, 13), nn.Linear(13, 9), nn.Linear(9, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(torch.relu(self.b(torch.linalg.qr(self.a(x))[0])))
+
+    model, x = Factored(), torch.randn(2, 15, 7)
+    small = compress(model, [L1FilterPruner(0.5), Speedup()], example_inputs=x)
+    assert [small.get_submodule(name).out_features for name in "abc"] == [13, 5, 4]
+    found = report(model, small, x, latency=False)
+    line = "L1FilterPruner: 13 channels of a stay: nothing is known about aten::linalg_qr (linalg_qr)"
+    assert line in found.notes
+    assert line in str(found)
+    assert line in report(model, small).notes

@@ -55,6 +55,7 @@ _MOVES = frozenset(
 
 
 #: Why nothing inside an opaque module, or a layer with an operator of its own, can be removed.
+OUTPUT = "it is an output of the model"
 WHOLE = "is one operator with all its channels"
 
 
@@ -294,7 +295,7 @@ class _Interpreter:
 
     def _finish(self, result: Any) -> None:
         for _, tensor in tensors_of(result):
-            self.watch.ledger.freeze(self.watch.of(tensor).factors, "it is an output of the model")
+            self.watch.ledger.freeze(self.watch.of(tensor).factors, OUTPUT)
 
     def _settle(self, node: fx.Node, result: Any) -> None:
         for tensor in [result] if isinstance(result, Tensor) else tensors_in(result):
