@@ -173,6 +173,7 @@ PLAIN = tuple(
     for kind in MOTIFS
     if kind
     not in (
+        "attention_cross",  # mean over learned queries in one of its forms
         "attention_linear",  # softmax over channels
         "attention_talking",  # norms of queries and keys
         "class_token",  # LayerNorm
@@ -183,6 +184,7 @@ PLAIN = tuple(
         "reshape_pairs",  # maximum and softmax over pairs of channels
         "softmax_gate",
         "spatial_gate",
+        "tied_embedding",  # softmax over the table's rows
         "transformer_block",  # LayerNorm
         "weight_standardised",
     )
