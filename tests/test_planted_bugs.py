@@ -225,7 +225,7 @@ REMOVAL_BUGS: dict[Callable[[Patch], None], tuple[str, ...]] = {
     constraint_dropped: ("grouped_conv",),
     running_statistics_kept: ("conv_bn_relu",),
     attributes_kept: ("depthwise_conv", "inverted_residual"),
-    dense_size_lost: ("spatial_gate",),
+    dense_size_lost: ("spatial_gate", "attention_shared"),
     unknown_is_pointwise: ("reorder", "softmax_gate"),
 }
 
