@@ -155,7 +155,8 @@ def _point(item: Any, kept: list[int], size: int) -> Any:
     inside = [i for i, old in enumerate(kept) if old in chosen]
     if not inside:
         return item
-    return slice(inside[0], inside[-1] + 1, None)
+    step = inside[1] - inside[0] if len(inside) > 1 else 1
+    return slice(inside[0], inside[-1] + 1, step if step > 1 else None)
 
 
 def _kept(plan: Plan, labels: Labels, dim: int) -> list[int] | None:

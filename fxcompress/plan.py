@@ -254,6 +254,9 @@ class Plan:
         moved = [s for s in sources if self.value(s).factors and not self._is_index(node, s)]
         if len(moved) != 1 or any(source not in moved and not self.value(source).const for source in sources):
             return self.call(node)  # what the input points at does not move
+        for source in sources:
+            if source not in moved:
+                self._check_index(node, source)
         if moved[0] not in self._collapsed and self.cuts(made) is not None:
             call = self.call(node)
             if node.target in _CASTS or self._agrees(node, moved[0], call):
@@ -267,8 +270,21 @@ class Plan:
 
     def _written(self, node: fx.Node) -> bool:
         """Whether something writes into a value, or into a view of it."""
+        return bool(self._writers(node))
+
+    def _writers(self, node: fx.Node) -> set[fx.Node]:
         moves = self.channels.facts.moves
-        return any(user.meta.get("mutates") or (user.name in moves and self._written(user)) for user in node.users)
+        viewed = [self._writers(user) for user in node.users if user.name in moves and not user.meta.get("mutates")]
+        return {user for user in node.users if user.meta.get("mutates")}.union(*viewed)
+
+    def _check_index(self, node: fx.Node, index: fx.Node) -> None:
+        """Raise if an index is not what the nodes that it is read from make it: something else writes into it."""
+        waiting = [(node, index)]
+        while waiting:
+            reader, read = waiting.pop()
+            if self._writers(read) - {reader}:
+                raise InexpressibleError(node, f"is given an index that is written into ({read})")
+            waiting += [(read, source) for source in read.all_input_nodes]
 
     def _is_index(self, node: fx.Node, source: fx.Node) -> bool:
         return bool(node.args) and source is not node.args[0] and node.target is not torch.cat

@@ -44,7 +44,7 @@ _REFLECTED = frozenset(
     f"__r{name}__" for name in "add sub mul div truediv floordiv mod pow matmul and or xor lshift rshift".split()
 )
 #: What makes a tensor of numbers in the code.
-_FROM_DATA = frozenset(("tensor", "as_tensor", "asarray", "from_numpy"))
+_FROM_DATA = frozenset(("tensor", "as_tensor", "asarray", "from_numpy", "arange"))
 _RANDOM = frozenset(
     """
     rand randn randint randperm rand_like randn_like randint_like bernoulli multinomial normal
@@ -139,7 +139,7 @@ class Recorder(TorchFunctionMode):
         self._first_input: fx.Node | None = None
         self._mode_node: fx.Node | None = None
         self._node_of: dict[int, tuple[weakref.ref[Tensor], fx.Node]] = {}  # an id may be used again
-        self._literals: dict[int, Tensor] = {}
+        self._literals: dict[int, tuple[Tensor, Tensor, int]] = {}
         self.inputs: dict[str, Tensor] = {}
         self.left_out: dict[str, str] = {}
         self._dynamic: set[fx.Node] = set()
@@ -175,9 +175,9 @@ class Recorder(TorchFunctionMode):
         if name in ("__getitem__", "__setitem__"):
             args = (args[0], self._index(args[1], args[0].device), *args[2:])
         tensors = list(tensors_in((args, kwargs)))
-        if name in _FROM_DATA and not tensors:
+        if name in _FROM_DATA and not tensors and not _is_traced((args, kwargs)):
             made = func(*args, **kwargs)
-            if not made.is_floating_point() and not made.is_complex() and not _is_traced(args):
+            if not made.is_floating_point() and not made.is_complex():
                 return self._constant(made)  # positions, which are rewritten when channels go
         if self._reads_values(name, args, kwargs) and any(map(self._is_dynamic, tensors)):
             raise ValueReadError(self.scopes[-1], f"{name.strip('_')}() reads the values of a tensor", user_line())
@@ -255,8 +255,8 @@ class Recorder(TorchFunctionMode):
         return self._constant(torch.as_tensor(found, device=device))
 
     def _constant(self, tensor: Tensor) -> Tensor:
-        """A tensor that is made of numbers in the code."""
-        self._literals[id(tensor)] = tensor
+        """A tensor that is made of numbers in the code; what it holds now is what it is made of."""
+        self._literals[id(tensor)] = tensor, tensor.clone(), tensor._version
         return tensor
 
     def _reads_values(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
@@ -307,7 +307,7 @@ class Recorder(TorchFunctionMode):
             if id(tensor) not in self.known and id(tensor) not in self._literals:
                 raise ValueReadError(self.scopes[-1], "a tensor appears that no recorded call made", user_line())
             key = f"c{len(self.constants)}"
-            self.constants[key] = tensor
+            self.constants[key] = self._literals[id(tensor)][1] if id(tensor) in self._literals else tensor
             name = f"{CONSTANTS}.{key}"
         node = self.graph.create_node("get_attr", name, name=name.replace(".", "_"))
         self._remember(tensor, node)
@@ -411,7 +411,18 @@ class Recorder(TorchFunctionMode):
     def output(self, value: Any) -> None:
         """Finish the graph with the forward's result and remove what nothing needs."""
         self.graph.output(self._result(value))
+        for tensor, made, version in self._literals.values():
+            key = next((key for key, constant in self.constants.items() if constant is made), None)
+            if tensor._version != version and key is not None:
+                for node in self.graph.find_nodes(op="get_attr", target=f"{CONSTANTS}.{key}"):
+                    self._made_anew(node)
         self.graph.eliminate_dead_code(is_impure_node=mutates)
+
+    def _made_anew(self, constant: fx.Node) -> None:
+        """Let a forward that writes into a constant of its code write into a copy."""
+        with self.graph.inserting_after(constant):
+            copy = self.graph.call_method("clone", (constant,))
+        constant.replace_all_uses_with(copy, delete_user_cb=lambda user: user is not copy)
 
     def _result(self, value: Any) -> Any:
         fields = getattr(type(value), "__dataclass_fields__", None)

@@ -457,3 +457,23 @@ def test_widths_do_not_price_what_belongs_to_heads() -> None:
     masked = fxcompress.compress(net, [RandomFilterPruner(0.4, granularity="head")], example_inputs=TOKENS)
     with pytest.raises(fxcompress.GraphError, match=r"whole rows .* are masked, and what own costs"):
         _ = fxcompress.count(masked, TOKENS).symbolic
+
+
+def test_rotary_of_neighbours() -> None:
+    """Even and odd positions of a head are halves of pairs, which stand or fall together, in every head the same."""
+
+    def turned(net: Any, x: Tensor) -> Tensor:
+        other = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+        return x * net.cos[: x.shape[2]] + other * net.sin[: x.shape[2]]
+
+    def step(net: Any, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (3, 6)).transpose(1, 2) for layer in (net.q, net.k, net.v))
+        attended = (turned(net, q) @ turned(net, k).transpose(-1, -2)).softmax(-1) @ v
+        return net.o(attended.transpose(1, 2).flatten(2))
+
+    x = torch.randn(2, 5, 7)
+    layers = {name: nn.Linear(7, 18) for name in "qkv"} | {"o": nn.Linear(18, 3)}
+    net = Net(step, cos=torch.randn(9, 6), sin=torch.randn(9, 6), **layers)
+    small = fxcompress.compress(net, [L1FilterPruner(0.34), Speedup()], example_inputs=x)
+    assert small.get_submodule("q").out_features == small.get_submodule("k").out_features == 3 * 4
+    assert small.get_submodule("v").out_features == 3 * 4

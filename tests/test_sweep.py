@@ -33,6 +33,15 @@ def test_the_table_has_every_model() -> None:
     assert set(table.read(TABLE)) == {name for library in LIBRARIES for name in names(library)}
 
 
+def test_what_the_table_must_show() -> None:
+    rows = table.read(TABLE)
+    assert [name for name, row in rows.items() if not table.right(row)] == []
+    free = [name for name, row in rows.items() if float(row["removable"]) >= 0.95]
+    assert len(free) >= 0.9 * len(rows)
+    beside = {name: row for name, row in rows.items() if row["peer works"] == "yes" and table.works(row)}
+    assert [name for name, row in beside.items() if float(row["peer macs"]) > float(row["macs"]) + 0.002] == []
+
+
 def test_every_family_of_timm_is_in_the_sweep() -> None:
     from timm.models import _registry
 
@@ -70,11 +79,13 @@ def test_what_was_not_measured_again_stays(tmp_path: Path) -> None:
     table.write(table.merged(table.read(path), {}, {"a/b": peer}), path)
     (row,) = table.read(path).values()
     assert (row["macs"], row["peer macs"], row["peer exact"]) == ("0.500", "0.250", "no")
-    assert "| a | 1 | 1 | 0 | 1 | 0.50 | 0.25 | 1 | 2 |" in path.with_suffix(".md").read_text()
+    assert "| a | 1 | 1 | 1 | 1 | 0 | 0.500 | 0.250 | 1 | 2 |" in path.with_suffix(".md").read_text()
 
 
 def test_models_that_fail_say_so() -> None:
     failed = {"name": "a/b", "error": "took more than 300 s"}
     rows = table.merged({}, {"a/b": failed}, {})
     assert not table.works(rows["a/b"])
+    assert not table.right(rows["a/b"])
+    assert "| a | 1 | 0 | - | 0 | - | - | - | - | - |" in table.page(rows)
     assert rows["a/b"]["remark"] == "took more than 300 s"

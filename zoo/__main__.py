@@ -19,19 +19,26 @@ from typing import Any
 from rich.progress import track
 
 from zoo.catalogue import LIBRARIES, names
-from zoo.table import below, merged, read, write
+from zoo.table import below, merged, read, right, write
+
+#: How many times the limit on processor time a process may take on the wall.
+_PATIENCE = 5
 
 
 def run(program: str, name: str, limit: int) -> dict[str, Any]:
     """The record of one model; one with an error where the process ended without."""
     start = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", program, name, str(limit)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", program, name, str(limit)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            timeout=_PATIENCE * limit,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return {"name": name, "error": f"took more than {_PATIENCE * limit} s on the wall", "wall": _PATIENCE * limit}
     if done.returncode == 0:
         record: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     elif -done.returncode == signal.SIGXCPU:
@@ -59,9 +66,13 @@ def main() -> None:
             write(merged(read(options.table), ours, peer), options.table)  # at once: a sweep takes its time
             if ours and record["error"]:
                 print(f"{name}: {record['error']}")
-    fallen = [name for name in below(read(options.table)) if name in chosen]
-    if fallen:
-        sys.exit(f"fewer removable channels than before: {', '.join(fallen)}")
+    rows = read(options.table)
+    wrong = [name for name in chosen if not right(rows[name])]
+    fallen = [name for name in below(rows) if name in chosen and name not in wrong]
+    if wrong or fallen:
+        sys.exit(
+            f"wrong: {', '.join(wrong) or 'none'}; fewer removable channels than before: {', '.join(fallen) or 'none'}"
+        )
 
 
 if __name__ == "__main__":

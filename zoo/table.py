@@ -80,9 +80,14 @@ def _remark(record: Mapping[str, Any]) -> str:
     return "; ".join(said)
 
 
+def right(row: Row) -> bool:
+    """Whether a model was recorded right, and computes the same removed as masked."""
+    return row["traced"] == "yes" and float(row["difference"] or "nan") <= EXACT
+
+
 def works(row: Row) -> bool:
-    """Whether a model was recorded right, lost channels, and computes what the masked one does."""
-    return row["traced"] == "yes" and float(row["macs"] or 0) > 0 and float(row["difference"] or "nan") <= EXACT
+    """Whether a model was recorded and lost channels."""
+    return row["traced"] == "yes" and float(row["macs"] or 0) > 0
 
 
 def below(rows: Mapping[str, Row]) -> list[str]:
@@ -110,11 +115,11 @@ def page(rows: Mapping[str, Row]) -> str:
         "at two batch sizes. Beside it torch-pruning with the same criterion and ratio, without hints except for the",
         "output layers; *exact* means equal to the model with zeros in place of what it pruned.",
         "",
-        "| library | models | exact: ours | peer | works: peer | MACs gone: ours | peer | seconds*: ours | peer |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| library | models | works: ours | peer | exact: ours | peer | MACs*: ours | peer | seconds*: ours | peer |",
+        "|---|---|---|---|---|---|---|---|---|---|",
         *(_summary(library, rows) for library in sorted({name.partition("/")[0] for name in rows})),
         "",
-        "\\* on the models on which both work.",
+        "\\* on the models on which both work. A dash: the peer was not run.",
         "",
         "*removable* is the share of the parameters of linear and convolution layers that lie in removable groups;",
         "*MACs* the share that went; *difference* the largest relative one between masked and removed.",
@@ -129,14 +134,19 @@ def page(rows: Mapping[str, Row]) -> str:
 
 def _summary(library: str, table: Mapping[str, Row]) -> str:
     rows = [row for name, row in table.items() if name.startswith(f"{library}/")]
-    both = [row for row in rows if works(row) and row["peer works"] == "yes"]
+    beside = [row for row in rows if row["peer works"]]
+    both = [row for row in beside if works(row) and row["peer works"] == "yes"]
+    of = "" if len(beside) == len(rows) else f" of {len(beside)}"
     cells = [
         library,
-        len(rows),
-        sum(map(works, rows)),
-        sum(row["peer exact"] == "yes" for row in rows),
-        sum(row["peer works"] == "yes" for row in rows),
-        *(f"{statistics.fmean(float(row[column] or 0) for row in rows):.2f}" for column in ("macs", "peer macs")),
-        *(f"{sum(float(row[column]) for row in both):.0f}" for column in ("seconds", "peer seconds")),
+        str(len(rows)),
+        str(sum(map(works, rows))),
+        f"{sum(row['peer works'] == 'yes' for row in beside)}{of}" if beside else "-",
+        str(sum(works(row) and right(row) for row in rows)),
+        f"{sum(row['peer exact'] == 'yes' for row in beside)}{of}" if beside else "-",
     ]
-    return "| " + " | ".join(map(str, cells)) + " |"
+    for column, digits in (("macs", 3), ("peer macs", 3), ("seconds", 0), ("peer seconds", 0)):
+        values = [float(row[column]) for row in both]
+        found = sum(values) if digits == 0 else statistics.fmean(values or [0])
+        cells.append(f"{found:.{digits}f}" if both else "-")
+    return "| " + " | ".join(cells) + " |"
