@@ -90,7 +90,7 @@ def test_copies_are_equal_and_own_their_weights(spec: Spec) -> None:
 
 
 def test_every_motif_is_drawn() -> None:
-    """At least a third as often as all would be if each were drawn as often, not counting where it decodes to nothing."""
+    """At least a third as often as if all were drawn equally often, not counting where it decodes to nothing."""
     seen: Counter[str] = Counter()
     draws: list[Spec] = []
 
