@@ -204,7 +204,7 @@ class Ledger:
         sizes = [size if dim in dims else 1 for dim, size in enumerate(factor.shape)]
         lines = factor.movedim(dims, tuple(range(len(dims)))).reshape(math.prod(sizes), -1)
         weights = np.random.default_rng(0).integers(1, 2**62, lines.shape[1])
-        with np.errstate(over="ignore"):  # equal rows are known by their hash: sorting whole rows takes ten times as long
+        with np.errstate(over="ignore"):  # equal rows are known by their hash
             _, first, which = np.unique(lines.numpy() @ weights, return_index=True, return_inverse=True)
         fresh = self.fresh_axis(self.node, dims[0], len(first))
         rows = fresh[torch.from_numpy(which.reshape(-1))].reshape(sizes)
