@@ -44,7 +44,7 @@ _REFLECTED = frozenset(
     f"__r{name}__" for name in "add sub mul div truediv floordiv mod pow matmul and or xor lshift rshift".split()
 )
 #: What makes a tensor of numbers in the code.
-_FROM_DATA = frozenset(("tensor", "as_tensor", "asarray", "from_numpy", "arange"))
+_FROM_DATA = frozenset(("tensor", "as_tensor", "asarray", "from_numpy"))
 _RANDOM = frozenset(
     """
     rand randn randint randperm rand_like randn_like randint_like bernoulli multinomial normal
@@ -417,6 +417,11 @@ class Recorder(TorchFunctionMode):
                 for node in self.graph.find_nodes(op="get_attr", target=f"{CONSTANTS}.{key}"):
                     self._made_anew(node)
         self.graph.eliminate_dead_code(is_impure_node=mutates)
+
+    @property
+    def literals(self) -> list[Tensor]:
+        """The constants that are made of numbers in the code, in their order."""
+        return [made for _, made, _ in self._literals.values()]
 
     def _made_anew(self, constant: fx.Node) -> None:
         """Let a forward that writes into a constant of its code write into a copy."""

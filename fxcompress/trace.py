@@ -329,7 +329,7 @@ def _settle_batch(
     batched = tuple(name for name, value in recorder.inputs.items() if value.dim() and len(value) == batch)
     if not batched:
         return ()
-    if not any(_looks_like_batch(node, batch) for node in recorder.graph.nodes):
+    if not recorder.literals and not any(_looks_like_batch(node, batch) for node in recorder.graph.nodes):
         return batched
     other = other_batch(batch)
     try:
@@ -338,6 +338,8 @@ def _settle_batch(
             again = _record(model, work, inputs.rebatched(other), opaque, recorder.known)
     except (FxCompressError, ValueReadError):
         return ()
+    if not all(map(torch.equal, recorder.literals, again.literals)):
+        return ()  # numbers in the code count the batch
     source = next(node for node in recorder.graph.nodes if node.name in batched)
     return batched if _replace_scaled(recorder.graph, again.graph, batch, other, source) else ()
 

@@ -40,7 +40,7 @@ def written_through_a_view(y: Tensor) -> Tensor:
 
 
 def reversed_by_numbers(y: Tensor) -> Tensor:
-    return y[..., torch.arange(7, -1, -1)]
+    return y[..., torch.tensor(list(range(7, -1, -1)))]
 
 
 def every_token(y: Tensor) -> Tensor:
@@ -63,7 +63,15 @@ def test_a_recording_holds_for_every_call(step: Callable[[Tensor], Tensor]) -> N
 
 
 @pytest.mark.parametrize("step", [reversed_by_numbers, every_token])
-def test_positions_are_rewritten(step: Callable[[Tensor], Tensor]) -> None:
+def test_channels_go_through_an_index(step: Callable[[Tensor], Tensor]) -> None:
     net = Net(lambda n, x: n.b(step(n.a(x))), a=nn.Linear(3, 8), b=nn.Linear(8, 3))
     small = fxcompress.compress(net, [RandomFilterPruner(0.5), Speedup()], example_inputs=TOKENS)
     assert small.get_submodule("a").out_features == small.get_submodule("b").in_features == 4
+
+
+def test_numbers_that_count_the_batch() -> None:
+    """A recording holds them as they are: it is known to be for the example's batch size only."""
+    net = Net(lambda n, x: n.a(x) * torch.tensor([int(x.shape[0])]), a=nn.Linear(3, 8))
+    assert fxcompress.trace(net, TOKENS).meta["batched"] == ()
+    other = Net(lambda n, x: n.a(x) * torch.tensor([2]), a=nn.Linear(3, 8))
+    assert fxcompress.trace(other, TOKENS).meta["batched"] == ("args_0",)
