@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +60,9 @@ def main() -> None:
     programs = ["zoo.measure", *(["zoo.peer"] if options.peer else [])]
     jobs = [(program, name) for name in chosen for program in programs]
     with ThreadPoolExecutor(options.workers) as pool:
-        results = pool.map(lambda job: run(*job, options.limit), jobs)
-        for (program, name), record in track(zip(jobs, results, strict=True), total=len(jobs)):
+        running = {pool.submit(run, *job, options.limit): job for job in jobs}
+        for done in track(as_completed(running), total=len(jobs)):
+            (program, name), record = running[done], done.result()
             ours, peer = ({name: record} if program == each else {} for each in ("zoo.measure", "zoo.peer"))
             write(merged(read(options.table), ours, peer), options.table)  # at once: a sweep takes its time
             if ours and record["error"]:

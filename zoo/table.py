@@ -59,9 +59,9 @@ def _row(known: Row, ours: dict[str, Any] | None, peer: dict[str, Any] | None, n
         }
     if peer is not None:
         row |= {
-            "peer works": "yes" if peer["works"] else "no",
-            "peer exact": "yes" if peer["exact"] else "no",
-            "peer macs": f"{peer['macs'] if peer['works'] else 0:.3f}",
+            "peer works": "yes" if peer.get("works") else "no",
+            "peer exact": "yes" if peer.get("exact") else "no",
+            "peer macs": f"{peer['macs'] if peer.get('works') else 0:.3f}",
             "peer seconds": f"{peer.get('seconds', math.nan):.2f}",
         }
     return row

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import functools
 from typing import Any
+from unittest import mock
 
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models.video import mvit
 
 from zoo.sample import Sample, images
 
@@ -25,6 +27,11 @@ _SIZED: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "vit_l_16": ({"image_size": 64}, (3, 64, 64)),
     "vit_l_32": ({"image_size": 96}, (3, 96, 96)),
 }
+
+
+#: Frames, height and width of clips for models that are built for one size, 16 x 224 x 224 by default.
+_CLIP = (8, 64, 64)
+_FULL_MVIT = mvit._mvit
 
 
 class DenseDetector(nn.Module):
@@ -74,10 +81,13 @@ def _build(name: str) -> Sample:
         options["init_weights"] = False
     side = _SIDE.get(name, 64)
     sized, shape = _SIZED.get(name, ({}, (3, side, side)))
-    model = builder(**options, **sized)
+    small = {"temporal_size": _CLIP[0], "spatial_size": _CLIP[1:]}
+    with mock.patch.object(
+        mvit, "_mvit", lambda **given: _FULL_MVIT(**given | small)
+    ):  # no options of theirs
+        model = builder(**options, **sized)
     if kind.startswith("video"):
-        clip = (3, 16, 224, 224) if kind.endswith("mvit") else (3, 16, 64, 64)  # positions of one size only
-        return Sample(model, images(*clip, batch=1 if kind.endswith("mvit") else 2))
+        return Sample(model, images(3, *_CLIP) if kind.endswith("mvit") else images(3, 16, 64, 64))
     if kind.startswith("optical_flow"):
         return Sample(model, images(3, side, side) * 2)
     if kind.startswith("detection"):
