@@ -32,6 +32,8 @@ _SIZED: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
 #: Frames, height and width of clips for models that are built for one size, 16 x 224 x 224 by default.
 _CLIP = (8, 64, 64)
 _FULL_MVIT = mvit._mvit
+#: Frames, height and width by kind of video model; s3d ends in a window of 7 x 7.
+_CLIPS = {"video.mvit": _CLIP, "video.s3d": (16, 224, 224)}
 
 
 class DenseDetector(nn.Module):
@@ -82,12 +84,10 @@ def _build(name: str) -> Sample:
     side = _SIDE.get(name, 64)
     sized, shape = _SIZED.get(name, ({}, (3, side, side)))
     small = {"temporal_size": _CLIP[0], "spatial_size": _CLIP[1:]}
-    with mock.patch.object(
-        mvit, "_mvit", lambda **given: _FULL_MVIT(**given | small)
-    ):  # no options of theirs
+    with mock.patch.object(mvit, "_mvit", lambda **given: _FULL_MVIT(**given | small)):  # no options of theirs
         model = builder(**options, **sized)
     if kind.startswith("video"):
-        return Sample(model, images(3, *_CLIP) if kind.endswith("mvit") else images(3, 16, 64, 64))
+        return Sample(model, images(3, *_CLIPS.get(kind, (16, 64, 64))))
     if kind.startswith("optical_flow"):
         return Sample(model, images(3, side, side) * 2)
     if kind.startswith("detection"):
