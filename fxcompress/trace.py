@@ -338,7 +338,8 @@ def _settle_batch(
             again = _record(model, work, inputs.rebatched(other), opaque, recorder.known)
     except (FxCompressError, ValueReadError):
         return ()
-    if not all(map(torch.equal, recorder.literals, again.literals)):
+    pairs = zip(recorder.literals, again.literals, strict=False)
+    if not all(torch.equal(one, two) for one, two in pairs):
         return ()  # numbers in the code count the batch
     source = next(node for node in recorder.graph.nodes if node.name in batched)
     return batched if _replace_scaled(recorder.graph, again.graph, batch, other, source) else ()
