@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxcompress.channels.labels import Labels
+from fxcompress.context import Context
 from fxcompress.masking import Masking
 from fxcompress.module import TracedModule, submodule
-from fxcompress.pipeline import Context, Pass
+from fxcompress.pipeline import Pass
 from fxcompress.rewrite import Rewriter, rewriting
 
 _PRODUCERS = (
