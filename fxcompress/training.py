@@ -149,7 +149,7 @@ class _Loop:
         total = loss + penalty
         if not bool(torch.isfinite(total)):
             raise TrainingError(
-                f"the loss is {float(total.detach())} at {place} of {self.training.title}; expected a finite one. Lower "
+                f"the loss is {float(total.detach())} at {place} of {self.training.title}; expected a number. Lower "
                 "the learning rate, clip gradients (Task(clip=1.0)), or look at that batch."
             )
         self.scaler.scale(total).backward()

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 import fxcompress.passes
 from fxcompress import Pass, PassError, compress, graph_pass
 from fxcompress.passes import (
+    FineTune,
     FoldBatchNorm,
     FPGMPruner,
     L1FilterPruner,
@@ -49,6 +50,7 @@ PASSES: tuple[Pass, ...] = (
     RandomFilterPruner(0.6, seed=3),
     RandomFilterPruner(0.4, seed=4, scope="global"),
     FoldBatchNorm(),
+    FineTune(),
     Speedup(),
     Speedup(approximate=True),
     drop_identities,
