@@ -92,9 +92,8 @@ def attempt(record: Record, work: nn.Module, asked: Asked) -> Attempt:
                 continue
             if not read.scope or read.scope in reads:
                 raise TraceError(
-                    f"the model's forward cannot be recorded: {read.what}, at {read.line}. What happens next depends "
-                    "on values, which a graph cannot express. Move that line into a submodule (which then stays as "
-                    "it is, unpruned), or compute it outside the model."
+                    f"the model's forward cannot be recorded: {read.what}, at {read.line}. {read.why} Move that line "
+                    "into a submodule (which then stays as it is, unpruned), or compute it outside the model."
                 ) from None
             reads[read.scope] = read.with_traceback(None)  # whose frames would keep the whole forward
 
