@@ -29,7 +29,7 @@ from fxcompress.inputs import tensors_in
 from fxcompress.modes import TrainingFlag, WhileTraining, with_mode
 from fxcompress.module import OwnedGraph, state_of
 from fxcompress.nodes import require_recorded
-from fxcompress.outputs import items_of
+from fxcompress.outputs import making
 from fxcompress.sizes import TRACED, Expression, TracedInt, plain
 
 #: Calls whose *result* is decided by values, so that what Python does next cannot be recorded.
@@ -101,6 +101,7 @@ class Recorder(TorchFunctionMode):
         self.training = model.training
         self.cast = _autocast()
         self.branches: list[str] = []
+        self.drawn: set[str] = set()  # generators other than torch's
         self.device: torch.device | None = None
         self._device_node: fx.Node | None = None
         self._first_input: fx.Node | None = None
@@ -408,17 +409,13 @@ class Recorder(TorchFunctionMode):
         constant.replace_all_uses_with(copy, delete_user_cb=lambda user: user is not copy)
 
     def _result(self, value: Any) -> Any:
-        fields = getattr(type(value), "__dataclass_fields__", None)
-        if fields is not None:
-            made = {name: self._field(fields[name], item) for name, item in items_of(value)}
-            kept = {name: item for name, item in made.items() if item is not None}
-            return self.graph.call_function(type(value), (), kept)
+        if hasattr(type(value), "__dataclass_fields__") or (isinstance(value, Mapping) and type(value) is not dict):
+            return self._object(value)
         if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
             items_ = map(self._result, value)
             return type(value)(*items_) if hasattr(value, "_fields") else type(value)(items_)
         if isinstance(value, Mapping):
-            entries = {key: self._result(item) for key, item in value.items()}
-            return entries if type(value) is dict else self.graph.call_function(type(value), (entries,))
+            return {key: self._result(item) for key, item in value.items()}
         try:
             return self.argument(value)
         except ValueReadError:
@@ -427,6 +424,20 @@ class Recorder(TorchFunctionMode):
                 "tuples, lists, dicts or dataclasses of them. Have it left out (a cache of keys and values by "
                 "use_cache=False in the call or the model's config), or return tensors and wrap them outside the model."
             ) from None
+
+    def _object(self, value: Any) -> fx.Node:
+        """A result of a class of its own, made by its class or, where that makes another thing of it, by copying."""
+        made = making(value)
+        if made is None:
+            raise TraceError(
+                f"the model returns a {type(value).__name__}, which neither its class makes of what it holds nor "
+                "copy.copy; expected a class that does. Return a dict or a tuple and wrap it outside the model."
+            )
+        fields = getattr(type(value), "__dataclass_fields__", {})
+        if made.kwargs is None:
+            return self.graph.call_function(made.target, tuple(map(self._result, made.args)))
+        found = {name: self._field(fields[name], item) for name, item in made.kwargs.items()}
+        return self.graph.call_function(made.target, (), {k: item for k, item in found.items() if item is not None})
 
     def _field(self, field: dataclasses.Field[Any], value: Any) -> Any:
         """A field of a result; None, which is as good, for an optional one that a graph cannot hold."""

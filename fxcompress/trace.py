@@ -18,6 +18,7 @@ from fxcompress import attempts, dtypes
 from fxcompress.attention import multihead_attention
 from fxcompress.batch import looks_like_batch, replace_scaled
 from fxcompress.callers import user_line
+from fxcompress.chance import foreign_draws
 from fxcompress.errors import FxCompressError, InputError
 from fxcompress.exclusive import exclusive
 from fxcompress.gradients import differentiating
@@ -89,6 +90,13 @@ def _trace(model: nn.Module, inputs: Inputs, waiting: bool = False) -> TracedMod
             f"{field} of the model's result is a {kind}, which a graph cannot hold: the traced model leaves it None. "
             "If you do not need it, turn it off in the call or in the model's config (a cache of keys and values by "
             "use_cache=False); if you do, return its tensors.",
+            stacklevel=3,
+        )
+    if recorder.drawn:
+        warnings.warn(
+            f"the forward draws numbers from {' and '.join(sorted(recorder.drawn))}, which no graph does: the result "
+            "keeps what they were when it was recorded. Draw from torch (torch.rand, Tensor.bernoulli_), in the size "
+            "of the batch if it is a path that is dropped.",
             stacklevel=3,
         )
     if recorder.branches:
@@ -189,7 +197,7 @@ def _record_with(
         for name, (value, optional) in bound.items():
             recorder.placeholder(name, value, optional)
         try:
-            with recorder:
+            with foreign_draws(recorder.drawn), recorder:
                 result = work(*inputs.args, **inputs.kwargs)
         except (ValueReadError, PlainFlagNeeded, FxCompressError):
             raise
