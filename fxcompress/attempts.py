@@ -45,13 +45,14 @@ class Attempt:
         return sum(any(f"{path}.".startswith(f"{name}.") for name in self.reads) for path in modules_of(work))
 
 
-def best(record: Record, work: nn.Module) -> Attempt:
+def best(record: Record, work: nn.Module, right: Callable[[Attempt], bool]) -> Attempt:
     """Record; where values are read, once more under the flag that libraries ask before they read any.
 
-    What was recorded under the flag is kept if it leaves fewer modules as they are.
+    What was recorded under the flag is kept if it leaves fewer modules as they are, and if it is ``right``: if it
+    computes what the model does when nobody tells it anything.
 
     Raises:
-        TraceError: the forward itself reads values, and does so under the flag too.
+        TraceError: the forward itself reads values, and under the flag it does so too, or computes something else.
     """
     found: Attempt | TraceError
     try:
@@ -66,7 +67,7 @@ def best(record: Record, work: nn.Module) -> Attempt:
     except FxCompressError:
         pass  # the first recording says what is the matter
     else:
-        if isinstance(found, TraceError) or again.hidden(work) < found.hidden(work):
+        if (isinstance(found, TraceError) or again.hidden(work) < found.hidden(work)) and right(again):
             return again
     try:
         if isinstance(found, TraceError):

@@ -27,6 +27,7 @@ from fxcompress.modes import PlainFlagNeeded, TrainingFlag
 from fxcompress.module import TracedModule, copied, copy_graph, modules_of, owner, state_of
 from fxcompress.recorder import CONSTANTS, MODE_HOLDER, Recorder, ValueReadError
 from fxcompress.valueless import Valueless
+from fxcompress.verify import difference, run_seeded, tolerance_of
 
 #: Modules of torch.nn that are written out or traced through: channels, or sizes that change with them, live inside.
 _OPENED = (
@@ -79,7 +80,9 @@ def capture(model: nn.Module, example_inputs: Any, *, waiting: bool = False) -> 
 
 def _trace(model: nn.Module, inputs: Inputs, waiting: bool = False) -> TracedModule:
     work = copied(model)
-    attempt = attempts.best(functools.partial(_record, model, work, inputs), work)
+    attempt = attempts.best(
+        functools.partial(_record, model, work, inputs), work, functools.partial(_is_right, model, work, inputs)
+    )
     recorder, opaque = attempt.recorder, attempt.opaque
     for scope, read in attempt.reads.items():
         warnings.warn(
@@ -112,6 +115,18 @@ def _trace(model: nn.Module, inputs: Inputs, waiting: bool = False) -> TracedMod
         recorder.constants[dtypes.MARKER] = torch.zeros((), dtype=dtypes.dtype_of(work), device=recorder.device)
         dtypes.follow(recorder.graph, found, f"{CONSTANTS}.{dtypes.MARKER}")
     return _assemble(work, recorder, opaque, batched, waiting)
+
+
+def _is_right(model: nn.Module, work: nn.Module, inputs: Inputs, attempt: attempts.Attempt) -> bool:
+    """Whether a recording computes what the model does, which is told nothing about being captured."""
+    made = copy.deepcopy(_assemble(work, attempt.recorder, attempt.opaque, ()))
+    bounds = [tolerance_of(tensor.dtype) for tensor in model.parameters() if tensor.is_floating_point()]
+    with torch.no_grad():
+        expected = run_seeded(copied(model), inputs)
+        try:
+            return difference(expected, run_seeded(made, inputs)) <= max(bounds, default=tolerance_of(torch.float32))
+        except Exception:  # noqa: BLE001 - what a recording raises where the model does not
+            return False
 
 
 def _trace_again(model: TracedModule, inputs: Inputs) -> TracedModule:

@@ -99,6 +99,30 @@ def test_a_model_that_is_one_module_is_recorded_under_the_flag() -> None:
     same(model, traced, X, torch.tensor([1, 0]))
 
 
+class Other(nn.Module):
+    """Computes something else for compilers, and reads values for nobody else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self.fc(x) * 1.1
+        out: Tensor = self.fc(x) if bool((x == 7).all()) else self.fc(x).relu()
+        return out
+
+
+def test_a_path_for_compilers_that_computes_something_else_is_not_taken() -> None:
+    model = nn.Sequential(nn.Linear(5, 5), Other(), nn.Linear(5, 2)).eval()
+    with pytest.warns(UserWarning, match=r"^1 stays as it is: bool\(\) reads"):
+        traced = fxcompress.trace(model, X)
+    assert traced.meta["opaque"] == ("1",)
+    same(model, traced, X)
+    with pytest.raises(fxcompress.TraceError, match=r"bool\(\) reads"):
+        fxcompress.trace(Other(), X)
+
+
 def test_a_first_attempt_that_failed_keeps_nothing_alive() -> None:
     gc.collect()
     gc.disable()
