@@ -111,9 +111,10 @@ def _trace(model: nn.Module, inputs: Inputs, waiting: bool = False) -> TracedMod
     found = _dtype_followers(model, inputs, attempt)
     with attempt.asked():
         batched = _settle_batch(model, work, inputs, recorder, opaque)
-    if found:
-        recorder.constants[dtypes.MARKER] = torch.zeros((), dtype=dtypes.dtype_of(work), device=recorder.device)
-        dtypes.follow(recorder.graph, found, f"{CONSTANTS}.{dtypes.MARKER}")
+    for index, (dtype, followers) in enumerate(found):
+        marker = f"{dtypes.MARKER}{index or ''}"
+        recorder.constants[marker] = torch.zeros((), dtype=dtype, device=recorder.device)
+        dtypes.follow(recorder.graph, followers, f"{CONSTANTS}.{marker}")
     return _assemble(work, recorder, opaque, batched, waiting)
 
 
@@ -339,21 +340,32 @@ def _scoped_forward(recorder: Recorder, path: str, forward: Callable[..., Any]) 
 # ---- the dtype and the batch dimension -----------------------------------------------------------------------------
 
 
-def _dtype_followers(model: nn.Module, inputs: Inputs, attempt: attempts.Attempt) -> dtypes.Followers:
-    """The literals that are the model's own dtype, found by recording it in another where there could be any."""
-    dtype = dtypes.dtype_of(model)
-    if dtype is None or not dtypes.names_dtype(attempt.recorder.graph, dtype):
-        return []
-    other = dtypes.other_dtype(dtype)
-    twin = copied(model).to(other)
-    moved = inputs.map(lambda tensor: tensor.to(other) if tensor.is_floating_point() else tensor)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            again = attempts.attempt(functools.partial(_record, twin, twin, moved), twin, attempt.asked)
-    except FxCompressError:
-        return []
-    return dtypes.followers(attempt.recorder.graph, again.recorder.graph, dtype, other)
+def _dtype_followers(
+    model: nn.Module, inputs: Inputs, attempt: attempts.Attempt
+) -> list[tuple[torch.dtype, dtypes.Followers]]:
+    """The literals that are a dtype of the model's, found by recording it in another where there could be any."""
+    found = []
+    present = dtypes.dtypes_of(model)
+    for dtype in present:
+        if not dtypes.names_dtype(attempt.recorder.graph, dtype):
+            continue
+        other = dtypes.other_dtype(present)
+        twin = dtypes.moved(copied(model), dtype, other)
+        moves = [each for each in (tensor.dtype for tensor in inputs.tensors()) if each.is_floating_point]
+        given = _moved(inputs, [dtype] if len(present) > 1 else moves, other)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                again = attempts.attempt(functools.partial(_record, twin, twin, given), twin, attempt.asked)
+        except FxCompressError:
+            continue
+        followers = dtypes.followers(attempt.recorder.graph, again.recorder.graph, dtype, other)
+        found += [(dtype, followers)] if followers else []
+    return found
+
+
+def _moved(inputs: Inputs, dtypes_: list[torch.dtype], other: torch.dtype) -> Inputs:
+    return inputs.map(lambda tensor: tensor.to(other) if tensor.dtype in dtypes_ else tensor)
 
 
 def _settle_batch(
