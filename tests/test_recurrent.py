@@ -332,7 +332,7 @@ def test_a_model_that_packs_itself_is_told_to_move_it() -> None:
 def test_a_packed_sequence_that_is_an_input_is_refused() -> None:
     packed = nn.utils.rnn.pack_sequence([torch.randn(4, 5), torch.randn(3, 5)])
     net = Net(lambda n, x: n.rnn(x)[1][0], rnn=nn.LSTM(5, 6))
-    with pytest.raises(InputError, match="example_inputs hold a PackedSequence.*let a submodule pack them"):
+    with pytest.raises(InputError, match=r"example_inputs hold a PackedSequence.*let a submodule pack them"):
         fxcompress.trace(net, (packed,))
 
 
