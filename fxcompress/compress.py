@@ -28,7 +28,7 @@ from fxcompress.pipeline import Pass, PassResult, parse_passes, run_pass
 from fxcompress.report import report
 from fxcompress.task import Task
 from fxcompress.trace import capture
-from fxcompress.verify import TOLERANCE, difference
+from fxcompress.verify import TOLERANCE, difference, run_seeded
 
 
 @dataclass(frozen=True)
@@ -206,12 +206,7 @@ def _check_trace(model: nn.Module, module: TracedModule, inputs: Inputs) -> None
 
 def _gap(model: nn.Module, module: TracedModule, inputs: Inputs) -> float:
     """The relative difference of two models that draw the same random numbers, in whatever mode they are in."""
-    results = []
-    for item in (model, module):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            results.append(inputs.run(item))
-    return difference(*results)
+    return difference(run_seeded(model, inputs), run_seeded(module, inputs))
 
 
 def _step(item: Pass, result: PassResult) -> Step:

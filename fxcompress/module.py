@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import inspect
 import operator
 import weakref
 from collections import Counter, OrderedDict
@@ -83,6 +84,42 @@ class TracedModule(fx.GraphModule):
         for name in _HELD:
             tree.__dict__[name] = copy.copy(self.__dict__[name])
         return TracedModule.build(tree, copy_graph(self.graph), dict(self.meta))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph.
+
+        Raises:
+            InputError: the call has other arguments than the example inputs had, which alone the graph knows.
+        """
+        try:
+            return super().__call__(*args, **kwargs)
+        except TypeError:
+            problem = None if torch.compiler.is_compiling() else self._misfit(args, kwargs)
+            if problem is None:
+                raise
+        raise InputError(problem)
+
+    def _misfit(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """What is wrong with the arguments of a call; None if they are those that the graph has."""
+        nodes = self.graph.find_nodes(op="placeholder")
+        parameters = [
+            inspect.Parameter(
+                str(node.target),
+                inspect.Parameter.POSITIONAL_OR_KEYWORD,
+                default=node.args[0] if node.args else inspect.Parameter.empty,
+            )
+            for node in nodes
+        ]
+        try:
+            inspect.Signature(parameters).bind(*args, **kwargs)
+        except TypeError as error:
+            names = ", ".join(str(node.target) for node in nodes)
+            return (
+                f"the traced model's inputs do not fit the call: {error}; expected {names}, which the example inputs "
+                "held when it was traced. An input that they left out keeps its default and is none of the graph's: "
+                "trace the model again with all of them in example_inputs."
+            )
+        return None
 
     def recompile(self) -> Any:
         """Make code of the graph; while the module is waiting, only when it is called."""

@@ -23,22 +23,32 @@ def select_live(tensor: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
             agree: for every row the columns kept along ``dim``.
         size: dense size of one period of ``dim`` (of the rows, if ``index`` has rows). A dimension into which the
             batch was merged repeats it.
+
+    What is selected lies in memory in the order in which the tensor does, as in the dense model: there may be views
+    behind it that are written into.
     """
-    return (
+    order = _memory_order(tensor)
+    tensor, dim, index = _ordered(tensor, dim, index, order)
+    made = (
         tensor.index_select(dim, _tiled(index, tensor.shape[dim], size))
         if index.dim() == 1
         else tensor.gather(dim, _rows(index, tensor, dim))
     )
+    return made if order is None else made.permute(_inverse(order))
 
 
 def restore_live(tensor: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
     """The inverse of :func:`select_live`: a dense tensor with zeros where nothing is live."""
+    order = _memory_order(tensor)
+    tensor, dim, index = _ordered(tensor, dim, index, order)
     shape = list(tensor.shape)
     if index.dim() == 1:
         shape[dim] = tensor.shape[dim] // index.shape[0] * size
-        return tensor.new_zeros(shape).index_copy(dim, _tiled(index, shape[dim], size), tensor)
-    shape[dim] = size
-    return tensor.new_zeros(shape).scatter(dim, _rows(index, tensor, dim), tensor)
+        made = tensor.new_zeros(shape).index_copy(dim, _tiled(index, shape[dim], size), tensor)
+    else:
+        shape[dim] = size
+        made = tensor.new_zeros(shape).scatter(dim, _rows(index, tensor, dim), tensor)
+    return made if order is None else made.permute(_inverse(order))
 
 
 def live_index(dead: Tensor, dim: int, kept: int, size: int, rows: tuple[int, ...]) -> Tensor:
@@ -80,6 +90,27 @@ def require_recorded(value: object, name: str, recorded: object) -> None:
 def scale_size(size: int, numerator: int, denominator: int) -> int:
     """``size * numerator // denominator``: a size that counts the batch and channels at once."""
     return size * numerator // denominator
+
+
+def _memory_order(tensor: Tensor) -> list[int] | None:
+    """Dimensions from the slowest to the fastest; None where that is their order, or elements share their memory."""
+    if tensor.is_contiguous() or 0 in tensor.stride():
+        return None
+    strides = tensor.stride()
+    order = [0] * tensor.dim()
+    for dim, own in enumerate(strides):  # counted, because a compiler cannot sort by sizes that it does not know
+        order[len([1 for i, other in enumerate(strides) if other > own or (other == own and i < dim)])] = dim
+    return order
+
+
+def _ordered(tensor: Tensor, dim: int, index: Tensor, order: list[int] | None) -> tuple[Tensor, int, Tensor]:
+    if order is None:
+        return tensor, dim, index
+    return tensor.permute(order), order.index(dim % tensor.dim()), index.permute(order) if index.dim() > 1 else index
+
+
+def _inverse(order: list[int]) -> list[int]:
+    return [order.index(dim) for dim in range(len(order))]
 
 
 def _tiled(index: Tensor, found: int, size: int) -> Tensor:

@@ -435,3 +435,25 @@ def test_a_seeded_pruner_after_another_sees_effective_values() -> None:
     again = fxcompress.compress(first, [L1FilterPruner(0.5)], example_inputs=x)
     assert dead_of(again) == [0, 1]
     assert len(dead_of(fxcompress.compress(first, [RandomFilterPruner(0.5)], example_inputs=x))) == 2
+
+
+def test_writes_through_views_behind_live_statistics() -> None:
+    """The norm runs over the live channels alone; what it makes lies in memory as in the dense model."""
+
+    def step(net: Any, x: Tensor) -> Tensor:
+        h = F.normalize(net.a(x).transpose(1, 2), dim=2).transpose(1, 2)
+        h.view(len(h), -1)[:, 0].mul_(3)
+        out: Tensor = net.b(h)
+        return out
+
+    net = Net(step, a=nn.Conv2d(3, 8, 3), b=nn.Conv2d(8, 4, 1)).double()
+    x = torch.randn(2, 3, 5, 6).double()
+    masked = fxcompress.compress(net, [L1FilterPruner(0.5)], example_inputs=x)
+    removed = fxcompress.compress(masked, [Speedup()], example_inputs=x)
+    zeroed = copy.deepcopy(net)
+    for name, mask in fxcompress.masks(masked).items():
+        zeroed.get_parameter(name).data.mul_(mask)
+    assert removed.get_submodule("a").weight.shape[0] < 8
+    x = torch.randn(3, 3, 6, 5).double()
+    torch.testing.assert_close(masked(x), zeroed(x), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(removed(x), zeroed(x), rtol=1e-9, atol=1e-12)

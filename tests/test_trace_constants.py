@@ -2,7 +2,9 @@
 
 import contextlib
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from nets import Net
@@ -75,3 +77,28 @@ def test_numbers_that_count_the_batch() -> None:
     assert fxcompress.trace(net, TOKENS).meta["batched"] == ()
     other = Net(lambda n, x: n.a(x) * torch.tensor([2]), a=nn.Linear(3, 8))
     assert fxcompress.trace(other, TOKENS).meta["batched"] == ("args_0",)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        lambda h: (slice(None), [1, 3]),
+        lambda h: [0, h.shape[0] - 1],
+        lambda h: (..., [0, h.shape[2] - 1]),
+        lambda h: (..., (1, 3)),
+        lambda h: (..., [True, False] * 4),
+        lambda h: ([0, 1], [1, 2]),
+        lambda h: (..., np.array([1, 3])),
+    ],
+)
+def test_writes_at_listed_positions_warn_of_nothing(index: Callable[[Tensor], Any]) -> None:
+    def step(net: Any, x: Tensor) -> Tensor:
+        h: Tensor = net.a(x)
+        h[index(h)] = 0.5
+        h[index(h)] *= h[index(h)] + 1
+        return h
+
+    net = Net(step, a=nn.Linear(3, 8))
+    traced = fxcompress.trace(net, TOKENS)
+    for tokens in (TOKENS, torch.randn(3, 5, 3)):
+        torch.testing.assert_close(traced(tokens), net(tokens), rtol=0, atol=0)
