@@ -302,7 +302,7 @@ def index(call: Call) -> Labels:
     factors = []
     for factor in labels.factors:
         if chosen_by_data and moved & set(dims_of(factor)):
-            call.ledger.freeze([factor], "the input decides which index is read")
+            call.ledger.freeze([factor], "the input, one of its sizes or a write decides which index is read")
             continue
         taken = canonical(torch.ops.aten.index.Tensor(factor.expand(labels.shape), given))
         if taken is not None:
