@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,21 +34,12 @@ from fxcompress.channels.labels import (
 )
 from fxcompress.channels.solve import Channels, source_of
 from fxcompress.errors import GraphError
+from fxcompress.gathers import Gather, selection
 from fxcompress.literals import LITERALS, InexpressibleError, Scaled
 from fxcompress.module import TracedModule, evaluating, submodule
 
 #: Positions are numbered in a dtype that holds what a padding may be filled with.
 _NUMBERS = torch.float64
-
-
-@dataclass(frozen=True)
-class Gather:
-    """A rearrangement written as a selection of positions: ``source`` along ``dim``, of ``size`` live positions."""
-
-    source: fx.Node
-    dim: int
-    index: Tensor
-    size: int
 
 
 @dataclass(frozen=True)
@@ -343,40 +334,22 @@ class Plan:
             chain.append(start)
             start = source_of(start, self.channels.facts)
         before, after = self.value(start), self.value(node)
-        dims = {dim for cut in [*(self.cuts(before) or ()), *(self.cuts(after) or ())] for dim in cut.dims}
-        if len(dims) != 1:
-            raise InexpressibleError(node, "rearranges channels over several dimensions")
-        (dim,) = dims
-        rest = [shape[:dim] + shape[dim + 1 :] for shape in (before.shape, after.shape)]
-        if rest[0] != rest[1]:
-            raise InexpressibleError(node, "mixes channels with other dimensions")
-        size = before.shape[dim]
-        positions = torch.arange(math.prod(before.shape), dtype=_NUMBERS).reshape(before.shape)
+        cuts = self.cuts(before)
+        if cuts is None:
+            raise InexpressibleError(node, "rearranges what has no shape of its own")
+        positions = torch.arange(1, math.prod(before.shape) + 1, dtype=_NUMBERS).reshape(before.shape)  # 0: padding
         value: Any = positions
         for item in reversed(chain):
             source = source_of(item, self.channels.facts)
             value = self._run(
                 item, Call(item.op, item.target, item.args, dict(item.kwargs)), {source: value}, live=False
             )
-        stride = math.prod(before.shape[dim + 1 :])
-        order = value.movedim(dim, 0).reshape(value.shape[dim], -1)[:, 0].nan_to_num().long() // stride % size
-        if not torch.equal(value, positions.index_select(dim, order)):
-            raise InexpressibleError(node, "moves channels and other dimensions at once")
-        chosen = _kept(order, self.cuts(after), dim)
-        kept = _kept(torch.arange(size), self.cuts(before), dim)
-        place = torch.full((size,), -1)
-        place[kept] = torch.arange(len(kept))
-        index = place[chosen]
-        if (index < 0).any():
-            raise InexpressibleError(node, "reads a channel that would go")
-        return Gather(start, dim, index, len(kept))
-
-
-def _kept(order: Tensor, cuts: Sequence[Cut] | None, dim: int) -> Tensor:
-    for cut in cuts or ():
-        if cut.dims == (dim,):
-            return order[torch.from_numpy(cut.keep[0])]
-    return order
+        given, wanted = cut_tensor(positions, cuts), cut_tensor(value, self.cuts(after) or ())
+        found = selection(given, wanted, before.varying() | after.varying())
+        if found is None:
+            raise InexpressibleError(node, "rearranges channels over several dimensions")
+        dim, index = found
+        return Gather(start, dim, index, given.shape[dim])
 
 
 def settle(

@@ -91,6 +91,33 @@ def test_the_batch_is_still_a_size() -> None:
     halved(net, torch.randn(4, 5), 12)
 
 
+def within_heads(net: Net, x: Tensor) -> Tensor:
+    """Positions of queries and keys in another order, and heads of values in another."""
+    q, k, v = (layer(x).unflatten(-1, (3, 6)) for layer in (net.q, net.k, net.v))
+    q, k, v = q[..., [0, 2, 1, 3, 5, 4]], k[..., torch.tensor([0, 2, 1, 3, 5, 4])], v[:, :, [2, 0, 1]]
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return net.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(("granularity", "left"), [("channel", (9, 9)), ("head_dim", (9, 9)), ("head", (12, 12))])
+def test_an_index_within_heads(granularity: Any, left: tuple[int, int]) -> None:
+    """18 channels that queries and keys share and 18 of values; heads keep different ones, each 3 of 6."""
+    layers = {name: nn.Linear(7, 18) for name in "qkv"}
+    small = halved(Net(within_heads, **layers, o=nn.Linear(18, 3)), torch.randn(2, 6, 7), 36, granularity)
+    assert (len(small.get_parameter("q.weight")), len(small.get_parameter("v.weight"))) == left
+
+
+def test_an_index_within_heads_merged_with_the_batch() -> None:
+    def step(net: Net, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = (f(x).view(b, n, 3, 6).transpose(1, 2).reshape(b * 3, n, 6) for f in (net.q, net.k, net.v))
+        y = (q[..., [0, 2, 1, 3, 5, 4]] @ k[..., [0, 2, 1, 3, 5, 4]].mT).softmax(-1) @ v
+        return net.o(y.view(b, 3, n, 6).transpose(1, 2).flatten(2))
+
+    layers = {name: nn.Linear(7, 18) for name in "qkv"}
+    halved(Net(step, **layers, o=nn.Linear(18, 3)), torch.randn(2, 6, 7), 36)
+
+
 def test_a_buffer_that_is_written_into_after_it_was_read_is_another_index_next_time() -> None:
     def step(net: Net, x: Tensor) -> Tensor:
         y = net.a(x)[..., net.order]

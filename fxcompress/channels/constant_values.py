@@ -246,6 +246,7 @@ MOVEMENT: dict[Rule, Callable[[Call, Of], Any]] = {
     rules.view: _view,
     rules.expand: _expand,
     rules.movement: _movement,
+    rules.pixel_shuffle: _movement,
     rules.permutation: _movement,
     rules.cat: _cat,
     rules.stack: _stack,

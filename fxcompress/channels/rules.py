@@ -158,8 +158,12 @@ def pointwise(call: Call) -> Any:
 
 def movement(call: Call) -> Any:
     """The operator itself, run on every factor of its first argument."""
-    (_, source), *rest = call.arguments.items()
-    labels = call.of(source)
+    return _moved(call, call.of(next(iter(call.arguments.values()))))
+
+
+def _moved(call: Call, labels: Labels) -> Any:
+    """The operator itself, run on every factor of what stands for its first argument."""
+    rest = list(call.arguments.items())[1:]
     parts: list[list[Tensor]] = []
     for factor, expanded in zip(labels.factors, labels.expanded(), strict=True):
         moved = call.func(expanded, **dict(rest))
@@ -177,6 +181,21 @@ def movement(call: Call) -> Any:
                 call.ledger.freeze([part[i].reshape(-1)[:1]], "it is picked out on its own")
         made.append(call.made(factors, i if many else None, labels.direct))
     return made if many else made[0]
+
+
+def pixel_shuffle(call: Call) -> Any:
+    """Channels become positions: all that make one channel of the result are one, as no size can leave some out."""
+    source, labels = call.arguments["self"], call.labels("self")
+    channel, each = source.dim() - 3, call.arguments["upscale_factor"] ** 2
+    factors = []
+    for factor in labels.factors:
+        if factor.shape[channel] > 1:
+            sets = factor.unflatten(channel, (-1, each))
+            first = sets.narrow(channel + 1, 0, 1)
+            call.ledger.unite(sets, first)
+            factor = first.expand_as(sets).flatten(channel, channel + 1)
+        factors.append(factor)
+    return _moved(call, Labels(labels.shape, tuple(factors), labels.const, labels.direct))
 
 
 def _empty_piece(piece: Tensor, factor: Tensor, shape: tuple[int, ...]) -> Tensor:
