@@ -118,6 +118,15 @@ def test_an_index_within_heads_merged_with_the_batch() -> None:
     halved(Net(step, **layers, o=nn.Linear(18, 3)), torch.randn(2, 6, 7), 36)
 
 
+@pytest.mark.parametrize("dims", [(2, 3), (1,), (1, 2, 3)])
+def test_means_of_shuffled_pixels(dims: tuple[int, ...]) -> None:
+    """4 channels of the result are made of 4 each, which go together."""
+    net = Net(lambda n, x: F.pixel_shuffle(n.a(x), 2).mean(dims), a=nn.Conv2d(3, 16, 3))
+    if 1 not in dims:
+        net = Net(lambda n, x: n.b(F.pixel_shuffle(n.a(x), 2).mean(dims)), a=nn.Conv2d(3, 16, 3), b=nn.Linear(4, 3))
+    assert halved(net, torch.randn(2, 3, 6, 7), 4).get_parameter("a.weight").shape == (8, 3, 3, 3)
+
+
 def test_a_buffer_that_is_written_into_after_it_was_read_is_another_index_next_time() -> None:
     def step(net: Net, x: Tensor) -> Tensor:
         y = net.a(x)[..., net.order]
