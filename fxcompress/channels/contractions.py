@@ -59,13 +59,16 @@ def _with_rows(ledger: Ledger, factors: Sequence[Tensor], rows: Mapping[tuple[in
     """What remains after a sum: the factors that did not end, and labels for the rows of those that did."""
     made = list(factors)
     for dims, row in rows.items():
+        several = [other for more, other in rows.items() if set(dims) < set(more)]
+        for other in several:  # one key head of several query heads: they go together
+            ledger.stand_for(row, other)
         beside = [factor for factor in factors if not set(dims_of(factor)).isdisjoint(dims)]
         for factor in beside:
             if dims_of(factor) == dims:
                 ledger.unite(factor, row)
             else:
                 meet(ledger, row, factor)
-        if not any(set(dims) <= set(dims_of(factor)) for factor in beside):
+        if not several and not any(set(dims) <= set(dims_of(factor)) for factor in beside):
             made.append(row)
     return made
 

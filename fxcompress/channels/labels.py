@@ -33,14 +33,12 @@ class Labels:
         const: derived from parameters and buffers alone.
         direct: a parameter, or a rearrangement of one: its masked elements are exact zeros.
         rows: dimensions along which a ragged live set is never compacted.
-        copied: dimensions along which ``expand`` made copies inside the node that is running: they may have any size.
     """
 
     shape: tuple[int, ...]
     factors: tuple[Tensor, ...] = ()
     const: bool = False
     direct: bool = False
-    copied: frozenset[int] = frozenset()
     rows: frozenset[int] = frozenset()
 
     def varying(self) -> frozenset[int]:

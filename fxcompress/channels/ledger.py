@@ -149,6 +149,13 @@ class Excess:
         return short
 
 
+def _lies_on(factor: Tensor, axis: Axis) -> bool:
+    """Whether all labels of a factor are of an axis."""
+    if not axis.start <= int(factor.reshape(-1)[0]) < axis.start + axis.size:
+        return False
+    return axis.start <= int(factor.min()) and int(factor.max()) < axis.start + axis.size
+
+
 @dataclass
 class Ledger:
     """Everything that a propagation found out, in the order in which it did."""
@@ -165,6 +172,8 @@ class Ledger:
     contractions: list[Contraction] = field(default_factory=list)
     live_only: set[str] = field(default_factory=set)
     ended: list[Tensor] = field(default_factory=list)
+    row_axes: list[Axis] = field(default_factory=list)
+    copies: list[tuple[Axis, int, int]] = field(default_factory=list)
     node: str = ""
     next_label: int = 1
 
@@ -184,6 +193,12 @@ class Ledger:
         self.axes.append(axis)
         self.next_label += size
         return torch.arange(axis.start, axis.start + size)
+
+    def copies_along(self, dim: int, size: int) -> Tensor:
+        """Labels for ``size`` copies along a dimension of the running node's value, 1-D."""
+        fresh = self.fresh_axis(self.node, dim, size)
+        self.copies.append((self.axes[-1], len(self.equalities), len(self.rows)))
+        return fresh
 
     def unite(self, left: Tensor, right: Tensor, *, spread: bool = False) -> None:
         """The labels of two factors (broadcast against each other) are one and the same channel.
@@ -225,9 +240,36 @@ class Ledger:
         with np.errstate(over="ignore"):  # rows are compared by hash: sorting whole ones takes ten times as long
             _, first, which = np.unique(lines.numpy() @ weights, return_index=True, return_inverse=True)
         fresh = self.fresh_axis(self.node, dims[0], len(first))
+        self.row_axes.append(self.axes[-1])
         rows = fresh[torch.from_numpy(which.reshape(-1))].reshape(sizes)
         self.stand_for(rows, factor)
         return rows
+
+    def are_rows(self, factor: Tensor) -> bool:
+        """Whether the labels of a factor are of rows, as :meth:`rows_along` made them."""
+        return any(_lies_on(factor, axis) for axis in self.row_axes)
+
+    def copies_of(self, factor: Tensor) -> str | None:
+        """The node that made the copies whose labels a factor holds; None if it holds others."""
+        return next((axis.name for axis, _, _ in self.copies if _lies_on(factor, axis)), None)
+
+    def are_alone(self, factor: Tensor) -> bool:
+        """Whether the labels of a factor are of copies that have met nothing yet."""
+        for axis, equalities, ties in self.copies:
+            if _lies_on(factor, axis):
+                met = [labels for e in self.equalities[equalities:] for labels in (e.left, e.right)]
+                met += [labels for tie in self.rows[ties:] for labels in (tie.rows, tie.members)]
+                return not any(((labels >= axis.start) & (labels < axis.start + axis.size)).any() for labels in met)
+        return False
+
+    def has_own_copies(self) -> bool:
+        """Whether the running node has made copies."""
+        return bool(self.copies) and self.copies[-1][0].name == self.node
+
+    def are_own_copies(self, factor: Tensor) -> bool:
+        """Whether a factor is one of copies, each once, that the running node made and that have met nothing yet."""
+        own = (axis for axis, _, _ in self.copies if axis.name == self.node and axis.size == factor.numel())
+        return any(_lies_on(factor, axis) for axis in own) and self.are_alone(factor)
 
     def freeze(self, factors: Iterable[Tensor], reason: str) -> None:
         """No channel in these factors can be removed."""

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fxcompress.arguments import leaves
 from fxcompress.channels.labels import Labels, dims_of, labels_in
 from fxcompress.channels.ledger import Kind, Ledger
 from fxcompress.channels.operators import is_pointwise, operator_name, read_arguments, rule_for
@@ -320,11 +321,24 @@ class _Interpreter:
             self.watch.ledger.freeze(self.watch.of(tensor).factors, OUTPUT)
 
     def _settle(self, node: fx.Node, result: Any) -> None:
-        for tensor in [result] if isinstance(result, Tensor) else tensors_in(result):
-            labels = self.watch.of(tensor)
-            if labels.copied:  # the next node is told its size by number
-                self.watch.label(tensor, replace(labels, copied=frozenset()))
+        if self.watch.ledger.has_own_copies():
+            self.watch.asleep = True
+            for tensor in tensors_in(result):
+                self._count_copies(node, tensor)
+            self.watch.asleep = False
         self.values[node.name] = self._describe(result)
+
+    def _count_copies(self, node: fx.Node, tensor: Tensor) -> None:
+        """Of the copies that a node made, those stay channels of which it says itself, by a literal, how many."""
+        ledger, labels = self.watch.ledger, self.watch.of(tensor)
+        copies = [factor for factor in labels.factors if ledger.copies_of(factor) == node.name]
+        if not self.watch.moves_only:
+            ledger.freeze(copies, "it has met copies, of which there are as many as an operator makes")
+            return
+        sizes = leaves(node.args[1:]) if node.target == "expand" else []
+        fixed = [factor for factor in copies if len(sizes) < factor.dim() or type(sizes[dims_of(factor)[0]]) is not int]
+        kept = tuple(factor for factor in labels.factors if not any(factor is item for item in fixed))
+        self.watch.label(tensor, replace(labels, factors=kept))
 
     def _recurrence(
         self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]
