@@ -204,8 +204,8 @@ def solve(facts: Facts, graph: fx.Graph) -> Channels:
     for freeze in ledger.freezes:
         frozen[component[freeze.labels]] = True
     for constraint in constraints:
-        frozen[_stuck(constraint, component)] = True
-        rows.frozen[_stuck(constraint, rows.row)] = True
+        frozen[stuck(constraint, component)] = True
+        rows.frozen[stuck(constraint, rows.row)] = True
     _hold_rows(constraints, component, frozen)
     frozen[component[rows.carried & rows.frozen[rows.row]]] = True
     return Channels(facts, component, frozen, constraints, soft, rows)
@@ -243,7 +243,7 @@ def _bond(constraint: Constraint, rows: Rows) -> tuple[IntArray, IntArray] | Non
     return labels[1:].reshape(-1), np.broadcast_to(labels[:1], labels[1:].shape).reshape(-1)
 
 
-def _stuck(constraint: Constraint, number: IntArray) -> IntArray:
+def stuck(constraint: Constraint, number: IntArray) -> IntArray:
     """Numbers (of components, or of rows) that fill a whole pinned row: they can never go."""
     if not constraint.pinned or len(constraint.labels.factors) != 1:
         return np.empty(0, dtype=np.int64)
