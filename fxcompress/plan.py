@@ -352,17 +352,32 @@ class Plan:
         return Gather(start, dim, index, given.shape[dim])
 
 
-def settle(
+@dataclass(frozen=True)
+class Settled:
+    """What remains of a wanted live set.
+
+    Attributes:
+        live: for every label whether it lives.
+        repaired: the same as far as constraints alone bring it back.
+        problems: the nodes that could not be rewritten, at which the rest came back, and why.
+    """
+
+    live: BoolArray
+    repaired: BoolArray
+    problems: tuple[str, ...]
+
+
+def settled(
     module: TracedModule, groups: ChannelGroups, live: BoolArray, rank: Mapping[int, float] | None = None
-) -> BoolArray:
+) -> Settled:
     """The live set closest to ``live`` whose removal can be written down as a graph.
 
     Constraints are repaired, and channels come back at which a node could not be rewritten (the node is named in the
     warning); best ranked components come back first.
     """
-    channels = groups.channels
+    channels, problems = groups.channels, []
+    live = repaired = channels.repair(live, rank)
     while True:  # every round brings components back, so this ends
-        live = channels.repair(live, rank)
         plan = Plan.of(module, groups, live)
         try:
             plan.steps()
@@ -370,12 +385,20 @@ def settle(
             values = [plan.value(node) for node in (problem.node, *problem.node.all_input_nodes)]
             factors = [factor for labels in labels_in(values) for factor in labels.factors]
             back = channels.revived(live, distinct(np.concatenate([f.numpy().reshape(-1) for f in factors])))
-            warnings.warn(f"{problem}; its channels stay", stacklevel=2)
+            warnings.warn(f"{problem}; its channels stay", stacklevel=3)
             if (back == live).all():
                 raise
-            live = back
+            problems.append(str(problem))
+            live = channels.repair(back, rank)
         else:
-            return live
+            return Settled(live, repaired, tuple(problems))
+
+
+def settle(
+    module: TracedModule, groups: ChannelGroups, live: BoolArray, rank: Mapping[int, float] | None = None
+) -> BoolArray:
+    """The live set alone of :func:`settled`."""
+    return settled(module, groups, live, rank).live
 
 
 def _attribute(module: TracedModule, name: str) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import fxcompress
 from fxcompress.passes import L1FilterPruner, Speedup
+from zoo.measure import removable_share
 
 
 def halved(net: nn.Module, x: Tensor, removable: int, granularity: Any = "channel") -> nn.Module:
@@ -137,6 +138,12 @@ def test_a_buffer_that_is_written_into_after_it_was_read_is_another_index_next_t
     x = torch.randn(4, 5)
     with pytest.warns(UserWarning, match="written into"):
         small = fxcompress.compress(net, [L1FilterPruner(0.5), Speedup()], example_inputs=x)
+    (note, *_) = small.meta["history"][0].notes
+    assert note.startswith("6 channels stay: node getitem")
+    assert "is given an index that is written into" in note
+    traced = fxcompress.trace(net, x)
+    with pytest.warns(UserWarning, match="written into"):
+        assert removable_share(traced, fxcompress.channel_groups(traced, x)) == 0
     with torch.no_grad():
         for _ in range(3):
             torch.testing.assert_close(small(x), net(x))
