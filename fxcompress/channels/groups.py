@@ -26,7 +26,7 @@ from fxcompress.channels.dependencies import (
 )
 from fxcompress.channels.explaining import explanation
 from fxcompress.channels.labels import BoolArray, IntArray, dims_of, distinct
-from fxcompress.channels.ledger import Axis
+from fxcompress.channels.ledger import Axis, Ledger
 from fxcompress.channels.propagate import propagate
 from fxcompress.channels.row_sets import RowSet, row_sets
 from fxcompress.channels.row_tables import in_rows, numbered, row_tables, rows_among
@@ -81,7 +81,7 @@ class Group:
         removable: whether channels may go.
         reason: why not, where they may not.
         rows: number of rows that must keep equally many channels; 1 where there is no such constraint.
-        layers: names of the layers whose weights produce the channels.
+        layers: names of the layers whose weights produce the channels, in the order of the graph.
         components: the channels' numbers in the analysis, in order.
         slices: the producing rows, for scoring.
         row_of: for each channel the row that it lies in.
@@ -309,9 +309,10 @@ def _groups(channels: Channels) -> Iterator[Group]:
     for chosen in sets:
         position[chosen] = np.arange(len(chosen))
     reasons, tables = _reasons(channels), row_tables(channels)
+    places = _graph_order(ledger, starts)
     taken: dict[str, int] = {}
     for chosen, block, member in zip(sets, blocks, _members(channels, sets), strict=True):
-        slices = _slices(channels, position, labels[block], axis_of[block])
+        slices = _slices(channels, position, labels[block], axis_of[block], places)
         layers = tuple(dict.fromkeys(item.layer for item in slices))
         name = layers[0]
         taken[name] = taken.get(name, 0) + 1
@@ -322,6 +323,14 @@ def _groups(channels: Channels) -> Iterator[Group]:
         row_of, crossed = rows_among(tables, chosen)
         rows = int(row_of.max()) + 1
         yield Group(name, len(chosen), member, removable, reason, rows, layers, chosen, slices, row_of, crossed)
+
+
+def _graph_order(ledger: Ledger, starts: IntArray) -> IntArray:
+    """For every axis the place at which the graph first uses it to produce channels."""
+    firsts = np.array([produced[0] for produced in ledger.produced])
+    order = np.full(len(starts), len(firsts), dtype=np.int64)
+    np.minimum.at(order, np.searchsorted(starts, firsts, side="right") - 1, np.arange(len(firsts)))
+    return order
 
 
 def _in_order(values: IntArray) -> IntArray:
@@ -374,10 +383,13 @@ def _reasons(channels: Channels) -> dict[int, str]:
     return reasons
 
 
-def _slices(channels: Channels, position: IntArray, labels: IntArray, axis_of: IntArray) -> tuple[Slices, ...]:
-    """The weight rows that produce a group's channels; ``position``: every component's place in its group."""
+def _slices(
+    channels: Channels, position: IntArray, labels: IntArray, axis_of: IntArray, order: IntArray
+) -> tuple[Slices, ...]:
+    """The weight rows that produce a group's channels; ``position``: every component's place in its group; ``order``:
+    every axis' in the graph."""
     made = []
-    for index in distinct(axis_of):
+    for index in sorted(distinct(axis_of).tolist(), key=order.__getitem__):
         axis = channels.facts.ledger.axes[index]
         mine = labels[axis_of == index]
         groups = axis.size // channels.facts.state[axis.name].shape[axis.dim]
