@@ -288,7 +288,7 @@ def _made_by_groups(call: Call, w: Labels, columns: list[Tensor], groups: int) -
     if each > 1:
         kept = tuple(f for f in w.factors if dims_of(f) != (1,))
         mine = made.reshape(tuple(made.shape) + (1,) * (weight.dim() - 2))
-        call.relabel(weight, Labels(w.shape, (*kept, mine), w.const, w.direct, rows=frozenset({0})))
+        call.relabel(weight, Labels(w.shape, (*kept, mine), w.const, w.direct, row_dims=frozenset({0})))
     return made
 
 
@@ -349,5 +349,5 @@ def _regroup(call: Call, taken: Tensor) -> bool:
     mine = taken.reshape(tuple(taken.shape) + (1,) * (weight.dim() - 2))
     kept = tuple(f for f in labels.factors if dims_of(f) != (1,))
     return bool(
-        call.relabel(weight, Labels(labels.shape, (*kept, mine), labels.const, labels.direct, rows=frozenset({0})))
+        call.relabel(weight, Labels(labels.shape, (*kept, mine), labels.const, labels.direct, row_dims=frozenset({0})))
     )

@@ -73,7 +73,7 @@ def _couplings(groups: ChannelGroups, mine: BoolArray, *, rows: bool = False) ->
     ledger = groups.channels.facts.ledger
     pairs: Iterable[tuple[IntArray, IntArray, str]] = ((e.left, e.right, e.node) for e in ledger.equalities)
     if rows:
-        pairs = itertools.chain(pairs, ((tie.rows, tie.members, tie.node) for tie in ledger.rows))
+        pairs = itertools.chain(pairs, ((tie.rows, tie.members, tie.node) for tie in ledger.row_ties))
     axes, starts = ledger.axes, np.array([axis.start for axis in ledger.axes])
     graph: nx.Graph[str] = nx.Graph()
     for left, right, node in pairs:

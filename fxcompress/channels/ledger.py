@@ -93,7 +93,7 @@ class Constraint:
 
     def _column(self, factor: Tensor) -> int | None:
         """The dimension along which rows run; None where all dimensions number rows."""
-        free = [dim for dim in dims_of(factor) if dim not in self.labels.rows]
+        free = [dim for dim in dims_of(factor) if dim not in self.labels.row_dims]
         return column_of(factor, free) if free else None
 
     def distinct(self, cells: IntArray) -> Constraint:
@@ -109,7 +109,7 @@ class Constraint:
             if (counts == counts[0]).all():
                 factor = factor.take(np.sort(first), axis=dim)
         made = torch.from_numpy(np.ascontiguousarray(factor))
-        return Constraint(Labels(tuple(made.shape), (made,), rows=self.labels.rows), self.pinned, self.node)
+        return Constraint(Labels(tuple(made.shape), (made,), row_dims=self.labels.row_dims), self.pinned, self.node)
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class Ledger:
     equalities: list[Equality] = field(default_factory=list)
     freezes: list[Freeze] = field(default_factory=list)
     constraints: list[Constraint] = field(default_factory=list)
-    rows: list[RowTie] = field(default_factory=list)
+    row_ties: list[RowTie] = field(default_factory=list)
     divisions: list[Division] = field(default_factory=list)
     excesses: list[Excess] = field(default_factory=list)
     produced: list[IntArray] = field(default_factory=list)
@@ -197,7 +197,7 @@ class Ledger:
     def copies_along(self, dim: int, size: int) -> Tensor:
         """Labels for ``size`` copies along a dimension of the running node's value, 1-D."""
         fresh = self.fresh_axis(self.node, dim, size)
-        self.copies.append((self.axes[-1], len(self.equalities), len(self.rows)))
+        self.copies.append((self.axes[-1], len(self.equalities), len(self.row_ties)))
         return fresh
 
     def unite(self, left: Tensor, right: Tensor, *, spread: bool = False) -> None:
@@ -229,7 +229,7 @@ class Ledger:
         """Every label of ``rows`` goes with the labels of ``members`` that it meets, and only with all of them."""
         rows, members = torch.broadcast_tensors(rows, members)
         pairs = self._distinct(rows.reshape(-1).numpy(), members.reshape(-1).numpy())
-        self.rows.append(RowTie(*pairs, self.node))
+        self.row_ties.append(RowTie(*pairs, self.node))
 
     def rows_along(self, factor: Tensor, dims: Iterable[int]) -> Tensor:
         """New labels for the rows of a factor, which ``dims`` number: what remains of it when the others are summed."""
@@ -258,7 +258,7 @@ class Ledger:
         for axis, equalities, ties in self.copies:
             if _lies_on(factor, axis):
                 met = [labels for e in self.equalities[equalities:] for labels in (e.left, e.right)]
-                met += [labels for tie in self.rows[ties:] for labels in (tie.rows, tie.members)]
+                met += [labels for tie in self.row_ties[ties:] for labels in (tie.rows, tie.members)]
                 return not any(((labels >= axis.start) & (labels < axis.start + axis.size)).any() for labels in met)
         return False
 
@@ -292,7 +292,7 @@ class Ledger:
             pinned: dimensions that stay whole.
             rows: dimensions that number rows, which may go whole; without, rows run where labels follow each other.
         """
-        labels = Labels(tuple(factor.shape), (factor,), rows=frozenset({*pinned, *rows}))
+        labels = Labels(tuple(factor.shape), (factor,), row_dims=frozenset({*pinned, *rows}))
         self.constraints.append(Constraint(labels, frozenset(pinned), self.node))
 
     def divide(self, factor: Tensor, groups: int, pinned: Iterable[int] = ()) -> Tensor:
