@@ -153,10 +153,9 @@ def pointwise(call: Call) -> Any:
     for tensor in call.tensors:
         factors = [aligned(factor, ndim) for factor in call.of(tensor).factors]
         operands.append(((1,) * (ndim - tensor.dim()) + tuple(tensor.shape), factors))
-    if call.ledger.copies and len(operands) > 1:
-        operands = [
-            _not_copied(call.ledger, one, [other for other in operands if other is not one]) for one in operands
-        ]
+    if len(operands) > 1 and call.ledger.has_own_copies():
+        beside = [[other for other in operands if other is not one] for one in operands]
+        operands = [_not_copied(call.ledger, *each) for each in zip(operands, beside, strict=True)]
     factors = join(call.ledger, operands, "it meets a tensor without channels of its own")
     if isinstance(call.result, (tuple, list)):
         return [call.made(factors, i) for i in range(len(call.result))]
