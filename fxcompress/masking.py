@@ -30,7 +30,7 @@ from fxcompress.rewrite import Rewriter, rewriting
 LIVE = "_live"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # equal by its tensors, and so without a hash
 class Masking:
     """What is masked.
 
@@ -54,15 +54,24 @@ class Masking:
             np.array_equal(flags, other.dead[axis]) for axis, flags in self.dead.items()
         )
 
-    __hash__ = None  # type: ignore[assignment]
-
     def live(self, channels: Channels) -> BoolArray:
-        """For every label of an analysis whether it lives."""
+        """For every label of an analysis whether it lives. What is remembered of an axis that is gone no longer counts.
+
+        Raises:
+            GraphError: an axis has another length than when it was masked.
+        """
         gone: BoolArray = np.zeros(len(channels.component), dtype=bool)
         for axis in channels.facts.ledger.axes if self.dead else ():
             flags = self.dead.get((axis.name, axis.dim))
-            if flags is not None and axis.kind != "made" and len(flags) == axis.size:
-                gone[axis.start : axis.start + axis.size] = flags
+            if flags is None or axis.kind == "made":
+                continue
+            if len(flags) != axis.size:
+                raise GraphError(
+                    f"dimension {axis.dim} of {axis.name} has a length of {axis.size}; expected {len(flags)}, of which "
+                    f"{int(flags.sum())} are masked. A pass that changes lengths has to leave masked layers alone, or "
+                    "to run after Speedup."
+                )
+            gone[axis.start : axis.start + axis.size] = flags
         return channels.without(gone)
 
     def joined(self, elements: Mapping[str, Tensor]) -> Masking:

@@ -57,7 +57,7 @@ def live_index(dead: Tensor, dim: int, kept: int, size: int, rows: tuple[int, ..
     Args:
         dead: of the value's shape: 1 where an element is dead, 0 elsewhere (int64).
         dim: the dimension that shrinks.
-        kept: of every ``size`` elements along ``dim`` as many live.
+        kept: of every ``size`` elements along ``dim`` as many live; 0: they are counted, which no exporter can follow.
         size: see ``kept``.
         rows: dimensions along which the answer differs. Along all others an index is dead if everything there is.
 
@@ -70,7 +70,8 @@ def live_index(dead: Tensor, dim: int, kept: int, size: int, rows: tuple[int, ..
         dead = dead.amin(others, keepdim=True)
     places = torch.arange(length, device=dead.device).reshape([-1 if d == dim else 1 for d in range(dead.dim())])
     # No boolean index: how many live must follow from sizes alone, or no exporter could tell shapes.
-    order = (dead * length + places).sort(dim).values.narrow(dim, 0, length * kept // size) % length
+    count = length * kept // size if kept else int((dead == 0).sum(dim).max())
+    order = (dead * length + places).sort(dim).values.narrow(dim, 0, count) % length
     return order if rows else order.reshape(-1)
 
 

@@ -11,11 +11,12 @@ from torch import Tensor, fx, nn
 from fxcompress.arguments import mapped
 from fxcompress.channels.groups import ChannelGroups
 from fxcompress.channels.labels import BoolArray, Labels, cut_tensor
+from fxcompress.gathers import Gather
 from fxcompress.layers import agree
 from fxcompress.literals import Scaled, live_groups
 from fxcompress.module import TracedModule, modules_of, submodule
 from fxcompress.nodes import scale_size, select_live
-from fxcompress.plan import Call, Gather, Plan
+from fxcompress.plan import Call, Plan
 from fxcompress.rewrite import Rewriter, rewriting
 
 GATHERS = "_gathers"

@@ -23,7 +23,7 @@ from fxcompress.masking import Masking, complete
 from fxcompress.module import TracedModule, modules_of, submodule
 from fxcompress.passes.removable_units import FloatArray, Units, channel_units, row_units
 from fxcompress.pipeline import Pass
-from fxcompress.plan import settle
+from fxcompress.plan import settled
 from fxcompress.select import Selection, Selectors, Sparsity
 
 _NONE = np.empty(0, dtype=np.int64)
@@ -106,16 +106,18 @@ class ChannelPruner(Pass):
         chosen = self._choose(groups, module, context)
         while True:  # what had to come back leaves room for others: every further round masks more, so this ends
             live = masking.live(groups.channels)
-            kept, back = self._settled(chosen, module, groups, masking, live)
+            kept, uneven, stuck, problems = self._settled(chosen, module, groups, masking, live)
             if (kept == live).all():
                 break
             context.masking = masking.with_live(groups.channels, kept)
-            if not back:
+            if not uneven and not stuck:
                 break
             masking = complete(module, context.masking, groups.channels)
-        if back:
-            what = "heads" if self.granularity == "head" else "channels"
-            context.notes.append(f"{back} {what} stay so that coupled rows keep equal numbers")
+        what = "heads" if self.granularity == "head" else "channels"
+        if uneven:
+            context.notes.append(f"{uneven} {what} stay so that coupled rows keep equal numbers")
+        if stuck:
+            context.notes.append(f"{stuck} {what} stay: {'; '.join(problems)}")
         context.notes += _reasons(groups)
         return module
 
@@ -126,8 +128,9 @@ class ChannelPruner(Pass):
         groups: ChannelGroups,
         masking: Masking,
         live: BoolArray,
-    ) -> tuple[BoolArray, int]:
-        """For every label whether it lives once the lowest have gone, and how many had to come back."""
+    ) -> tuple[BoolArray, int, int, tuple[str, ...]]:
+        """For every label whether it lives once the lowest have gone, how many had to come back for the sake of rows,
+        and how many at nodes that could not be rewritten, with those."""
         channels = groups.channels
         tables = [self._units(item, module, channels, masking, live) for item, _ in chosen]
         counts = self._counts(tables, [sparsity for _, sparsity in chosen])
@@ -138,9 +141,12 @@ class ChannelPruner(Pass):
         components, rows = (
             np.concatenate([_NONE, *parts]) for parts in (zip(*gone, strict=True) if gone else ((), ()))
         )
-        kept = settle(module, groups, live & channels.live(components, rows), rank)
-        back = int(channels.alive(kept)[components].sum()) + int(channels.rows.living(kept)[rows].sum())
-        return kept, back
+        found = settled(module, groups, live & channels.live(components, rows), rank)
+        uneven, back = (
+            int(channels.alive(kept)[components].sum()) + int(channels.rows.living(kept)[rows].sum())
+            for kept in (found.repaired, found.live)
+        )
+        return found.live, uneven, back - uneven, found.problems
 
     def _units(
         self, item: Group | RowSet, module: TracedModule, channels: Channels, masking: Masking, live: BoolArray

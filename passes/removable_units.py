@@ -15,7 +15,6 @@ from fxcompress.channels.labels import BoolArray, IntArray
 from fxcompress.channels.row_sets import RowSet
 
 FloatArray = npt.NDArray[np.float64]
-_NONE: IntArray = np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -25,22 +24,22 @@ class Units:
     Attributes:
         number: how many there are; those that are gone already count.
         scores: of the units that may go, lowest first.
-        table: for each of those the components that go with it (channels, units).
-        rows: for each of those the number of the row that goes (none, or one each).
+        components: (components, units): those that go with each of them.
+        rows: (rows, units): the numbers of the rows that go with each of them.
         multiple: how many channels of a group's width one unit stands for.
         rank: importance of components, for what has to come back.
     """
 
     number: int
     scores: FloatArray
-    table: IntArray
+    components: IntArray
     rows: IntArray
     multiple: int
     rank: dict[int, float] = field(default_factory=dict)
 
     def lowest(self, count: int) -> tuple[IntArray, IntArray]:
         """Components and rows of the units with the lowest scores."""
-        return self.table[:, :count].reshape(-1), self.rows[:count]
+        return self.components[:, :count].reshape(-1), self.rows[:, :count].reshape(-1)
 
     def rounded(self, count: int, round_to: int) -> int:
         """How many go if the width that is kept is rounded up to a multiple."""
@@ -65,7 +64,7 @@ def channel_units(group: Group, scores: FloatArray, alive: BoolArray, row: IntAr
     if group.crossed:
         table = crossed_units(group.crossed, scores)
         number, table = table.shape[1], table[:, :-1]
-        return Units(number, _means(scores, table), group.components[table], _NONE, len(table), rank)
+        return Units(number, _means(scores, table), group.components[table], _none(table), len(table), rank)
     lists = [np.flatnonzero(group.row_of == number) for number in range(group.rows)]
     if aligned and group.rows > 1:
         ordered = [line for kind in _kinds(lists, row) for line in _aligned(kind, scores)]
@@ -73,7 +72,12 @@ def channel_units(group: Group, scores: FloatArray, alive: BoolArray, row: IntAr
         ordered = [line[np.argsort(scores[line], kind="stable")] for line in lists]
     number = min(map(len, ordered))
     table = np.stack([line[: number - 1] for line in ordered])  # the last unit of a group never goes
-    return Units(number, _means(scores, table), group.components[table], _NONE, group.rows, rank)
+    return Units(number, _means(scores, table), group.components[table], _none(table), group.rows, rank)
+
+
+def _none(units: IntArray) -> IntArray:
+    """Nothing that goes with each of some units."""
+    return np.empty((0, units.shape[1]), dtype=np.int64)
 
 
 def _means(scores: FloatArray, table: IntArray) -> FloatArray:
@@ -158,4 +162,5 @@ def row_units(rows: RowSet, scores: FloatArray, alive: BoolArray) -> Units:
             for part in mine:
                 part.remove(place)
     chosen = np.array(going, dtype=np.int64)
-    return Units(rows.width, scores[chosen], np.empty((0, len(going)), dtype=np.int64), rows.numbers[chosen], 1)
+    numbers = rows.numbers[chosen].reshape(1, -1)
+    return Units(rows.width, scores[chosen], _none(numbers), numbers, 1)

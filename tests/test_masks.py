@@ -4,7 +4,8 @@ import copy
 import math
 import pickle
 from collections.abc import Callable, Iterable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from scores import Chosen, InOrder, choose
 from torch import Tensor, fx, nn
 
 import fxcompress
+from fxcompress import Pass, TracedModule
 from fxcompress.passes import L1FilterPruner, LevelPruner, RandomFilterPruner, Speedup
+from fxcompress.pipeline import Context
 
 IMAGE = torch.randn(2, 3, 8, 8, dtype=torch.float64)
 
@@ -457,3 +460,28 @@ def test_writes_through_views_behind_live_statistics() -> None:
     x = torch.randn(3, 3, 6, 5).double()
     torch.testing.assert_close(masked(x), zeroed(x), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(removed(x), zeroed(x), rtol=1e-9, atol=1e-12)
+
+
+@dataclass(frozen=True)
+class Widens(Pass):
+    """Gives a hidden layer two more outputs."""
+
+    lifts: ClassVar[bool] = True
+
+    def run(self, module: TracedModule, context: Context) -> TracedModule:
+        a, b = module.get_submodule("a"), module.get_submodule("b")
+        assert isinstance(a, nn.Linear)
+        assert isinstance(b, nn.Linear)
+        a.weight, a.bias = nn.Parameter(torch.randn(8, 5)), nn.Parameter(torch.randn(8))
+        b.weight, a.out_features, b.in_features = nn.Parameter(torch.randn(3, 8)), 8, 8
+        return module
+
+
+def test_an_axis_that_changed_its_length_under_masks_is_an_error() -> None:
+    net = Net(lambda n, x: n.b(F.relu(n.a(x))), a=nn.Linear(5, 6), b=nn.Linear(6, 3))
+    x = torch.randn(2, 5)
+    fxcompress.compress(net, [Widens(), L1FilterPruner(0.5), Speedup()], example_inputs=x)
+    with pytest.raises(
+        fxcompress.GraphError, match=r"dimension 0 of a.weight has a length of 8; expected 6, of which 3"
+    ):
+        fxcompress.compress(net, [L1FilterPruner(0.5), Widens(), Speedup()], example_inputs=x)

@@ -32,16 +32,14 @@ class Labels:
         factors: int64 tensors, see the module's docstring.
         const: derived from parameters and buffers alone.
         direct: a parameter, or a rearrangement of one: its masked elements are exact zeros.
-        rows: dimensions along which a ragged live set is never compacted.
-        copied: dimensions along which ``expand`` made copies inside the node that is running: they may have any size.
+        row_dims: dimensions along which a ragged live set is never compacted.
     """
 
     shape: tuple[int, ...]
     factors: tuple[Tensor, ...] = ()
     const: bool = False
     direct: bool = False
-    copied: frozenset[int] = frozenset()
-    rows: frozenset[int] = frozenset()
+    row_dims: frozenset[int] = frozenset()
 
     def varying(self) -> frozenset[int]:
         """Dimensions along which some factor varies."""
@@ -211,7 +209,7 @@ def plan_cuts(labels: Labels, live: BoolArray) -> tuple[Cut, ...] | None:
             continue
         widest = max(factors, key=lambda factor: len(dims_of(factor)))
         full = np.ascontiguousarray(np.broadcast_to(mask, [labels.shape[d] for d in dims]))
-        free = [dim for dim in dims_of(widest) if dim not in labels.rows]
+        free = [dim for dim in dims_of(widest) if dim not in labels.row_dims]
         cut = plan_cut(full, dims, dims.index(column_of(widest, free or dims_of(widest))))
         if cut is None:
             return None

@@ -56,6 +56,8 @@ class Rows:
             component: for every label its channel.
             channels: for every channel whether it lives.
         """
+        if not self.ties:
+            return live  # in one row, the whole model, a channel lives where it does
         alive = self.living(live)
         lives: BoolArray = channels[component] & alive[self.row]
         held = np.zeros(len(component), dtype=bool)

@@ -68,15 +68,12 @@ class Channels:
         lives: BoolArray = alive[self.component]
         if rows is not None and len(rows):
             lives &= ~np.isin(self.rows.row, rows)
-        return self.rows.product(lives, self.component, alive) if self.rows.ties else lives
+        return self.rows.product(lives, self.component, alive)
 
     def without(self, gone: BoolArray) -> BoolArray:
         """For every label whether it lives, given labels that are gone: all that is one element by element with them
         goes, and a component does of which every row has lost its part, or that lost a part which lies in no row."""
         dead = np.zeros(len(self.component), dtype=bool)
-        if not self.rows.ties:
-            dead[self.component[gone]] = True
-            return ~dead[self.component]
         dead[self.rows.part[gone]] = True
         live: BoolArray = ~dead[self.rows.part]
         return self.rows.product(live, self.component, self.alive(live))
@@ -97,7 +94,7 @@ class Channels:
         alive = self.rows.living(live)
         alive[row[labels]] = True
         lives: BoolArray = live | (channels[self.component] & alive[row])
-        return self.rows.product(lives, self.component, channels) if self.rows.ties else lives
+        return self.rows.product(lives, self.component, channels)
 
     def repair(self, live: BoolArray, rank: Mapping[int, float] | None = None) -> BoolArray:
         """The labels that live once every constraint holds: components are only brought back, best ranked first.
@@ -106,7 +103,7 @@ class Channels:
             live: bool, one for every label, uniform over components.
             rank: importance of components; without it earlier channels come back first.
         """
-        live = self.without(~live) if self.rows.ties else live.copy()
+        live = self.without(~live)
         changed = True
         while changed:  # every round brings at least one label back, so this ends
             changed = False
@@ -204,8 +201,8 @@ def solve(facts: Facts, graph: fx.Graph) -> Channels:
     for freeze in ledger.freezes:
         frozen[component[freeze.labels]] = True
     for constraint in constraints:
-        frozen[_stuck(constraint, component)] = True
-        rows.frozen[_stuck(constraint, rows.row)] = True
+        frozen[stuck(constraint, component)] = True
+        rows.frozen[stuck(constraint, rows.row)] = True
     _hold_rows(constraints, component, frozen)
     frozen[component[rows.carried & rows.frozen[rows.row]]] = True
     return Channels(facts, component, frozen, constraints, soft, rows)
@@ -213,16 +210,16 @@ def solve(facts: Facts, graph: fx.Graph) -> Channels:
 
 def _rows(ledger: Ledger, component: IntArray, bonds: Sequence[tuple[IntArray, IntArray]]) -> Rows:
     """The rows that may go whole; ``bonds`` are pairs of labels whose rows go together."""
-    if not ledger.rows:
+    if not ledger.row_ties:
         nothing = np.zeros(len(component), dtype=np.int64)
         return rows_of((), component, (), (nothing, np.empty(0, dtype=np.int64)))
     part = component
     if any(e.spread for e in ledger.equalities):
         part = connected(len(component), ((e.left, e.right) for e in ledger.equalities if not e.spread))
-    pairs = [(part[tie.rows], part[tie.members]) for tie in ledger.rows]
+    pairs = [(part[tie.rows], part[tie.members]) for tie in ledger.row_ties]
     tied = distinct(np.concatenate([side for pair in pairs for side in pair]))
     pairs += [(part[left], part[right]) for left, right in bonds]
-    return rows_of(ledger.rows, part, ledger.freezes, (connected(len(component), pairs), tied))
+    return rows_of(ledger.row_ties, part, ledger.freezes, (connected(len(component), pairs), tied))
 
 
 def _bond(constraint: Constraint, rows: Rows) -> tuple[IntArray, IntArray] | None:
@@ -243,7 +240,7 @@ def _bond(constraint: Constraint, rows: Rows) -> tuple[IntArray, IntArray] | Non
     return labels[1:].reshape(-1), np.broadcast_to(labels[:1], labels[1:].shape).reshape(-1)
 
 
-def _stuck(constraint: Constraint, number: IntArray) -> IntArray:
+def stuck(constraint: Constraint, number: IntArray) -> IntArray:
     """Numbers (of components, or of rows) that fill a whole pinned row: they can never go."""
     if not constraint.pinned or len(constraint.labels.factors) != 1:
         return np.empty(0, dtype=np.int64)
@@ -324,7 +321,7 @@ def source_of(node: fx.Node, facts: Facts) -> fx.Node:
 def _blocks(labels: Labels, node: str) -> Iterator[Constraint]:
     for dims, factors in blocks_of(labels):
         shape = tuple(size if d in dims else 1 for d, size in enumerate(labels.shape))
-        yield Constraint(Labels(shape, tuple(factors), rows=labels.rows), frozenset(), node)
+        yield Constraint(Labels(shape, tuple(factors), row_dims=labels.row_dims), frozenset(), node)
 
 
 def _constraints(facts: Facts, graph: fx.Graph, cells: IntArray, soft: frozenset[str]) -> tuple[Constraint, ...]:
@@ -338,7 +335,7 @@ def _constraints(facts: Facts, graph: fx.Graph, cells: IntArray, soft: frozenset
         if node.name in soft or node.op in ("get_attr", "output"):
             continue
         for labels in labels_in(facts.values.get(node.name)):
-            if len(labels.factors) == 1 and not labels.rows:  # most often the very factor that the node before had
+            if len(labels.factors) == 1 and not labels.row_dims:  # most often the very factor that the node before had
                 (factor,) = labels.factors
                 key = (factor.data_ptr(), factor.shape, factor.stride())
                 if key in seen:
