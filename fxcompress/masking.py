@@ -61,17 +61,22 @@ class Masking:
             GraphError: an axis has another length than when it was masked.
         """
         gone: BoolArray = np.zeros(len(channels.component), dtype=bool)
+        lengths: dict[tuple[str, int], list[int]] = {}
         for axis in channels.facts.ledger.axes if self.dead else ():
             flags = self.dead.get((axis.name, axis.dim))
             if flags is None or axis.kind == "made":
                 continue
-            if len(flags) != axis.size:
+            lengths.setdefault((axis.name, axis.dim), []).append(axis.size)
+            if len(flags) == axis.size:
+                gone[axis.start : axis.start + axis.size] = flags
+        for (name, dim), found in lengths.items():  # a grouped transposed weight has two, one for all its groups
+            flags = self.dead[name, dim]
+            if len(flags) not in found:
                 raise GraphError(
-                    f"dimension {axis.dim} of {axis.name} has a length of {axis.size}; expected {len(flags)}, of which "
+                    f"dimension {dim} of {name} has a length of {found[0]}; expected {len(flags)}, of which "
                     f"{int(flags.sum())} are masked. A pass that changes lengths has to leave masked layers alone, or "
                     "to run after Speedup."
                 )
-            gone[axis.start : axis.start + axis.size] = flags
         return channels.without(gone)
 
     def joined(self, elements: Mapping[str, Tensor]) -> Masking:
