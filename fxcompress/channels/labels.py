@@ -198,11 +198,12 @@ def plan_cuts(labels: Labels, live: BoolArray) -> tuple[Cut, ...] | None:
     cuts = []
     for dims, factors in blocks_of(labels):
         if len(dims) == 1:
-            flags = live[factors[0].reshape(-1).numpy()]
+            flags = live[factors[0].numpy().reshape(-1)]
             for factor in factors[1:]:
-                flags = flags & live[factor.reshape(-1).numpy()]
-            if not flags.all():
-                cuts.append(Cut(dims, (np.flatnonzero(flags),)))
+                flags = flags & live[factor.numpy().reshape(-1)]
+            (kept,) = flags.nonzero()
+            if len(kept) < len(flags):
+                cuts.append(Cut(dims, (kept,)))
             continue
         mask: BoolArray = np.ones((), dtype=bool)
         for factor in factors:

@@ -27,18 +27,18 @@ def connected(size: int, pairs: Iterable[tuple[IntArray, IntArray]]) -> IntArray
     chunks = list(pairs)
     if not chunks:
         return np.arange(size, dtype=np.int64)
-    narrow = np.int32 if size < 2**31 else np.int64  # there are many more pairs than labels
-    root = np.arange(size, dtype=narrow)
-    left = np.concatenate([pair[0] for pair in chunks], dtype=narrow, casting="same_kind")
-    right = np.concatenate([pair[1] for pair in chunks], dtype=narrow, casting="same_kind")
-    while len(left):
-        low, high = np.minimum(root[left], root[right]), np.maximum(root[left], root[right])
-        apart = low != high
-        left, right, low, high = left[apart], right[apart], low[apart], high[apart]
-        np.minimum.at(root, high, low)
-        while (root[root] != root).any():
-            root = root[root]
-    return root.astype(np.int64)
+    root = np.arange(size, dtype=np.intp)  # numpy copies indices of any other type
+    left, right = (np.concatenate([pair[side] for pair in chunks]) for side in (0, 1))
+    while True:
+        low, high = root[left], root[right]
+        apart = np.flatnonzero(low != high)
+        if not len(apart):
+            return root.astype(np.int64, copy=False)
+        if len(apart) < len(left):
+            left, right, low, high = left[apart], right[apart], low[apart], high[apart]
+        np.minimum.at(root, np.maximum(low, high), np.minimum(low, high))
+        while not np.array_equal(up := root[root], root):
+            root = up
 
 
 @dataclass(frozen=True)
@@ -214,8 +214,7 @@ def solve(facts: Facts, graph: fx.Graph) -> Channels:
 def _rows(ledger: Ledger, component: IntArray, bonds: Sequence[tuple[IntArray, IntArray]]) -> Rows:
     """The rows that may go whole; ``bonds`` are pairs of labels whose rows go together."""
     if not ledger.rows:
-        nothing = np.zeros(len(component), dtype=np.int64)
-        return rows_of((), component, (), (nothing, np.empty(0, dtype=np.int64)))
+        return Rows.none(component)
     part = component
     if any(e.spread for e in ledger.equalities):
         part = connected(len(component), ((e.left, e.right) for e in ledger.equalities if not e.spread))
