@@ -31,6 +31,7 @@ from fxcompress.channels.labels import (
     distinct,
     labels_in,
     plan_cuts,
+    plan_line,
 )
 from fxcompress.channels.solve import Channels, source_of
 from fxcompress.errors import GraphError
@@ -110,13 +111,18 @@ class Plan:
         return found[1]
 
     def _plan_cuts(self, labels: Labels) -> tuple[Cut, ...] | None:
-        if len(labels.factors) != 1 or len(dims_of(labels.factors[0])) > 1:
+        if len(labels.factors) != 1:
             return plan_cuts(labels, self.live)
         (factor,) = labels.factors  # most often the very one that the node before had
         known = self._simple.get(id(factor))
-        if known is None:
-            known = self._simple[id(factor)] = factor, plan_cuts(labels, self.live)
-        return known[1]
+        if known is not None:
+            return known[1]
+        dims = dims_of(factor)
+        if len(dims) != 1:
+            return plan_cuts(labels, self.live)
+        cut = plan_line(dims, [factor], self.live)
+        self._simple[id(factor)] = factor, () if cut is None else (cut,)
+        return self._simple[id(factor)][1]
 
     def shape(self, labels: Labels) -> tuple[int, ...]:
         """A tensor's live shape."""

@@ -19,7 +19,7 @@ from fxcompress.channels.row_sets import RowSet
 from fxcompress.channels.solve import Channels
 from fxcompress.errors import InputError, PassError
 from fxcompress.masking import Masking, complete
-from fxcompress.module import TracedModule, modules_of, submodule
+from fxcompress.module import TracedModule, modules_of, owner
 from fxcompress.passes.removable_units import FloatArray, Units, channel_units, row_units
 from fxcompress.pipeline import Context, Pass
 from fxcompress.plan import settle
@@ -128,28 +128,35 @@ class ChannelPruner(Pass):
     ) -> tuple[BoolArray, int]:
         """For every label whether it lives once the lowest have gone, and how many had to come back."""
         channels = groups.channels
-        tables = [self._units(item, module, channels, masking, live) for item, _ in chosen]
+        alive, rows = channels.alive(live), channels.rows.living(live)
+        tables = [self._units(item, module, channels, masking, alive, rows) for item, _ in chosen]
         counts = self._counts(tables, [sparsity for _, sparsity in chosen])
         rank: dict[int, float] = {}
         for units in tables:
             rank.update(units.rank)
         gone = [units.lowest(count) for units, count in zip(tables, counts, strict=True)]
-        components, rows = (
+        components, whole = (
             np.concatenate([_NONE, *parts]) for parts in (zip(*gone, strict=True) if gone else ((), ()))
         )
-        kept = settle(module, groups, live & channels.live(components, rows), rank)
-        back = int(channels.alive(kept)[components].sum()) + int(channels.rows.living(kept)[rows].sum())
+        kept = settle(module, groups, live & channels.live(components, whole), rank)
+        back = int(channels.alive(kept)[components].sum()) + int(channels.rows.living(kept)[whole].sum())
         return kept, back
 
     def _units(
-        self, item: Group | RowSet, module: TracedModule, channels: Channels, masking: Masking, live: BoolArray
+        self,
+        item: Group | RowSet,
+        module: TracedModule,
+        channels: Channels,
+        masking: Masking,
+        alive: BoolArray,
+        rows: BoolArray,
     ) -> Units:
-        """What may go of a group, or of a set of rows, with scores."""
+        """What may go of a group, or of a set of rows, with scores; for every component and row whether it lives."""
         scores = self._scores(item, module, masking)
         if isinstance(item, RowSet):
-            return row_units(item, scores, channels.rows.living(live)[item.numbers])
-        alive, row = channels.alive(live)[item.components], channels.rows.row[item.components]
-        return channel_units(item, scores, alive, row, aligned=self.granularity == "head_dim")
+            return row_units(item, scores, rows[item.numbers])
+        row = channels.rows.row[item.components]
+        return channel_units(item, scores, alive[item.components], row, aligned=self.granularity == "head_dim")
 
     # ---- which groups ------------------------------------------------------------------------------------------
 
@@ -185,7 +192,6 @@ class ChannelPruner(Pass):
     def _scores(self, group: Group | RowSet, module: TracedModule, masking: Masking) -> FloatArray:
         """Scores of a group's channels (a set's rows), those of its layers combined: shape (width,)."""
         total = np.full(group.width, -np.inf) if self.reduce == "max" else np.zeros(group.width)
-        seen = np.zeros(group.width)
         for item in group.slices:
             layer = _layer(item, module, masking)
             with torch.no_grad():
@@ -200,8 +206,9 @@ class ChannelPruner(Pass):
                 np.maximum.at(total, item.channels, values)
             else:
                 total += np.bincount(item.channels, values, group.width)
-                seen += np.bincount(item.channels, minlength=group.width)
-        return total / seen if self.reduce == "mean" else total
+        if self.reduce != "mean":
+            return total
+        return total / sum(np.bincount(item.channels, minlength=group.width) for item in group.slices)
 
     # ---- how many ----------------------------------------------------------------------------------------------
 
@@ -215,14 +222,17 @@ class ChannelPruner(Pass):
 
 
 def _layer(item: Slices, module: TracedModule, masking: Masking) -> Layer:
-    weight = module.get_parameter(item.parameter).detach()
+    layer, name = owner(module, item.parameter)
+    parameter = layer._parameters[name]
+    assert parameter is not None
+    weight = parameter.detach()
     mask = masking.elements.get(item.parameter)
     if mask is not None:
         weight = weight * mask
-    weight, rows = item.lines(weight), torch.from_numpy(item.rows).to(weight.device)
-    if len(rows) != len(weight) or (item.rows[:-1] > item.rows[1:]).any():
-        weight = weight.index_select(0, rows)
-    return Layer(item.layer, submodule(module, item.layer), weight)
+    weight = item.lines(weight)
+    if len(item.rows) != len(weight) or (item.rows[:-1] > item.rows[1:]).any():
+        weight = weight.index_select(0, torch.from_numpy(item.rows).to(weight.device))
+    return Layer(item.layer, layer, weight)
 
 
 def _global_counts(tables: list[Units], sparsity: float) -> list[int]:

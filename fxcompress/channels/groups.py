@@ -398,7 +398,7 @@ def _members(channels: Channels, sets: list[IntArray]) -> list[tuple[tuple[str, 
     found: list[list[tuple[str, int]]] = [[] for _ in sets]
     axes = [axis for axis in channels.facts.ledger.axes if axis.kind != "made"]
     numbers = {(axis.name, axis.dim): number for number, axis in enumerate(axes)}
-    bounds = [bound for axis in axes for bound in (axis.start, axis.start + axis.size)]
+    bounds = np.array([(axis.start, axis.start + axis.size) for axis in axes], dtype=np.int64).reshape(-1)
     lowest, highest = (end.reduceat(owner, bounds)[::2].tolist() for end in (np.minimum, np.maximum))
     for name, labels in channels.facts.state.items():
         for factor in labels.factors:
