@@ -186,10 +186,11 @@ def _copy_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     if id(module) in memo:
         known: nn.Module = memo[id(module)]
         return known
-    kind = type(module)
-    if hasattr(kind, "__deepcopy__") or kind.__reduce_ex__ is not object.__reduce_ex__ or _keeps_state(kind):  # type: ignore[arg-type]
+    kind: Any = type(module)
+    if hasattr(kind, "__deepcopy__") or kind.__reduce_ex__ is not object.__reduce_ex__ or _keeps_state(kind):
         return copy.deepcopy(module, memo)
-    made = memo[id(module)] = kind.__new__(kind)
+    made: nn.Module = kind.__new__(kind)
+    memo[id(module)] = made
     attributes = vars(made)
     for key, value in vars(module).items():
         if type(value) in _TABLES and not value and key in _STANDARD:  # others may be shared, or known to somebody

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from fxcompress.channels.groups import ChannelGroups
 from fxcompress.channels.labels import (
     BoolArray,
     Cut,
+    FloatArray,
     Labels,
     cut_shape,
     cut_tensor,
@@ -385,9 +386,7 @@ def _kept(order: Tensor, cuts: Sequence[Cut] | None, dim: int) -> Tensor:
     return order
 
 
-def settle(
-    module: TracedModule, groups: ChannelGroups, live: BoolArray, rank: Mapping[int, float] | None = None
-) -> BoolArray:
+def settle(module: TracedModule, groups: ChannelGroups, live: BoolArray, rank: FloatArray | None = None) -> BoolArray:
     """The live set closest to ``live`` whose removal can be written down as a graph.
 
     Constraints are repaired, and channels come back at which a node could not be rewritten (the node is named in the

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from fxcompress.channels.groups import ChannelGroups, Group, Slices
-from fxcompress.channels.labels import BoolArray
+from fxcompress.channels.labels import BoolArray, FloatArray
 from fxcompress.channels.propagate import OUTPUT
 from fxcompress.channels.row_sets import RowSet
 from fxcompress.channels.solve import Channels
 from fxcompress.errors import InputError, PassError
 from fxcompress.masking import Masking, complete
 from fxcompress.module import TracedModule, modules_of, owner
-from fxcompress.passes.removable_units import FloatArray, Units, channel_units, row_units
+from fxcompress.passes.removable_units import Units, channel_units, row_units
 from fxcompress.pipeline import Context, Pass
 from fxcompress.plan import settle
 from fxcompress.select import Selection, Selectors, Sparsity
@@ -131,9 +131,9 @@ class ChannelPruner(Pass):
         alive, rows = channels.alive(live), channels.rows.living(live)
         tables = [self._units(item, module, channels, masking, alive, rows) for item, _ in chosen]
         counts = self._counts(tables, [sparsity for _, sparsity in chosen])
-        rank: dict[int, float] = {}
+        rank = np.zeros(len(channels.component))
         for units in tables:
-            rank.update(units.rank)
+            rank[units.components] = units.importance
         gone = [units.lowest(count) for units, count in zip(tables, counts, strict=True)]
         components, whole = (
             np.concatenate([_NONE, *parts]) for parts in (zip(*gone, strict=True) if gone else ((), ()))

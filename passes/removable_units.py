@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import networkx as nx
 import numpy as np
-import numpy.typing as npt
 
 from fxcompress.channels.groups import Group
-from fxcompress.channels.labels import BoolArray, IntArray
+from fxcompress.channels.labels import BoolArray, FloatArray, IntArray
 from fxcompress.channels.row_sets import RowSet
 
-FloatArray = npt.NDArray[np.float64]
 _NONE: IntArray = np.empty(0, dtype=np.int64)
 
 
@@ -28,7 +26,8 @@ class Units:
         table: for each of those the components that go with it (channels, units).
         rows: for each of those the number of the row that goes (none, or one each).
         multiple: how many channels of a group's width one unit stands for.
-        rank: importance of components, for what has to come back.
+        components: the group's, whether they may go or not.
+        importance: of each of those, for what has to come back.
     """
 
     number: int
@@ -36,7 +35,8 @@ class Units:
     table: IntArray
     rows: IntArray
     multiple: int
-    rank: dict[int, float] = field(default_factory=dict)
+    components: IntArray
+    importance: FloatArray
 
     def lowest(self, count: int) -> tuple[IntArray, IntArray]:
         """Components and rows of the units with the lowest scores."""
@@ -61,11 +61,11 @@ def channel_units(group: Group, scores: FloatArray, alive: BoolArray, row: IntAr
         aligned: the channels of a unit have the same position in every row; else they are every row's lowest.
     """
     scores = np.where(alive, scores, -np.inf)
-    rank = dict(zip(group.components.tolist(), scores.tolist(), strict=True))
+    components = group.components
     if group.crossed:
         table = crossed_units(group.crossed, scores)
         number, table = table.shape[1], table[:, :-1]
-        return Units(number, _means(scores, table), group.components[table], _NONE, len(table), rank)
+        return Units(number, _means(scores, table), components[table], _NONE, len(table), components, scores)
     lists = [np.flatnonzero(group.row_of == number) for number in range(group.rows)]
     if aligned and group.rows > 1:
         ordered = [line for kind in _kinds(lists, row) for line in _aligned(kind, scores)]
@@ -73,7 +73,7 @@ def channel_units(group: Group, scores: FloatArray, alive: BoolArray, row: IntAr
         ordered = [line[np.argsort(scores[line], kind="stable")] for line in lists]
     number = min(map(len, ordered))
     table = np.stack([line[: number - 1] for line in ordered])  # the last unit of a group never goes
-    return Units(number, _means(scores, table), group.components[table], _NONE, group.rows, rank)
+    return Units(number, _means(scores, table), components[table], _NONE, group.rows, components, scores)
 
 
 def _means(scores: FloatArray, table: IntArray) -> FloatArray:
@@ -158,4 +158,5 @@ def row_units(rows: RowSet, scores: FloatArray, alive: BoolArray) -> Units:
             for part in mine:
                 part.remove(place)
     chosen = np.array(going, dtype=np.int64)
-    return Units(rows.width, scores[chosen], np.empty((0, len(going)), dtype=np.int64), rows.numbers[chosen], 1)
+    table = np.empty((0, len(going)), dtype=np.int64)
+    return Units(rows.width, scores[chosen], table, rows.numbers[chosen], 1, _NONE, np.empty(0))

@@ -11,7 +11,17 @@ import numpy as np
 import torch
 from torch import fx
 
-from fxcompress.channels.labels import BoolArray, IntArray, Labels, blocks_of, dims_of, distinct, labels_in, plan_cuts
+from fxcompress.channels.labels import (
+    BoolArray,
+    FloatArray,
+    IntArray,
+    Labels,
+    blocks_of,
+    dims_of,
+    distinct,
+    labels_in,
+    plan_cuts,
+)
 from fxcompress.channels.ledger import Constraint, Ledger, RowTie
 from fxcompress.channels.propagate import Facts
 from fxcompress.channels.rows import Rows, rows_of
@@ -99,12 +109,12 @@ class Channels:
         lives: BoolArray = live | (channels[self.component] & alive[row])
         return self.rows.product(lives, self.component, channels) if self.rows.ties else lives
 
-    def repair(self, live: BoolArray, rank: Mapping[int, float] | None = None) -> BoolArray:
+    def repair(self, live: BoolArray, rank: FloatArray | None = None) -> BoolArray:
         """The labels that live once every constraint holds: components are only brought back, best ranked first.
 
         Args:
             live: bool, one for every label, uniform over components.
-            rank: importance of components; without it earlier channels come back first.
+            rank: importance of every component, by number; without it earlier channels come back first.
         """
         live = self.without(~live) if self.rows.ties else live.copy()
         changed = True
@@ -113,18 +123,18 @@ class Channels:
             for constraint in self.constraints:
                 if _holds(constraint, live):
                     continue
-                back = _bring_back(constraint, live, self.component, rank or {})
+                back = _bring_back(constraint, live, self.component, rank)
                 live = self.revived(live, back)
                 changed = True
             for excess in self.facts.ledger.excesses:
                 for row, count in zip(excess.more, excess.missing(live), strict=True):
-                    more = _best(row[~live[row]], int(count), self.component, rank or {})
+                    more = _best(row[~live[row]], int(count), self.component, rank)
                     live = self.revived(live, np.array(more, dtype=np.int64))
                     changed = changed or bool(more)
             for tie in self.rows.ties:
                 empty = self.rows.empty(tie, live)
                 if len(empty):
-                    live = self.revived(live, _best_members(tie, empty, live, self.component, rank or {}))
+                    live = self.revived(live, _best_members(tie, empty, live, self.component, rank))
                     changed = True
         return live
 
@@ -142,7 +152,7 @@ def _holds(constraint: Constraint, live: BoolArray) -> bool:
     return True
 
 
-def _bring_back(constraint: Constraint, live: BoolArray, component: IntArray, rank: Mapping[int, float]) -> IntArray:
+def _bring_back(constraint: Constraint, live: BoolArray, component: IntArray, rank: FloatArray | None) -> IntArray:
     """Labels to bring back so that the rows of a constraint become equal (all of them, if no rows are found)."""
     everything = np.concatenate([factor.numpy().reshape(-1) for factor in constraint.labels.factors])
     dead: IntArray = distinct(everything[~live[everything]])
@@ -171,16 +181,17 @@ def _must_live(constraint: Constraint, alive: IntArray) -> BoolArray:
     return stays.reshape(-1)
 
 
-def _best(gone: IntArray, count: int, component: IntArray, rank: Mapping[int, float]) -> list[int]:
+def _best(gone: IntArray, count: int, component: IntArray, rank: FloatArray | None) -> list[int]:
     """The best ranked of some labels, one for each component."""
     one_of: dict[int, int] = {}
     for label in gone.tolist():
         one_of.setdefault(int(component[label]), label)
-    return [one_of[c] for c in sorted(one_of, key=lambda c: (-rank.get(c, 0.0), c))[:count]]
+    ranked = sorted(one_of) if rank is None else sorted(one_of, key=lambda c: (-rank[c], c))
+    return [one_of[c] for c in ranked[:count]]
 
 
 def _best_members(
-    tie: RowTie, empty: IntArray, live: BoolArray, component: IntArray, rank: Mapping[int, float]
+    tie: RowTie, empty: IntArray, live: BoolArray, component: IntArray, rank: FloatArray | None
 ) -> IntArray:
     """For rows that live without a member: as many of those as the fullest row has, and one at least."""
     lives = live[tie.members]
