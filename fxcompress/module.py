@@ -44,6 +44,17 @@ class OwnedGraph(fx.Graph):
     def owning_module(self, mod: fx.GraphModule | None) -> None:
         self._owner = None if mod is None else weakref.ref(mod)
 
+    def eliminate_dead_code(self, is_impure_node: Callable[[fx.Node], bool] | None = None) -> bool:
+        """Remove what nobody reads; whether there was anything. Who says what stays says it of a graph in order, which
+        torch.fx checks node by node before it starts (that takes as long as everything else here)."""
+        if is_impure_node is None:
+            return super().eliminate_dead_code()
+        before = len(self.nodes)
+        for node in reversed(self.nodes):
+            if not node.users and not is_impure_node(node):
+                self.erase_node(node)
+        return len(self.nodes) < before
+
 
 class TracedModule(fx.GraphModule):
     """A model as a graph over the caller's own modules and ``state_dict`` keys.
@@ -171,6 +182,8 @@ def _compile_and_run(module: TracedModule, *args: Any, **kwargs: Any) -> Any:
     return type(module).forward(module, *args, **kwargs)
 
 
+#: Kinds of tables that every module has, most of them empty.
+_TABLES = frozenset((dict, OrderedDict, set))
 #: What a copy of a module may share with the original.
 _IMMUTABLE = frozenset((int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size, type))
 
@@ -210,16 +223,17 @@ def _copy_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     if id(module) in memo:
         known: nn.Module = memo[id(module)]
         return known
-    kind = type(module)
-    if hasattr(kind, "__deepcopy__") or kind.__reduce_ex__ is not object.__reduce_ex__ or _keeps_state(kind):  # type: ignore[arg-type]
+    kind: Any = type(module)
+    if hasattr(kind, "__deepcopy__") or kind.__reduce_ex__ is not object.__reduce_ex__ or _keeps_state(kind):
         return copy.deepcopy(module, memo)
-    made = memo[id(module)] = kind.__new__(kind)
+    made: nn.Module = kind.__new__(kind)
+    memo[id(module)] = made
     attributes = vars(made)
     for key, value in vars(module).items():
-        if type(value) in _IMMUTABLE or _is_immutable_tuple(value):
+        if type(value) in _TABLES and not value and key in _STANDARD:  # others may be shared, or known to somebody
+            attributes[key] = type(value)()
+        elif type(value) in _IMMUTABLE or _is_immutable_tuple(value):
             attributes[key] = value
-        elif key in _STANDARD and not value and type(value) in (dict, OrderedDict, set):
-            attributes[key] = type(value)()  # one's own empty dictionary may be shared, or known to somebody else
         elif key in ("_parameters", "_buffers"):
             attributes[key] = type(value)((name, _copy_tensor(tensor, memo)) for name, tensor in value.items())
         elif key == "_modules":
@@ -287,20 +301,24 @@ def modules_of(module: nn.Module, *, every_name: bool = False) -> dict[str, nn.M
         module: the root.
         every_name: a module that has several names is listed under all of them, not only the first.
     """
-    found: dict[str, nn.Module] = {}
-    seen: set[int] = set()
-    # A nested function that calls itself would do, and keep every module that it sees until the next collection.
-    waiting: list[tuple[str, nn.Module]] = [("", module)]
-    while waiting:
-        name, item = waiting.pop()
-        if id(item) in seen and not every_name:
-            continue
-        seen.add(id(item))
-        found[name] = item
-        if item._modules:
-            prefix = f"{name}." if name else ""
-            waiting += [(prefix + key, child) for key, child in reversed(item._modules.items()) if child is not None]
+    found: dict[str, nn.Module] = {"": module}
+    _add_children(module, "", found, None if every_name else {id(module)})
     return found
+
+
+def _add_children(module: nn.Module, prefix: str, found: dict[str, nn.Module], seen: set[int] | None) -> None:
+    """Note every module below one, before its own children; those in ``seen`` not again."""
+    for key, child in module._modules.items():
+        if child is None:
+            continue
+        if seen is not None:
+            if id(child) in seen:
+                continue
+            seen.add(id(child))
+        name = prefix + key
+        found[name] = child
+        if child._modules:
+            _add_children(child, f"{name}.", found, seen)
 
 
 def state_of(module: nn.Module, *, every_name: bool = False) -> dict[str, torch.Tensor]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import operator
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +23,7 @@ from fxcompress.channels.groups import ChannelGroups
 from fxcompress.channels.labels import (
     BoolArray,
     Cut,
+    FloatArray,
     Labels,
     cut_shape,
     cut_tensor,
@@ -31,6 +31,7 @@ from fxcompress.channels.labels import (
     distinct,
     labels_in,
     plan_cuts,
+    plan_line,
 )
 from fxcompress.channels.solve import Channels, source_of
 from fxcompress.errors import GraphError
@@ -101,13 +102,18 @@ class Plan:
         return found[1]
 
     def _plan_cuts(self, labels: Labels) -> tuple[Cut, ...] | None:
-        if len(labels.factors) != 1 or len(dims_of(labels.factors[0])) > 1:
+        if len(labels.factors) != 1:
             return plan_cuts(labels, self.live)
         (factor,) = labels.factors  # most often the very one that the node before had
         known = self._simple.get(id(factor))
-        if known is None:
-            known = self._simple[id(factor)] = factor, plan_cuts(labels, self.live)
-        return known[1]
+        if known is not None:
+            return known[1]
+        dims = dims_of(factor)
+        if len(dims) != 1:
+            return plan_cuts(labels, self.live)
+        cut = plan_line(dims, [factor], self.live)
+        self._simple[id(factor)] = factor, () if cut is None else (cut,)
+        return self._simple[id(factor)][1]
 
     def shape(self, labels: Labels) -> tuple[int, ...]:
         """A tensor's live shape."""
@@ -367,9 +373,7 @@ class Settled:
     problems: tuple[str, ...]
 
 
-def settled(
-    module: TracedModule, groups: ChannelGroups, live: BoolArray, rank: Mapping[int, float] | None = None
-) -> Settled:
+def settled(module: TracedModule, groups: ChannelGroups, live: BoolArray, rank: FloatArray | None = None) -> Settled:
     """The live set closest to ``live`` whose removal can be written down as a graph.
 
     Constraints are repaired, and channels come back at which a node could not be rewritten (the node is named in the
@@ -394,9 +398,7 @@ def settled(
             return Settled(live, repaired, tuple(problems))
 
 
-def settle(
-    module: TracedModule, groups: ChannelGroups, live: BoolArray, rank: Mapping[int, float] | None = None
-) -> BoolArray:
+def settle(module: TracedModule, groups: ChannelGroups, live: BoolArray, rank: FloatArray | None = None) -> BoolArray:
     """The live set alone of :func:`settled`."""
     return settled(module, groups, live, rank).live
 

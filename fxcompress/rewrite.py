@@ -122,7 +122,10 @@ class Rewriter:
     def set_tensor(self, name: str, tensor: Tensor) -> None:
         """Replace the tensor of a parameter or buffer, under all its names; parameters stay parameters."""
         holder, leaf = self.owner(name)
-        old = getattr(holder, leaf)
+        self.exchange(getattr(holder, leaf), tensor)
+
+    def exchange(self, old: Tensor, tensor: Tensor) -> None:
+        """:meth:`set_tensor` for who has the parameter or buffer itself in hand."""
         new = tensor
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(tensor.detach(), requires_grad=old.requires_grad)

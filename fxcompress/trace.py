@@ -266,7 +266,8 @@ def is_leaf(module: nn.Module) -> bool:
     hooked = module._forward_hooks or module._forward_pre_hooks
     if isinstance(module, nn.modules.conv._ConvNd) and module.padding_mode != "zeros":
         return False  # a pad and a convolution
-    return plain and not hooked and not any(True for _ in module.children()) and type(module) is not nn.Module
+    childless = all(child is None for child in module._modules.values())
+    return plain and not hooked and childless and type(module) is not nn.Module
 
 
 @contextmanager

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from fxcompress.channels.groups import ChannelGroups, Group, Slices
-from fxcompress.channels.labels import BoolArray
+from fxcompress.channels.labels import BoolArray, FloatArray
 from fxcompress.channels.propagate import OUTPUT
 from fxcompress.channels.row_sets import RowSet
 from fxcompress.channels.solve import Channels
 from fxcompress.context import Context
 from fxcompress.errors import InputError, PassError
 from fxcompress.masking import Masking, complete
-from fxcompress.module import TracedModule, modules_of, submodule
-from fxcompress.passes.removable_units import FloatArray, Units, channel_units, row_units
+from fxcompress.module import TracedModule, modules_of, owner
+from fxcompress.passes.removable_units import Units, channel_units, row_units
 from fxcompress.pipeline import Pass
 from fxcompress.plan import settled
 from fxcompress.select import Selection, Selectors, Sparsity
@@ -132,31 +132,38 @@ class ChannelPruner(Pass):
         """For every label whether it lives once the lowest have gone, how many had to come back for the sake of rows,
         and how many at nodes that could not be rewritten, with those."""
         channels = groups.channels
-        tables = [self._units(item, module, channels, masking, live) for item, _ in chosen]
+        alive, rows = channels.alive(live), channels.rows.living(live)
+        tables = [self._units(item, module, channels, masking, alive, rows) for item, _ in chosen]
         counts = self._counts(tables, [sparsity for _, sparsity in chosen])
-        rank: dict[int, float] = {}
+        rank = np.zeros(len(channels.component))
         for units in tables:
-            rank.update(units.rank)
+            rank[units.ranked] = units.importance
         gone = [units.lowest(count) for units, count in zip(tables, counts, strict=True)]
-        components, rows = (
+        components, whole = (
             np.concatenate([_NONE, *parts]) for parts in (zip(*gone, strict=True) if gone else ((), ()))
         )
-        found = settled(module, groups, live & channels.live(components, rows), rank)
+        found = settled(module, groups, live & channels.live(components, whole), rank)
         uneven, back = (
-            int(channels.alive(kept)[components].sum()) + int(channels.rows.living(kept)[rows].sum())
+            int(channels.alive(kept)[components].sum()) + int(channels.rows.living(kept)[whole].sum())
             for kept in (found.repaired, found.live)
         )
         return found.live, uneven, back - uneven, found.problems
 
     def _units(
-        self, item: Group | RowSet, module: TracedModule, channels: Channels, masking: Masking, live: BoolArray
+        self,
+        item: Group | RowSet,
+        module: TracedModule,
+        channels: Channels,
+        masking: Masking,
+        alive: BoolArray,
+        rows: BoolArray,
     ) -> Units:
-        """What may go of a group, or of a set of rows, with scores."""
+        """What may go of a group, or of a set of rows, with scores; for every component and row whether it lives."""
         scores = self._scores(item, module, masking)
         if isinstance(item, RowSet):
-            return row_units(item, scores, channels.rows.living(live)[item.numbers])
-        alive, row = channels.alive(live)[item.components], channels.rows.row[item.components]
-        return channel_units(item, scores, alive, row, aligned=self.granularity == "head_dim")
+            return row_units(item, scores, rows[item.numbers])
+        row = channels.rows.row[item.components]
+        return channel_units(item, scores, alive[item.components], row, aligned=self.granularity == "head_dim")
 
     # ---- which groups ------------------------------------------------------------------------------------------
 
@@ -192,7 +199,6 @@ class ChannelPruner(Pass):
     def _scores(self, group: Group | RowSet, module: TracedModule, masking: Masking) -> FloatArray:
         """Scores of a group's channels (a set's rows), those of its layers combined: shape (width,)."""
         total = np.full(group.width, -np.inf) if self.reduce == "max" else np.zeros(group.width)
-        seen = np.zeros(group.width)
         for item in group.slices:
             layer = _layer(item, module, masking)
             with torch.no_grad():
@@ -207,8 +213,9 @@ class ChannelPruner(Pass):
                 np.maximum.at(total, item.channels, values)
             else:
                 total += np.bincount(item.channels, values, group.width)
-                seen += np.bincount(item.channels, minlength=group.width)
-        return total / seen if self.reduce == "mean" else total
+        if self.reduce != "mean":
+            return total
+        return total / sum(np.bincount(item.channels, minlength=group.width) for item in group.slices)
 
     # ---- how many ----------------------------------------------------------------------------------------------
 
@@ -222,14 +229,17 @@ class ChannelPruner(Pass):
 
 
 def _layer(item: Slices, module: TracedModule, masking: Masking) -> Layer:
-    weight = module.get_parameter(item.parameter).detach()
+    layer, name = owner(module, item.parameter)
+    parameter = layer._parameters[name]
+    assert parameter is not None
+    weight = parameter.detach()
     mask = masking.elements.get(item.parameter)
     if mask is not None:
         weight = weight * mask
-    weight, rows = item.lines(weight), torch.from_numpy(item.rows).to(weight.device)
-    if len(rows) != len(weight) or (item.rows[:-1] > item.rows[1:]).any():
-        weight = weight.index_select(0, rows)
-    return Layer(item.layer, submodule(module, item.layer), weight)
+    weight = item.lines(weight)
+    if len(item.rows) != len(weight) or (item.rows[:-1] > item.rows[1:]).any():
+        weight = weight.index_select(0, torch.from_numpy(item.rows).to(weight.device))
+    return Layer(item.layer, layer, weight)
 
 
 def _global_counts(tables: list[Units], sparsity: float) -> list[int]:

@@ -40,7 +40,8 @@ class NormFilterPruner(ChannelPruner):
         """The norm of every channel's slice, normalised as asked: (channels,)."""
         slices = layer.weight.flatten(1)
         rows = max(_AT_ONCE // slices.shape[1], 1)
-        score = torch.cat([self.norm(some) for some in slices.split(rows)])
+        parts = [self.norm(some) for some in slices.split(rows)]
+        score = torch.cat(parts) if len(parts) > 1 else parts[0]
         if self.norm_by == "size":
             return score / slices.shape[1]
         if self.norm_by == "layer":

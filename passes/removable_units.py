@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import networkx as nx
 import numpy as np
-import numpy.typing as npt
 
 from fxcompress.channels.groups import Group
-from fxcompress.channels.labels import BoolArray, IntArray
+from fxcompress.channels.labels import BoolArray, FloatArray, IntArray
 from fxcompress.channels.row_sets import RowSet
-
-FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -27,7 +24,8 @@ class Units:
         components: (components, units): those that go with each of them.
         rows: (rows, units): the numbers of the rows that go with each of them.
         multiple: how many channels of a group's width one unit stands for.
-        rank: importance of components, for what has to come back.
+        ranked: the group's components, whether they may go or not.
+        importance: of each of those, for what has to come back.
     """
 
     number: int
@@ -35,7 +33,8 @@ class Units:
     components: IntArray
     rows: IntArray
     multiple: int
-    rank: dict[int, float] = field(default_factory=dict)
+    ranked: IntArray
+    importance: FloatArray
 
     def lowest(self, count: int) -> tuple[IntArray, IntArray]:
         """Components and rows of the units with the lowest scores."""
@@ -60,11 +59,10 @@ def channel_units(group: Group, scores: FloatArray, alive: BoolArray, row: IntAr
         aligned: the channels of a unit have the same position in every row; else they are every row's lowest.
     """
     scores = np.where(alive, scores, -np.inf)
-    rank = dict(zip(group.components.tolist(), scores.tolist(), strict=True))
     if group.crossed:
         table = crossed_units(group.crossed, scores)
         number, table = table.shape[1], table[:, :-1]
-        return Units(number, _means(scores, table), group.components[table], _none(table), len(table), rank)
+        return _units(group, number, table, len(table), scores)
     lists = [np.flatnonzero(group.row_of == number) for number in range(group.rows)]
     if aligned and group.rows > 1:
         ordered = [line for kind in _kinds(lists, row) for line in _aligned(kind, scores)]
@@ -72,7 +70,13 @@ def channel_units(group: Group, scores: FloatArray, alive: BoolArray, row: IntAr
         ordered = [line[np.argsort(scores[line], kind="stable")] for line in lists]
     number = min(map(len, ordered))
     table = np.stack([line[: number - 1] for line in ordered])  # the last unit of a group never goes
-    return Units(number, _means(scores, table), group.components[table], _none(table), group.rows, rank)
+    return _units(group, number, table, group.rows, scores)
+
+
+def _units(group: Group, number: int, table: IntArray, multiple: int, scores: FloatArray) -> Units:
+    """Units of single channels; ``table``: (channels, units), indices of a group's channels."""
+    components = group.components
+    return Units(number, _means(scores, table), components[table], _none(table), multiple, components, scores)
 
 
 def _none(units: IntArray) -> IntArray:
@@ -163,4 +167,4 @@ def row_units(rows: RowSet, scores: FloatArray, alive: BoolArray) -> Units:
                 part.remove(place)
     chosen = np.array(going, dtype=np.int64)
     numbers = rows.numbers[chosen].reshape(1, -1)
-    return Units(rows.width, scores[chosen], _none(numbers), numbers, 1)
+    return Units(rows.width, scores[chosen], _none(numbers), numbers, 1, numbers[:0, 0], scores[:0])

@@ -18,7 +18,6 @@ from enum import IntEnum
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, fx, nn
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -26,14 +25,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fxcompress.channels import constant_values as values
 from fxcompress.channels import contractions, recurrence, reductions, rules
 from fxcompress.channels.constant_values import Known, Product, Window
-from fxcompress.channels.labels import IntArray, dims_of
+from fxcompress.channels.labels import FloatArray, IntArray, dims_of
 from fxcompress.channels.propagate import propagate
 from fxcompress.channels.recurrent_constants import Zeros
 from fxcompress.channels.rules import Call, Rule
 from fxcompress.inputs import Inputs
 from fxcompress.module import TracedModule, owner
-
-FloatArray = npt.NDArray[np.float64]
 
 
 class Verdict(IntEnum):

@@ -344,18 +344,24 @@ def _members(channels: Channels, sets: list[IntArray]) -> list[tuple[tuple[str, 
     owner = np.full(len(channels.component), -1, dtype=np.int64)
     for index, chosen in enumerate(sets):
         owner[chosen] = index
-    owner = owner[channels.component]
+    owner = np.append(owner[channels.component], -1)
     found: list[list[tuple[str, int]]] = [[] for _ in sets]
-    axes = {(axis.name, axis.dim): axis for axis in channels.facts.ledger.axes if axis.kind != "made"}
+    axes = [axis for axis in channels.facts.ledger.axes if axis.kind != "made"]
+    numbers = {(axis.name, axis.dim): number for number, axis in enumerate(axes)}
+    bounds = np.array([(axis.start, axis.start + axis.size) for axis in axes], dtype=np.int64).reshape(-1)
+    lowest, highest = (end.reduceat(owner, bounds)[::2].tolist() for end in (np.minimum, np.maximum))
     for name, labels in channels.facts.state.items():
         for factor in labels.factors:
             dims = dims_of(factor)
-            if len(dims) == 1:
-                axis = axes[name, dims[0]]
-                mine = owner[axis.start : axis.start + axis.size]
-            else:  # a grouped weight carries the labels of what it reads
-                mine = owner[factor.reshape(-1).numpy()]
-            for index in mine[:1] if (mine == mine[0]).all() else distinct(mine):
+            number = numbers[name, dims[0]] if len(dims) == 1 else None
+            if number is None:  # a grouped weight carries the labels of what it reads
+                mine = distinct(owner[factor.reshape(-1).numpy()]).tolist()
+            elif lowest[number] == highest[number]:  # most often
+                mine = [lowest[number]]
+            else:
+                axis = axes[number]
+                mine = distinct(owner[axis.start : axis.start + axis.size]).tolist()
+            for index in mine:
                 if index >= 0:  # columns of a grouped weight differ from row to row: the last dimension is theirs
                     found[index].append((name, dims[-1]))
     return list(map(tuple, found))

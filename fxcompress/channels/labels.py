@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
+FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -191,16 +192,23 @@ def plan_cut(mask: BoolArray, dims: tuple[int, ...], column: int) -> Cut | None:
     return Cut(dims, keep, column, np.ascontiguousarray(np.moveaxis(chosen, -1, column)))
 
 
+def plan_line(dims: tuple[int, ...], factors: Sequence[Tensor], live: BoolArray) -> Cut | None:
+    """The cut along the one dimension in which all these factors vary; None where everything in it lives."""
+    flags = live[factors[0].numpy().reshape(-1)]
+    for factor in factors[1:]:
+        flags = flags & live[factor.numpy().reshape(-1)]
+    (kept,) = flags.nonzero()
+    return Cut(dims, (kept,)) if len(kept) < len(flags) else None
+
+
 def plan_cuts(labels: Labels, live: BoolArray) -> tuple[Cut, ...] | None:
     """One cut for each block of dimensions that some dead label touches; None if the live elements have no shape."""
     cuts = []
     for dims, factors in blocks_of(labels):
         if len(dims) == 1:
-            flags = live[factors[0].reshape(-1).numpy()]
-            for factor in factors[1:]:
-                flags = flags & live[factor.reshape(-1).numpy()]
-            if not flags.all():
-                cuts.append(Cut(dims, (np.flatnonzero(flags),)))
+            line = plan_line(dims, factors, live)
+            if line is not None:
+                cuts.append(line)
             continue
         mask: BoolArray = np.ones((), dtype=bool)
         for factor in factors:

@@ -62,6 +62,8 @@ def rows_among(tables: Sequence[IntArray], chosen: IntArray) -> tuple[IntArray, 
     """
     mine = [table[chosen] for table in tables]
     mine = [row for row in mine if row.min() != row.max()]
+    if not mine:
+        return np.zeros(len(chosen), dtype=np.int64), ()
     joint = np.zeros(len(chosen), dtype=np.int64)
     with np.errstate(over="ignore"):
         for row in mine:

@@ -11,7 +11,17 @@ import numpy as np
 import torch
 from torch import fx
 
-from fxcompress.channels.labels import BoolArray, IntArray, Labels, blocks_of, dims_of, distinct, labels_in, plan_cuts
+from fxcompress.channels.labels import (
+    BoolArray,
+    FloatArray,
+    IntArray,
+    Labels,
+    blocks_of,
+    dims_of,
+    distinct,
+    labels_in,
+    plan_cuts,
+)
 from fxcompress.channels.ledger import Constraint, Ledger, RowTie
 from fxcompress.channels.propagate import Facts
 from fxcompress.channels.rows import Rows, rows_of
@@ -27,18 +37,18 @@ def connected(size: int, pairs: Iterable[tuple[IntArray, IntArray]]) -> IntArray
     chunks = list(pairs)
     if not chunks:
         return np.arange(size, dtype=np.int64)
-    narrow = np.int32 if size < 2**31 else np.int64  # there are many more pairs than labels
-    root = np.arange(size, dtype=narrow)
-    left = np.concatenate([pair[0] for pair in chunks], dtype=narrow, casting="same_kind")
-    right = np.concatenate([pair[1] for pair in chunks], dtype=narrow, casting="same_kind")
-    while len(left):
-        low, high = np.minimum(root[left], root[right]), np.maximum(root[left], root[right])
-        apart = low != high
-        left, right, low, high = left[apart], right[apart], low[apart], high[apart]
-        np.minimum.at(root, high, low)
-        while (root[root] != root).any():
-            root = root[root]
-    return root.astype(np.int64)
+    root = np.arange(size, dtype=np.intp)  # numpy copies indices of any other type
+    left, right = (np.concatenate([pair[side] for pair in chunks]) for side in (0, 1))
+    while True:
+        low, high = root[left], root[right]
+        apart = np.flatnonzero(low != high)
+        if not len(apart):
+            return root.astype(np.int64, copy=False)
+        if len(apart) < len(left):
+            left, right, low, high = left[apart], right[apart], low[apart], high[apart]
+        np.minimum.at(root, np.maximum(low, high), np.minimum(low, high))
+        while not np.array_equal(up := root[root], root):
+            root = up
 
 
 @dataclass(frozen=True)
@@ -96,12 +106,12 @@ class Channels:
         lives: BoolArray = live | (channels[self.component] & alive[row])
         return self.rows.product(lives, self.component, channels)
 
-    def repair(self, live: BoolArray, rank: Mapping[int, float] | None = None) -> BoolArray:
+    def repair(self, live: BoolArray, rank: FloatArray | None = None) -> BoolArray:
         """The labels that live once every constraint holds: components are only brought back, best ranked first.
 
         Args:
             live: bool, one for every label, uniform over components.
-            rank: importance of components; without it earlier channels come back first.
+            rank: importance of every component, by number; without it earlier channels come back first.
         """
         live = self.without(~live)
         changed = True
@@ -110,18 +120,18 @@ class Channels:
             for constraint in self.constraints:
                 if _holds(constraint, live):
                     continue
-                back = _bring_back(constraint, live, self.component, rank or {})
+                back = _bring_back(constraint, live, self.component, rank)
                 live = self.revived(live, back)
                 changed = True
             for excess in self.facts.ledger.excesses:
                 for row, count in zip(excess.more, excess.missing(live), strict=True):
-                    more = _best(row[~live[row]], int(count), self.component, rank or {})
+                    more = _best(row[~live[row]], int(count), self.component, rank)
                     live = self.revived(live, np.array(more, dtype=np.int64))
                     changed = changed or bool(more)
             for tie in self.rows.ties:
                 empty = self.rows.empty(tie, live)
                 if len(empty):
-                    live = self.revived(live, _best_members(tie, empty, live, self.component, rank or {}))
+                    live = self.revived(live, _best_members(tie, empty, live, self.component, rank))
                     changed = True
         return live
 
@@ -139,7 +149,7 @@ def _holds(constraint: Constraint, live: BoolArray) -> bool:
     return True
 
 
-def _bring_back(constraint: Constraint, live: BoolArray, component: IntArray, rank: Mapping[int, float]) -> IntArray:
+def _bring_back(constraint: Constraint, live: BoolArray, component: IntArray, rank: FloatArray | None) -> IntArray:
     """Labels to bring back so that the rows of a constraint become equal (all of them, if no rows are found)."""
     everything = np.concatenate([factor.numpy().reshape(-1) for factor in constraint.labels.factors])
     dead: IntArray = distinct(everything[~live[everything]])
@@ -168,16 +178,17 @@ def _must_live(constraint: Constraint, alive: IntArray) -> BoolArray:
     return stays.reshape(-1)
 
 
-def _best(gone: IntArray, count: int, component: IntArray, rank: Mapping[int, float]) -> list[int]:
+def _best(gone: IntArray, count: int, component: IntArray, rank: FloatArray | None) -> list[int]:
     """The best ranked of some labels, one for each component."""
     one_of: dict[int, int] = {}
     for label in gone.tolist():
         one_of.setdefault(int(component[label]), label)
-    return [one_of[c] for c in sorted(one_of, key=lambda c: (-rank.get(c, 0.0), c))[:count]]
+    ranked = sorted(one_of) if rank is None else sorted(one_of, key=lambda c: (-rank[c], c))
+    return [one_of[c] for c in ranked[:count]]
 
 
 def _best_members(
-    tie: RowTie, empty: IntArray, live: BoolArray, component: IntArray, rank: Mapping[int, float]
+    tie: RowTie, empty: IntArray, live: BoolArray, component: IntArray, rank: FloatArray | None
 ) -> IntArray:
     """For rows that live without a member: as many of those as the fullest row has, and one at least."""
     lives = live[tie.members]
@@ -211,8 +222,7 @@ def solve(facts: Facts, graph: fx.Graph) -> Channels:
 def _rows(ledger: Ledger, component: IntArray, bonds: Sequence[tuple[IntArray, IntArray]]) -> Rows:
     """The rows that may go whole; ``bonds`` are pairs of labels whose rows go together."""
     if not ledger.row_ties:
-        nothing = np.zeros(len(component), dtype=np.int64)
-        return rows_of((), component, (), (nothing, np.empty(0, dtype=np.int64)))
+        return Rows.none(component)
     part = component
     if any(e.spread for e in ledger.equalities):
         part = connected(len(component), ((e.left, e.right) for e in ledger.equalities if not e.spread))
