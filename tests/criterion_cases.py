@@ -142,5 +142,5 @@ def dead_channels(masked: nn.Module, weight: str, dim: int = 0) -> set[int]:
     found: Any = masks(masked).get(weight)
     if found is None:
         return set()
-    lines = found.movedim(dim, 0).flatten(1).any(1)
+    lines = found.movedim(dim, 0).reshape(found.shape[dim], -1).any(1)
     return set((~lines).nonzero().flatten().tolist())
