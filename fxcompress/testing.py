@@ -30,6 +30,7 @@ from fxcompress.generate import Op, Spec, inputs, motifs, network, networks
 from fxcompress.inputs import Inputs, other_batch
 from fxcompress.module import MASKS, TracedModule
 from fxcompress.pipeline import Pass
+from fxcompress.task import Task
 from fxcompress.trace import trace
 from fxcompress.verify import TOLERANCE, precise
 
@@ -86,7 +87,13 @@ class Case:
 
 
 def check_laws(
-    pass_: Pass, model: nn.Module, inputs: Any, *, seed: int = 0, laws: Sequence[str] | None = None
+    pass_: Pass,
+    model: nn.Module,
+    inputs: Any,
+    *,
+    task: Task | None = None,
+    seed: int = 0,
+    laws: Sequence[str] | None = None,
 ) -> TracedModule:
     """Run a pass on a model and check the laws that every pass obeys.
 
@@ -107,6 +114,8 @@ def check_laws(
         pass_: the pass.
         model: any module, or what fxcompress made.
         inputs: what ``compress`` takes as ``example_inputs``.
+        task: what the model is for; by default its batches are the inputs, twice, its loss is the mean square of the
+            outputs, its score minus that, and its optimizer SGD.
         seed: for whatever is random.
         laws: names of the laws to check; all by default.
 
@@ -120,7 +129,8 @@ def check_laws(
     unknown = [name for name in chosen if name not in LAWS]
     if unknown:
         raise ValueError(f"laws has {unknown[0]!r}; expected names from {', '.join(LAWS)}.")
-    case = _run_case(pass_, model, Inputs.parse(inputs), seed)
+    example = Inputs.parse(inputs)
+    case = _run_case(pass_, model, example, seed, task or _default_task(example))
     for name in chosen:
         problem = LAWS[name](case)
         if problem:
@@ -128,7 +138,21 @@ def check_laws(
     return case.after
 
 
-def _run_case(item: Pass, model: nn.Module, example: Inputs, seed: int) -> Case:
+def _default_task(example: Inputs) -> Task:
+    return Task(
+        batches=[example, example],
+        loss=_mean_square,
+        score=lambda model: -float(_mean_square(model, example)),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e-3),
+    )
+
+
+def _mean_square(model: nn.Module, batch: Inputs) -> Tensor:
+    outputs = [leaf for leaf in pytree.tree_leaves(batch.run(model)) if isinstance(leaf, Tensor)]
+    return torch.stack([leaf.abs().float().square().mean() for leaf in outputs if leaf.numel()]).sum()
+
+
+def _run_case(item: Pass, model: nn.Module, example: Inputs, seed: int, task: Task) -> Case:
     before = trace(model, example)
     portraits = {"model": (model, portrait(model)), "inputs": (example, portrait(example))}
     random = torch.get_rng_state()
@@ -143,11 +167,11 @@ def _run_case(item: Pass, model: nn.Module, example: Inputs, seed: int) -> Case:
         )
 
     try:
-        after = compress(model, [item], example_inputs=example, verify=False, seed=seed, progress=False)
+        after = compress(model, [item], example_inputs=example, task=task, verify=False, seed=seed, progress=False)
         portraits["result"] = (after, portrait(after))
         run_twice = item.idempotent
         again = (
-            compress(after, [item], example_inputs=example, verify=False, seed=seed, progress=False)
+            compress(after, [item], example_inputs=example, task=task, verify=False, seed=seed, progress=False)
             if run_twice
             else None
         )
