@@ -25,7 +25,6 @@ from fxcompress.errors import VerificationError as VerificationError
 from fxcompress.latency import Latency as Latency
 from fxcompress.latency import latency as latency
 from fxcompress.masking import masks as masks
-from fxcompress.masking import sparsity as sparsity
 from fxcompress.module import TracedModule as TracedModule
 from fxcompress.pipeline import Pass as Pass
 from fxcompress.pipeline import PassResult as PassResult
@@ -33,6 +32,8 @@ from fxcompress.pipeline import graph_pass as graph_pass
 from fxcompress.report import Report as Report
 from fxcompress.report import report as report
 from fxcompress.rewrite import Rewriter as Rewriter
+from fxcompress.sparsity import Sparsities as Sparsities
+from fxcompress.sparsity import sparsity as sparsity
 from fxcompress.symbolic import Symbolic as Symbolic
 from fxcompress.task import Task as Task
 from fxcompress.trace import trace as trace

@@ -111,15 +111,6 @@ def masks(module: nn.Module) -> dict[str, Tensor]:
     return {name: buffer.clone() for name, buffer in holder.named_buffers()}
 
 
-def sparsity(module: nn.Module) -> dict[str, float]:
-    """The fraction of every masked parameter that its mask removes, measured, and of all parameters under ``""``."""
-    found = masks(module)
-    fractions = {name: 1 - float(mask.float().mean()) for name, mask in found.items()}
-    total = sum(parameter.numel() for parameter in module.parameters())
-    gone = sum(int((~mask).sum()) for mask in found.values())
-    return {**fractions, "": gone / total if total else 0.0}
-
-
 def clean(module: TracedModule) -> TracedModule:
     """The module without its mask nodes, changed in place."""
     lift(module)

@@ -6,8 +6,14 @@ if __name__ == "passes":
         "its import name is `fxcompress.passes`"
     )
 
+from fxcompress.passes.activation_apoz_rank_filter_pruner import (
+    ActivationAPoZRankFilterPruner as ActivationAPoZRankFilterPruner,
+)
+from fxcompress.passes.activation_mean_rank_filter_pruner import (
+    ActivationMeanRankFilterPruner as ActivationMeanRankFilterPruner,
+)
 from fxcompress.passes.channel_pruner import ChannelPruner as ChannelPruner
-from fxcompress.passes.channel_pruner import Layer as Layer
+from fxcompress.passes.compensate_bias import CompensateBias as CompensateBias
 from fxcompress.passes.fine_tune import FineTune as FineTune
 from fxcompress.passes.fold_batch_norm import FoldBatchNorm as FoldBatchNorm
 from fxcompress.passes.fpgm_pruner import FPGMPruner as FPGMPruner
@@ -15,4 +21,7 @@ from fxcompress.passes.l1_filter_pruner import L1FilterPruner as L1FilterPruner
 from fxcompress.passes.l2_filter_pruner import L2FilterPruner as L2FilterPruner
 from fxcompress.passes.level_pruner import LevelPruner as LevelPruner
 from fxcompress.passes.random_filter_pruner import RandomFilterPruner as RandomFilterPruner
+from fxcompress.passes.recalibrate_batch_norm import RecalibrateBatchNorm as RecalibrateBatchNorm
+from fxcompress.passes.scoring import Layer as Layer
 from fxcompress.passes.speedup import Speedup as Speedup
+from fxcompress.passes.taylor_fo_pruner import TaylorFOPruner as TaylorFOPruner

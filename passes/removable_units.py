@@ -36,6 +36,11 @@ class Units:
     ranked: IntArray
     importance: FloatArray
 
+    @property
+    def gone(self) -> int:
+        """How many are gone already; their scores are the lowest there are."""
+        return int(np.isneginf(self.scores).sum())
+
     def lowest(self, count: int) -> tuple[IntArray, IntArray]:
         """Components and rows of the units with the lowest scores."""
         return self.components[:, :count].reshape(-1), self.rows[:, :count].reshape(-1)

@@ -81,6 +81,31 @@ def test_custom_criterion_chooses_by_its_score() -> None:
     assert kept.tolist() == deviation.topk(16).indices.sort().values.tolist()
 
 
+# ---- custom_criterion ------------------------------------------------------------------------------------------------
+
+
+def test_a_criterion_that_looks_at_data_takes_less_than_ten_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    source = (EXAMPLES / "custom_criterion.py").read_text()
+    (found,) = [n for n in ast.parse(source).body if isinstance(n, ast.ClassDef)]
+    assert found.end_lineno is not None
+    assert found.end_lineno - found.lineno + 1 < 10
+    example = runpy.run_path(str(EXAMPLES / "custom_criterion.py"))
+    small = example["main"]()
+    assert [small.get_submodule(name).out_channels for name in "03"] == [16, 24]
+    assert "of the parameters are gone" in capsys.readouterr().out
+
+    torch.manual_seed(0)
+    model, batches = example["network"](), [torch.randn(16, 3, 12, 12) for _ in range(2)]
+    pruner = example["VariancePruner"](0.5)
+    task = fxcompress.Task(batches=batches)
+    masked = fxcompress.compress(model, [pruner], example_inputs=batches[0], task=task)
+    with torch.no_grad():
+        seen = [model[:3](x).transpose(0, 1).flatten(1) for x in batches]
+    variance = torch.stack([x.var(1) for x in seen]).mean(0)
+    kept = fxcompress.masks(masked)["0.bias"].nonzero().flatten()
+    assert kept.tolist() == variance.topk(16).indices.sort().values.tolist()
+
+
 # ---- documentation ---------------------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,9 @@ from torch import Tensor, fx, nn
 import fxcompress.passes
 from fxcompress import Pass, PassError, compress, graph_pass
 from fxcompress.passes import (
+    ActivationAPoZRankFilterPruner,
+    ActivationMeanRankFilterPruner,
+    CompensateBias,
     FineTune,
     FoldBatchNorm,
     FPGMPruner,
@@ -24,7 +27,9 @@ from fxcompress.passes import (
     L2FilterPruner,
     LevelPruner,
     RandomFilterPruner,
+    RecalibrateBatchNorm,
     Speedup,
+    TaylorFOPruner,
 )
 from fxcompress.testing import LAWS, Spec, check_laws, inputs, network, networks
 
@@ -49,8 +54,14 @@ PASSES: tuple[Pass, ...] = (
     FPGMPruner(0.4, scope="global"),
     RandomFilterPruner(0.6, seed=3),
     RandomFilterPruner(0.4, seed=4, scope="global"),
+    ActivationAPoZRankFilterPruner(0.5),
+    ActivationMeanRankFilterPruner(0.4, scope="global", norm_by="layer"),
+    TaylorFOPruner(0.5),
+    TaylorFOPruner(0.4, per="element", scope="global", max_sparsity_per_group=0.6),
     FoldBatchNorm(),
-    FineTune(),
+    RecalibrateBatchNorm(),
+    CompensateBias(),
+    FineTune(1),
     Speedup(),
     Speedup(approximate=True),
     drop_identities,
@@ -172,7 +183,7 @@ def test_every_pass_is_listed() -> None:
 def test_the_models_give_every_pass_something_to_do() -> None:
     for item in PASSES:
         model = Convolutions().eval()
-        if isinstance(item, Speedup):
+        if isinstance(item, (Speedup, CompensateBias)):
             model = compress(model, [L1FilterPruner(0.5)], example_inputs=MODELS["convolutions"][1])
         result = check_laws(item, model, MODELS["convolutions"][1], laws=["modified"])
         assert result.meta["history"][-1].modified, item

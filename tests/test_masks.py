@@ -264,17 +264,6 @@ def test_masked_channels_are_zero_behind_a_norm() -> None:
     assert found[:, 3:].flatten(2).any(2).all()
 
 
-def test_sparsity_is_measured() -> None:
-    """plain(): a is 6 x 27 + 6, bn 2 x 6, fc 5 x 24 + 5; half of all but fc's bias goes."""
-    _, masked = masked_half()
-    found = fxcompress.sparsity(masked)
-    half = dict.fromkeys(("a.weight", "a.bias", "bn.weight", "bn.bias", "fc.weight"), 0.5)
-    assert found == {**half, "": pytest.approx(0.5 * (162 + 6 + 12 + 120) / (162 + 6 + 12 + 125))}
-    odd = fxcompress.compress(plain(), [InOrder(0.6)], example_inputs=IMAGE.float())  # int(6 * .6) = 3
-    assert fxcompress.sparsity(odd)["a.weight"] == 0.5
-    assert fxcompress.sparsity(nn.Linear(2, 2)) == {"": 0.0}
-
-
 def test_a_layer_used_twice_has_one_mask() -> None:
     _, masked = masked_half(twice())
     assert sorted(fxcompress.masks(masked)) == ["a.bias", "a.weight", "b.bias", "b.weight", "c.weight"]

@@ -23,7 +23,7 @@ CORE = {
     "compress", "trace", "channel_groups", "count", "latency", "report", "masks", "sparsity",
     # what they get
     "TracedModule", "ChannelGroups", "Group", "GroupedLayers", "LayerSet", "LayerSets", "RowSet", "Cost", "Symbolic",
-    "Latency", "Report", "Step", "Epoch",
+    "Latency", "Report", "Step", "Epoch", "Sparsities",
     # what a model is for
     "Task",
     # what authors of passes need
@@ -34,7 +34,8 @@ CORE = {
 }  # fmt: skip
 PASSES = {
     "L1FilterPruner", "L2FilterPruner", "FPGMPruner", "RandomFilterPruner", "LevelPruner", "FoldBatchNorm", "FineTune",
-    "Speedup",
+    "Speedup", "ActivationAPoZRankFilterPruner", "ActivationMeanRankFilterPruner", "TaylorFOPruner",
+    "RecalibrateBatchNorm", "CompensateBias",
     # what authors of criteria need
     "ChannelPruner", "Layer",
 }  # fmt: skip
