@@ -6,6 +6,8 @@ if __name__ == "passes":
         "its import name is `fxcompress.passes`"
     )
 
+from fxcompress.passes.admm_pruner import ADMMPruner as ADMMPruner
+from fxcompress.passes.agp_pruner import AGPPruner as AGPPruner
 from fxcompress.passes.channel_pruner import ChannelPruner as ChannelPruner
 from fxcompress.passes.channel_pruner import Layer as Layer
 from fxcompress.passes.fine_tune import FineTune as FineTune
@@ -14,5 +16,8 @@ from fxcompress.passes.fpgm_pruner import FPGMPruner as FPGMPruner
 from fxcompress.passes.l1_filter_pruner import L1FilterPruner as L1FilterPruner
 from fxcompress.passes.l2_filter_pruner import L2FilterPruner as L2FilterPruner
 from fxcompress.passes.level_pruner import LevelPruner as LevelPruner
+from fxcompress.passes.linear_pruner import LinearPruner as LinearPruner
+from fxcompress.passes.lottery_ticket_pruner import LotteryTicketPruner as LotteryTicketPruner
 from fxcompress.passes.random_filter_pruner import RandomFilterPruner as RandomFilterPruner
+from fxcompress.passes.scheduled_pruner import ScheduledPruner as ScheduledPruner
 from fxcompress.passes.speedup import Speedup as Speedup
