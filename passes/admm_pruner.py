@@ -17,9 +17,10 @@ from fxcompress.context import Context
 from fxcompress.errors import InputError
 from fxcompress.masking import Masking, complete
 from fxcompress.module import TracedModule
-from fxcompress.passes.channel_pruner import ChannelPruner, Layer
+from fxcompress.passes.channel_pruner import ChannelPruner
 from fxcompress.passes.inner_pruner import needs_of, prune, require_pruner
 from fxcompress.passes.level_pruner import LevelPruner
+from fxcompress.passes.scoring import Layer
 from fxcompress.pipeline import Pass
 from fxcompress.select import Selectors
 from fxcompress.task import Need, require_count

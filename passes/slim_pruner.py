@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -18,9 +17,9 @@ from fxcompress.channels.row_sets import RowSet
 from fxcompress.context import Context
 from fxcompress.errors import InputError
 from fxcompress.module import TracedModule, submodule
-from fxcompress.passes.channel_pruner import ChannelPruner, Layer
+from fxcompress.passes.channel_pruner import ChannelPruner
 from fxcompress.passes.inner_pruner import TRAINING
-from fxcompress.passes.removable_units import Units
+from fxcompress.passes.scoring import Layer
 from fxcompress.task import Need, require_count
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -39,28 +38,25 @@ class SlimPruner(ChannelPruner):
     Args:
         scale: weight of sum abs(gamma).
         epochs: how long the training is; the task's by default.
-        max_sparsity_per_group: no group loses more than ``int(width * max_sparsity_per_group)`` channels.
 
-    The other options are those of :class:`ChannelPruner`; ``scope`` is ``"global"`` by default. Needs the task's
-    batches, loss and optimizer. Follow with ``FineTune``.
+    The other options are those of :class:`ChannelPruner`; ``scope`` is ``"global"`` by default, and
+    ``max_sparsity_per_group`` keeps a group from all but vanishing. Needs the task's batches, loss and optimizer.
+    Follow with ``FineTune``.
     """
 
     scope: Literal["layer", "global"] = "global"
     scale: float = 1e-4
     epochs: int | None = None
-    max_sparsity_per_group: float = 1.0
 
     idempotent: ClassVar[bool] = False
     versioned: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not _is_number(self.scale) or not 0 <= self.scale < math.inf:
+        if isinstance(self.scale, bool) or not isinstance(self.scale, (int, float)) or not 0 <= self.scale < math.inf:
             raise InputError(f"scale is {self.scale!r}; expected a number of at least 0, the weight of sum abs(gamma).")
         if self.epochs is not None:
             require_count("epochs", self.epochs)
-        if not _is_number(self.max_sparsity_per_group) or not 0 < self.max_sparsity_per_group <= 1:
-            raise InputError(f"max_sparsity_per_group is {self.max_sparsity_per_group!r}; expected a number in (0, 1].")
 
     @property
     def needs(self) -> tuple[Need, ...]:
@@ -98,9 +94,6 @@ class SlimPruner(ChannelPruner):
             context.notes.append(f"no norm scales {', '.join(bare)}; left alone")
         return found
 
-    def _counts(self, tables: list[Units], sparsities: list[float]) -> list[int]:
-        return super()._counts([_capped(units, self.max_sparsity_per_group) for units in tables], sparsities)
-
 
 def gammas(item: Group | RowSet, groups: ChannelGroups, module: TracedModule) -> Iterator[Slices]:
     """The elements of norms' weights that scale a group's channels (a set's rows), each norm's together."""
@@ -135,17 +128,3 @@ class _Sparsity:
         for gamma, index in self.parts:
             total = total.to(gamma) + gamma[index.to(gamma.device)].abs().sum()
         return self.scale * total
-
-
-def _capped(units: Units, most: float) -> Units:
-    """The same units, of which no more than a fraction may go; those that are gone already count."""
-    room = max(int(units.number * most) - (units.number - 1 - _able(units)), 0)
-    return replace(units, scores=units.scores[:room], table=units.table[:, :room], rows=units.rows[:room])
-
-
-def _able(units: Units) -> int:
-    return len(units.scores)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
