@@ -23,6 +23,7 @@ from fxcompress.passes.l2_filter_pruner import L2FilterPruner as L2FilterPruner
 from fxcompress.passes.level_pruner import LevelPruner as LevelPruner
 from fxcompress.passes.linear_pruner import LinearPruner as LinearPruner
 from fxcompress.passes.lottery_ticket_pruner import LotteryTicketPruner as LotteryTicketPruner
+from fxcompress.passes.movement_pruner import MovementPruner as MovementPruner
 from fxcompress.passes.random_filter_pruner import RandomFilterPruner as RandomFilterPruner
 from fxcompress.passes.scheduled_pruner import ScheduledPruner as ScheduledPruner
 from fxcompress.passes.scoring import Layer as Layer

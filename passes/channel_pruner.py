@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from fxcompress.channels.groups import ChannelGroups, Group
-from fxcompress.channels.labels import BoolArray
+from fxcompress.channels.labels import BoolArray, IntArray
 from fxcompress.channels.propagate import OUTPUT
 from fxcompress.channels.row_sets import RowSet
 from fxcompress.channels.solve import Channels
@@ -139,6 +139,22 @@ class ChannelPruner(Pass):
     ) -> tuple[BoolArray, int]:
         """For every label whether it lives once the lowest have gone, and how many had to come back."""
         channels = groups.channels
+        components, rows, rank = self._lowest(chosen, module, groups, masking, live, context)
+        kept = settle(module, groups, live & channels.live(components, rows), rank)
+        back = int(channels.alive(kept)[components].sum()) + int(channels.rows.living(kept)[rows].sum())
+        return kept, back
+
+    def _lowest(
+        self,
+        chosen: list[tuple[Group | RowSet, float]],
+        module: TracedModule,
+        groups: ChannelGroups,
+        masking: Masking,
+        live: BoolArray,
+        context: Context,
+    ) -> tuple[IntArray, IntArray, dict[int, float]]:
+        """The components and the rows that score lowest, as many as are to go, and what components score."""
+        channels = groups.channels
         scores = self._scores([item for item, _ in chosen], module, groups, masking, context)
         tables = [self._units(item, score, channels, live) for (item, _), score in zip(chosen, scores, strict=True)]
         counts = self._counts(tables, [sparsity for _, sparsity in chosen])
@@ -149,9 +165,7 @@ class ChannelPruner(Pass):
         components, rows = (
             np.concatenate([_NONE, *parts]) for parts in (zip(*gone, strict=True) if gone else ((), ()))
         )
-        kept = settle(module, groups, live & channels.live(components, rows), rank)
-        back = int(channels.alive(kept)[components].sum()) + int(channels.rows.living(kept)[rows].sum())
-        return kept, back
+        return components, rows, rank
 
     def _units(self, item: Group | RowSet, scores: FloatArray, channels: Channels, live: BoolArray) -> Units:
         """What may go of a group, or of a set of rows, with scores."""

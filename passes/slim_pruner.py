@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -71,6 +72,8 @@ class SlimPruner(ChannelPruner):
         """Train until gammas are sparse, then choose and mask."""
         said = len(context.notes)
         chosen = self._choose(context.groups(module), module, context)
+        if not chosen:
+            return module
         del context.notes[said:]  # they are said once more when channels are masked
         penalty = _Sparsity(self.scale, module, [part for item, _ in chosen for part in item.slices])
         with context.laid(module, self.name):
@@ -92,6 +95,8 @@ class SlimPruner(ChannelPruner):
                 bare.append(item.name)
         if bare:
             context.notes.append(f"no norm scales {', '.join(bare)}; left alone")
+        if bare and not found:
+            warnings.warn(f"{self.name} has nothing to prune: no norm scales {', '.join(bare)}", stacklevel=2)
         return found
 
 
