@@ -381,7 +381,7 @@ def _preserves(case: Case) -> str:
         return ""
     context = Context(inputs=case.inputs[0], seed=case.seed, verify=False)
     reference = case.item.reference(copy.deepcopy(case.before), context)
-    bound = TOLERANCE[torch.float32 if case.item.rounds else torch.float64]
+    bound = TOLERANCE[torch.float32 if case.item.rounding else torch.float64]
     one, two = precise(reference).eval(), precise(case.after).eval()
     for trial in case.inputs:
         wide = trial.map(lambda t: t.double() if t.is_floating_point() else t)

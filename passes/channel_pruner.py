@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from fxcompress.channels.groups import ChannelGroups, Group
-from fxcompress.channels.labels import BoolArray, FloatArray
+from fxcompress.channels.labels import BoolArray, FloatArray, IntArray
 from fxcompress.channels.propagate import OUTPUT
 from fxcompress.channels.row_sets import RowSet
 from fxcompress.channels.solve import Channels
@@ -142,6 +142,25 @@ class ChannelPruner(Pass):
         """For every label whether it lives once the lowest have gone, how many had to come back for the sake of rows,
         and how many at nodes that could not be rewritten, with those."""
         channels = groups.channels
+        components, whole, rank = self._lowest(chosen, module, groups, masking, live, context)
+        found = settled(module, groups, live & channels.live(components, whole), rank)
+        uneven, back = (
+            int(channels.alive(kept)[components].sum()) + int(channels.rows.living(kept)[whole].sum())
+            for kept in (found.repaired, found.live)
+        )
+        return found.live, uneven, back - uneven, found.problems
+
+    def _lowest(
+        self,
+        chosen: list[tuple[Group | RowSet, float]],
+        module: TracedModule,
+        groups: ChannelGroups,
+        masking: Masking,
+        live: BoolArray,
+        context: Context,
+    ) -> tuple[IntArray, IntArray, FloatArray]:
+        """The components and the rows that score lowest, as many as are to go, and what components score."""
+        channels = groups.channels
         alive, rows = channels.alive(live), channels.rows.living(live)
         scores = self._scores([item for item, _ in chosen], module, groups, masking, context)
         tables = [
@@ -155,12 +174,7 @@ class ChannelPruner(Pass):
         components, whole = (
             np.concatenate([_NONE, *parts]) for parts in (zip(*gone, strict=True) if gone else ((), ()))
         )
-        found = settled(module, groups, live & channels.live(components, whole), rank)
-        uneven, back = (
-            int(channels.alive(kept)[components].sum()) + int(channels.rows.living(kept)[whole].sum())
-            for kept in (found.repaired, found.live)
-        )
-        return found.live, uneven, back - uneven, found.problems
+        return components, whole, rank
 
     def _units(
         self, item: Group | RowSet, scores: FloatArray, channels: Channels, alive: BoolArray, rows: BoolArray

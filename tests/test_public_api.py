@@ -36,8 +36,9 @@ PASSES = {
     "L1FilterPruner", "L2FilterPruner", "FPGMPruner", "RandomFilterPruner", "LevelPruner", "FoldBatchNorm", "FineTune",
     "Speedup", "ActivationAPoZRankFilterPruner", "ActivationMeanRankFilterPruner", "TaylorFOPruner",
     "RecalibrateBatchNorm", "CompensateBias",
-    # what authors of criteria need
-    "ChannelPruner", "Layer",
+    "AGPPruner", "LinearPruner", "LotteryTicketPruner", "ADMMPruner", "SlimPruner", "MovementPruner",
+    # what authors of criteria and of schedules need
+    "ChannelPruner", "Layer", "ScheduledPruner",
 }  # fmt: skip
 
 
