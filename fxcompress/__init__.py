@@ -13,6 +13,7 @@ from fxcompress.compress import compress as compress
 from fxcompress.context import Context as Context
 from fxcompress.cost import Cost as Cost
 from fxcompress.cost import count as count
+from fxcompress.distill import Distill as Distill
 from fxcompress.errors import CheckpointError as CheckpointError
 from fxcompress.errors import FxCompressError as FxCompressError
 from fxcompress.errors import GraphError as GraphError
