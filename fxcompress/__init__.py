@@ -25,6 +25,7 @@ from fxcompress.errors import TrainingError as TrainingError
 from fxcompress.errors import VerificationError as VerificationError
 from fxcompress.latency import Latency as Latency
 from fxcompress.latency import latency as latency
+from fxcompress.lightning_task import LightningTask as LightningTask
 from fxcompress.masking import masks as masks
 from fxcompress.masking import sparsity as sparsity
 from fxcompress.module import TracedModule as TracedModule
@@ -39,3 +40,4 @@ from fxcompress.task import Task as Task
 from fxcompress.trace import trace as trace
 from fxcompress.training import Epoch as Epoch
 from fxcompress.training import Training as Training
+from fxcompress.transformers_task import TransformersTask as TransformersTask

@@ -312,11 +312,14 @@ class _Tapped:
     def outputs(self, module: TracedModule) -> Iterator[dict[str, list[Any]]]:
         """The values of every run of the module meanwhile, by layer."""
         found: dict[str, list[Any]] = {name: [] for name in self.names}
+        wrapped = module.__dict__.get("forward")
         module.__dict__["forward"] = partial(self._run, module, found)
         try:
             yield found
         finally:
             del module.__dict__["forward"]
+            if wrapped is not None:  # by a trainer
+                module.__dict__["forward"] = wrapped
 
     def _run(self, module: TracedModule, found: dict[str, list[Any]], *args: Any, **kwargs: Any) -> Any:
         output, values = self.forward(module, *args, **kwargs)
