@@ -110,6 +110,10 @@ class _Loop:
         """Nothing of this training stays: neither what it kept nor gradients."""
         for release in self.releases:
             release()
+        self._forget_gradients()
+
+    def _forget_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)  # which may have parameters besides the model's, and not all of these
         self.model.zero_grad(set_to_none=True)
 
     def run(self) -> tuple[Epoch, ...]:
@@ -170,7 +174,7 @@ class _Loop:
 
     def _step(self, batch: Any, place: str) -> tuple[float, float, bool]:
         """Loss and penalty, each the mean over the processes, and whether the optimizer took its step."""
-        self.model.zero_grad(set_to_none=True)
+        self._forget_gradients()
         loss = self.task.objective(self.runner, batch)  # type: ignore[arg-type]  # DDP around the module
         penalty = loss.new_zeros(()) if self.training.penalty is None else self.training.penalty()
         found, added = mean([float(loss.detach()), float(penalty.detach())], self.device)
