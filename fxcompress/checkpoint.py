@@ -81,6 +81,7 @@ class Checkpoint:
         self._states: dict[int, Any] = {}
         self._kept: dict[int, Stateful] = {}
         self._keeps = 0
+        self._inside = False
 
     def open(self) -> Position | None:
         """Where the run was interrupted, or None if it was not begun.
@@ -106,18 +107,24 @@ class Checkpoint:
         return found
 
     def step(self, work: Callable[[], Result], position: Callable[[], Position]) -> Result:
-        """What ``work`` returns, now or in the run that was interrupted.
+        """What ``work`` returns, now or in the run that was interrupted. A step within a step is part of it.
 
         Args:
             work: changes what it likes of the module, its masks and what is kept; returns something to be pickled.
             position: of the run afterwards.
         """
+        if self._inside:
+            return work()
         number, self._taken = self._taken, self._taken + 1
         if number < len(self._results):
             known: Result = self._results[number]
             return known
         with seeded(self.seed, self.index, number):
-            result = work()
+            self._inside = True
+            try:
+                result = work()
+            finally:
+                self._inside = False
         self._results.append(result)
         self._write(position)
         return result
@@ -125,9 +132,13 @@ class Checkpoint:
     def keep(self, item: Stateful) -> int:
         """Let the state of ``item`` be stored from now on; in a run that goes on, it is as it was.
 
+        What is kept within a step is not stored: the step is taken again as a whole.
+
         Returns:
             a number to :meth:`release` it with.
         """
+        if self._inside:
+            return -1
         number, self._keeps = self._keeps, self._keeps + 1
         self._kept[number] = item
         if number in self._states:

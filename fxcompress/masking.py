@@ -23,7 +23,7 @@ from fxcompress.errors import GraphError
 from fxcompress.layers import close_layer, is_open, open_layer
 from fxcompress.merged import Merged, Step
 from fxcompress.module import MASKS, TracedModule, copy_graph, evaluating, submodule
-from fxcompress.nodes import apply_mask, restore_live, select_live
+from fxcompress.nodes import apply_mask, learned_mask, restore_live, select_live
 from fxcompress.plan import Plan
 from fxcompress.rewrite import Rewriter, rewriting
 
@@ -119,7 +119,7 @@ def lift(module: TracedModule) -> Masking:
         return masking
     with rewriting(module, "lift") as rewriter:
         for node in list(module.graph.nodes):
-            if node.target in (apply_mask, restore_live, select_live) and "mask" in node.meta:
+            if node.target in (apply_mask, learned_mask, restore_live, select_live) and "mask" in node.meta:
                 source = node.args[0]
                 assert isinstance(source, fx.Node)
                 rewriter.replace(node, source)

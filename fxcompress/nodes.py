@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,31 @@ from fxcompress.errors import InputError
 def apply_mask(tensor: Tensor, mask: Tensor) -> Tensor:
     """A parameter or an activation with its masked elements zero; ``mask`` is bool, True = keep, and broadcasts."""
     return tensor * mask
+
+
+def learned_mask(tensor: Tensor, mask: Tensor, scores: Tensor) -> Tensor:
+    """:func:`apply_mask` while scores are learned that decide the mask.
+
+    The gradient of the masked tensor goes straight through to the scores, as if the mask were they: dS = dW' * W, also
+    where the mask is False; summed where ``scores`` has size 1 and broadcasts.
+    """
+    masked: Tensor = _LearnedMask.apply(tensor, mask, scores)
+    return masked
+
+
+class _LearnedMask(torch.autograd.Function):
+    """Sanh et al. 2020, "Movement Pruning", arXiv 2005.07683, equation 2 and section 4."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, mask: Tensor, scores: Tensor) -> Tensor:
+        ctx.save_for_backward(tensor, mask)
+        ctx.shape = scores.shape
+        return tensor * mask
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, Tensor]:
+        tensor, mask = ctx.saved_tensors
+        return gradients[0] * mask, None, (gradients[0] * tensor).sum_to_size(ctx.shape)
 
 
 def select_live(tensor: Tensor, dim: int, index: Tensor, size: int) -> Tensor:

@@ -152,14 +152,24 @@ class Rewriter:
 
     def add_buffer(self, name: str, tensor: Tensor, *, persistent: bool) -> None:
         """Register a buffer under a dotted name, making the modules on the way."""
+        holder, leaf = self._holder(name)
+        holder.register_buffer(leaf, tensor, persistent=persistent)
+        self.edits += 1
+
+    def add_parameter(self, name: str, tensor: Tensor) -> None:
+        """Register a parameter under a dotted name, making the modules on the way."""
+        holder, leaf = self._holder(name)
+        holder.register_parameter(leaf, nn.Parameter(tensor))
+        self.edits += 1
+
+    def _holder(self, name: str) -> tuple[nn.Module, str]:
         *path, leaf = name.split(".")
         holder: nn.Module = self.module
         for part in path:
             if part not in holder._modules:
                 holder._modules[part] = nn.Module()
             holder = submodule(holder, part)
-        holder.register_buffer(leaf, tensor, persistent=persistent)
-        self.edits += 1
+        return holder, leaf
 
     def drop_module(self, name: str) -> None:
         """Remove a submodule, if it is there."""

@@ -6,13 +6,27 @@ if __name__ == "passes":
         "its import name is `fxcompress.passes`"
     )
 
+from fxcompress.passes.activation_apoz_rank_filter_pruner import (
+    ActivationAPoZRankFilterPruner as ActivationAPoZRankFilterPruner,
+)
+from fxcompress.passes.activation_mean_rank_filter_pruner import (
+    ActivationMeanRankFilterPruner as ActivationMeanRankFilterPruner,
+)
+from fxcompress.passes.admm_pruner import ADMMPruner as ADMMPruner
+from fxcompress.passes.agp_pruner import AGPPruner as AGPPruner
 from fxcompress.passes.channel_pruner import ChannelPruner as ChannelPruner
-from fxcompress.passes.channel_pruner import Layer as Layer
 from fxcompress.passes.fine_tune import FineTune as FineTune
 from fxcompress.passes.fold_batch_norm import FoldBatchNorm as FoldBatchNorm
 from fxcompress.passes.fpgm_pruner import FPGMPruner as FPGMPruner
 from fxcompress.passes.l1_filter_pruner import L1FilterPruner as L1FilterPruner
 from fxcompress.passes.l2_filter_pruner import L2FilterPruner as L2FilterPruner
 from fxcompress.passes.level_pruner import LevelPruner as LevelPruner
+from fxcompress.passes.linear_pruner import LinearPruner as LinearPruner
+from fxcompress.passes.lottery_ticket_pruner import LotteryTicketPruner as LotteryTicketPruner
+from fxcompress.passes.movement_pruner import MovementPruner as MovementPruner
 from fxcompress.passes.random_filter_pruner import RandomFilterPruner as RandomFilterPruner
+from fxcompress.passes.scheduled_pruner import ScheduledPruner as ScheduledPruner
+from fxcompress.passes.scoring import Layer as Layer
+from fxcompress.passes.slim_pruner import SlimPruner as SlimPruner
 from fxcompress.passes.speedup import Speedup as Speedup
+from fxcompress.passes.taylor_fo_pruner import TaylorFOPruner as TaylorFOPruner

@@ -73,20 +73,37 @@ class LevelPruner(Pass):
         masking = context.masking or Masking()
         if masking.dead:
             masking = complete(module, masking, context.groups(module).channels)
-        weights = _weights(module)
-        layers = {name.rpartition(".")[0]: module.get_submodule(name.rpartition(".")[0]) for name in weights}
-        chosen = Selection(self.include, self.exclude).chosen(layers)
-        names = [name for name in weights if name.rpartition(".")[0] in chosen]
-        scores = {}
-        for name in names:
-            score = weights[name].detach().abs().double()
-            mask = masking.elements.get(name)
-            scores[name] = score if mask is None else score.masked_fill(~mask, -1.0)  # masked already: first to go
-        masks = self._masks(scores, layers)
+        weights, layers = self.weights(module)
+        masks = self.select({name: weight.detach().abs() for name, weight in weights.items()}, layers, masking)
         joined = masking.joined({name: mask for name, mask in masks.items() if not bool(mask.all())})
         if joined != masking:
             context.masking = joined
         return module
+
+    def weights(self, module: TracedModule) -> tuple[dict[str, Tensor], dict[str, nn.Module]]:
+        """The weights that the selection takes, by name, and all layers among which it selects."""
+        weights = _weights(module)
+        layers = {name.rpartition(".")[0]: module.get_submodule(name.rpartition(".")[0]) for name in weights}
+        chosen = Selection(self.include, self.exclude).chosen(layers)
+        return {name: weight for name, weight in weights.items() if name.rpartition(".")[0] in chosen}, layers
+
+    def select(
+        self, scores: Mapping[str, Tensor], layers: Mapping[str, nn.Module], masking: Masking
+    ) -> dict[str, Tensor]:
+        """The masks, True = keep, without the elements that score lowest; what is masked already goes first.
+
+        Args:
+            scores: for every element of every weight; see :meth:`weights`.
+            layers: see there.
+            masking: what is masked already.
+        """
+        ranked = {}
+        for name, score in scores.items():
+            mask = masking.elements.get(name)
+            ranked[name] = score.double()
+            if mask is not None:
+                ranked[name] = ranked[name].masked_fill(~mask.to(score.device), -math.inf)
+        return self._masks(ranked, layers)
 
     def _masks(self, scores: dict[str, Tensor], layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
         if self.pattern is not None:

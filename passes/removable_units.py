@@ -38,6 +38,11 @@ class Units:
     multiple: int
     rank: dict[int, float] = field(default_factory=dict)
 
+    @property
+    def gone(self) -> int:
+        """How many are gone already; their scores are the lowest there are."""
+        return int(np.isneginf(self.scores).sum())
+
     def lowest(self, count: int) -> tuple[IntArray, IntArray]:
         """Components and rows of the units with the lowest scores."""
         return self.table[:, :count].reshape(-1), self.rows[:count]

@@ -17,12 +17,19 @@ from torch import Tensor, fx, nn
 import fxcompress.passes
 from fxcompress import Pass, PassError, compress, graph_pass
 from fxcompress.passes import (
+    ADMMPruner,
+    AGPPruner,
+    FineTune,
     FoldBatchNorm,
     FPGMPruner,
     L1FilterPruner,
     L2FilterPruner,
     LevelPruner,
+    LinearPruner,
+    LotteryTicketPruner,
+    MovementPruner,
     RandomFilterPruner,
+    SlimPruner,
     Speedup,
 )
 from fxcompress.testing import LAWS, Spec, check_laws, inputs, network, networks
@@ -49,6 +56,15 @@ PASSES: tuple[Pass, ...] = (
     RandomFilterPruner(0.6, seed=3),
     RandomFilterPruner(0.4, seed=4, scope="global"),
     FoldBatchNorm(),
+    FineTune(),
+    AGPPruner(L1FilterPruner(0.5), iterations=2),
+    LinearPruner(LevelPruner(0.5, scope="global"), initial=0.2, iterations=2),
+    LotteryTicketPruner(L2FilterPruner(0.5), rounds=2, reset_to_step=1),
+    ADMMPruner(0.5, iterations=2),
+    ADMMPruner(0.5, iterations=2, granularity="channel"),
+    SlimPruner(0.3),
+    MovementPruner(0.5),
+    MovementPruner(0.4, granularity="channel", scope="global"),
     Speedup(),
     Speedup(approximate=True),
     drop_identities,

@@ -34,9 +34,9 @@ CORE = {
 }  # fmt: skip
 PASSES = {
     "L1FilterPruner", "L2FilterPruner", "FPGMPruner", "RandomFilterPruner", "LevelPruner", "FoldBatchNorm", "FineTune",
-    "Speedup",
-    # what authors of criteria need
-    "ChannelPruner", "Layer",
+    "Speedup", "AGPPruner", "LinearPruner", "LotteryTicketPruner", "ADMMPruner", "SlimPruner", "MovementPruner",
+    # what authors of criteria and of schedules need
+    "ChannelPruner", "Layer", "ScheduledPruner",
 }  # fmt: skip
 
 
