@@ -80,6 +80,7 @@ def watch(
         node = nodes[name]
         with module.graph.inserting_before(node):
             _insert(module, holder, see, node.all_input_nodes[0] if not node.args else node.args[0])
+    holder.eval()
     module.recompile()
 
 

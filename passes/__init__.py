@@ -15,6 +15,7 @@ from fxcompress.passes.activation_mean_rank_filter_pruner import (
 from fxcompress.passes.admm_pruner import ADMMPruner as ADMMPruner
 from fxcompress.passes.agp_pruner import AGPPruner as AGPPruner
 from fxcompress.passes.channel_pruner import ChannelPruner as ChannelPruner
+from fxcompress.passes.compensate_bias import CompensateBias as CompensateBias
 from fxcompress.passes.fine_tune import FineTune as FineTune
 from fxcompress.passes.fold_batch_norm import FoldBatchNorm as FoldBatchNorm
 from fxcompress.passes.fpgm_pruner import FPGMPruner as FPGMPruner
@@ -25,6 +26,7 @@ from fxcompress.passes.linear_pruner import LinearPruner as LinearPruner
 from fxcompress.passes.lottery_ticket_pruner import LotteryTicketPruner as LotteryTicketPruner
 from fxcompress.passes.movement_pruner import MovementPruner as MovementPruner
 from fxcompress.passes.random_filter_pruner import RandomFilterPruner as RandomFilterPruner
+from fxcompress.passes.recalibrate_batch_norm import RecalibrateBatchNorm as RecalibrateBatchNorm
 from fxcompress.passes.scheduled_pruner import ScheduledPruner as ScheduledPruner
 from fxcompress.passes.scoring import Layer as Layer
 from fxcompress.passes.slim_pruner import SlimPruner as SlimPruner

@@ -1,8 +1,8 @@
 """Where a layer's own activation is: the value behind its BatchNorm, dropout and activation function.
 
-From the call of the layer on, one reader at a time, as long as that reader only normalises (BatchNorm), drops or copies;
-the first pointwise function that is not affine ends the way. A layer without one (in front of a residual sum, say) is
-looked at where the way ends: behind its BatchNorm, or at its output. So folding a BatchNorm changes nothing here.
+From the call of the layer on, one reader at a time, as long as that reader only normalises (BatchNorm), drops or
+copies; the first pointwise function that is not affine ends the way. A layer without one (in front of a residual sum,
+say) is looked at where the way ends: behind its BatchNorm, or at its output. So folding a BatchNorm changes nothing.
 """
 
 from __future__ import annotations
@@ -151,8 +151,9 @@ class _Operators:
         self.found: dict[str, list[tuple[str, Rule | None]]] = {}
 
     def called(self, call: Call, rule: Rule | None, inplace: bool) -> None:
-        """An operator ran."""
-        self.found.setdefault(call.ledger.node, []).append((call.name, rule))
+        """An operator ran on tensors."""
+        if call.tensors:
+            self.found.setdefault(call.ledger.node, []).append((call.name, rule))
 
     def closed(self, values: list[Any]) -> None:
         """A module ran whose inside nobody sees: it is a reader like any other that is not pointwise."""
