@@ -113,7 +113,7 @@ class _Loop:
         self._forget_gradients()
 
     def _forget_gradients(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)  # which may have parameters besides the model's, and not all of these
+        self.optimizer.zero_grad(set_to_none=True)  # it may have parameters besides the model's, and not all of these
         self.model.zero_grad(set_to_none=True)
 
     def run(self) -> tuple[Epoch, ...]:
