@@ -13,6 +13,7 @@ from fxcompress.compress import compress as compress
 from fxcompress.context import Context as Context
 from fxcompress.cost import Cost as Cost
 from fxcompress.cost import count as count
+from fxcompress.distill import Distill as Distill
 from fxcompress.errors import CheckpointError as CheckpointError
 from fxcompress.errors import FxCompressError as FxCompressError
 from fxcompress.errors import GraphError as GraphError
@@ -24,6 +25,7 @@ from fxcompress.errors import TrainingError as TrainingError
 from fxcompress.errors import VerificationError as VerificationError
 from fxcompress.latency import Latency as Latency
 from fxcompress.latency import latency as latency
+from fxcompress.lightning_task import LightningTask as LightningTask
 from fxcompress.masking import masks as masks
 from fxcompress.module import TracedModule as TracedModule
 from fxcompress.pipeline import Pass as Pass
@@ -39,3 +41,4 @@ from fxcompress.task import Task as Task
 from fxcompress.trace import trace as trace
 from fxcompress.training import Epoch as Epoch
 from fxcompress.training import Training as Training
+from fxcompress.transformers_task import TransformersTask as TransformersTask

@@ -95,7 +95,7 @@ def compress(
     inputs = _parse_inputs(model, pipeline, example_inputs)
     console = Console(stderr=True, quiet=not (sys.stderr.isatty() if progress is None else progress))
     context = Context(
-        inputs=inputs, seed=seed, verify=verify, task=task, dense=model, console=console,
+        inputs=inputs, seed=seed, verify=verify, task=task and task.begun_with(model), dense=model, console=console,
         checkpoint=_parse_checkpoint(checkpoint, model, pipeline, inputs, seed),
     )  # fmt: skip
     for item in pipeline:
@@ -119,6 +119,9 @@ def _run(model: nn.Module, pipeline: Sequence[Pass], context: Context) -> Traced
             _check_trace(model, module, context.inputs)
     else:
         module, context.masking = known.module, known.masking
+        home = {parameter.device for parameter in model.parameters()}
+        if len(home) == 1:  # a step of a training elsewhere (Task.device) may have been the last
+            module.to(home.pop())
         module.wait()
     begun = context.checkpoint.index
     for item, following in list(itertools.zip_longest(pipeline, pipeline[1:]))[begun:]:
