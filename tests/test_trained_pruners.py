@@ -36,6 +36,9 @@ def run(passes: list[Pass], model: nn.Module | None = None, x: Tensor = X, **opt
     return fxcompress.compress(model, passes, example_inputs=x, task=task(**options), **settings)
 
 
+ROW: Any = "row"  # which is no granularity
+
+
 def plain(rate: float) -> Any:
     return lambda parameters: torch.optim.SGD(parameters, lr=rate)
 
@@ -322,7 +325,7 @@ def test_patience_does_not_end_it_and_masks_that_were_there_stay() -> None:
         (lambda: ADMMPruner(), "sparsity is missing"),
         (lambda: ADMMPruner(0.5, rho=0), "rho is 0; expected a positive number"),
         (lambda: ADMMPruner(0.5, iterations=0), "iterations is 0"),
-        (lambda: ADMMPruner(0.5, **{"granularity": "row"}), "granularity is 'row'"),
+        (lambda: ADMMPruner(0.5, granularity=ROW), "granularity is 'row'"),
         (lambda: ADMMPruner(0.5, inner=LevelPruner(0.5)), "leave sparsity, include, exclude and scope out"),
         (lambda: ADMMPruner(inner=Speedup()), "which has no sparsity"),
         (lambda: ADMMPruner(inner=LevelPruner(pattern="2:4")), "whose sparsity is not given"),
@@ -332,7 +335,7 @@ def test_patience_does_not_end_it_and_masks_that_were_there_stay() -> None:
         (lambda: MovementPruner(1.0), r"sparsity is 1.0"),
         (lambda: MovementPruner(0.5, warmup=2), "warmup is 2; expected a fraction of all steps"),
         (lambda: MovementPruner(0.5, warmup=0.6, cooldown=0.4), "expected a sum below 1"),
-        (lambda: MovementPruner(0.5, **{"granularity": "rows"}), "granularity is 'rows'"),
+        (lambda: MovementPruner(0.5, granularity=ROW), "granularity is 'row'"),
     ],
 )
 def test_options_that_cannot_be(make: Any, message: str) -> None:
