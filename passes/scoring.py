@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fxcompress.calibration import averaged, replica, summed, watch
 from fxcompress.channels.activations import Activations, Place
 from fxcompress.channels.groups import ChannelGroups, Slices
-from fxcompress.channels.labels import FloatArray
+from fxcompress.channels.labels import FloatArray, IntArray
 from fxcompress.context import Context
 from fxcompress.errors import InputError, PassError, TrainingError
 from fxcompress.masking import Masking
@@ -165,7 +165,7 @@ class Criterion:
                 for name, parameter, gradient in zip(names, wanted, found, strict=True)
             }
             for number, item in enumerate(slices):
-                tally.add(number, "gradient", _lines(item, gradients[item.parameter].detach()), 1)
+                tally.add(number, "gradient", _lines(item, gradients[item.parameter].detach()), 1, slice(None))
 
 
 class _Tally:
@@ -174,7 +174,7 @@ class _Tally:
     def __init__(self, criterion: Criterion, layers: Sequence[Layer]) -> None:
         self.criterion, self.layers = criterion, layers
         self.totals = [torch.zeros(len(layer.weight), dtype=torch.float64) for layer in layers]
-        self.weights = [0] * len(layers)
+        self.weights = [torch.zeros_like(total) for total in self.totals]
         self.batch = 0
 
     def see(self, readers: Sequence[tuple[int, Place]], value: Any) -> None:
@@ -182,10 +182,10 @@ class _Tally:
         with torch.no_grad():
             for number, place in readers:
                 seen = place.read(value)
-                self.add(number, "activation", seen, seen.shape[1])
+                self.add(number, "activation", seen, seen.shape[1], place.rows)
 
-    def add(self, number: int, what: Reads, seen: Tensor, weight: int) -> None:
-        """Score a layer by what was seen of it."""
+    def add(self, number: int, what: Reads, seen: Tensor, weight: int, rows: IntArray | slice) -> None:
+        """Score (some rows of) a layer by what was seen of it, with a weight."""
         layer = self.layers[number]
         if not bool(torch.isfinite(seen).all()):
             raise TrainingError(
@@ -193,14 +193,17 @@ class _Tally:
                 f"{self.criterion.name}; expected finite ones. Look at that batch, or at the weights."
             )
         seen = seen.to(layer.weight.device)
-        self.totals[number] += weight * self.criterion._ask(Layer(layer.name, layer.module, layer.weight, {what: seen}))
-        self.weights[number] += weight
+        chosen = layer.weight if len(seen) == len(layer.weight) else layer.weight[rows]
+        part = Layer(layer.name, layer.module, chosen, {what: seen})
+        self.totals[number][rows] += weight * self.criterion._ask(part)
+        self.weights[number][rows] += weight
 
     def share(self, device: torch.device) -> None:
         """Add up what several processes saw, each of its own part of every batch."""
-        told = torch.cat([*self.totals, torch.tensor(self.weights, dtype=torch.float64)]).to(device)
-        *self.totals, weights = summed(told).cpu().split([*map(len, self.totals), len(self.layers)])
-        self.weights = [int(weight) for weight in weights]
+        told = summed(torch.cat([*self.totals, *self.weights]).to(device)).cpu()
+        sizes = [len(total) for total in self.totals]
+        parts = told.split([*sizes, *sizes])
+        self.totals, self.weights = list(parts[: len(sizes)]), list(parts[len(sizes) :])
 
     def means(self) -> list[FloatArray]:
         """The mean score of every row."""
@@ -209,7 +212,7 @@ class _Tally:
 
 def _check_seen(name: str, slices: Sequence[Slices], places: Sequence[Sequence[Place]]) -> None:
     for item, found in zip(slices, places, strict=True):
-        if not found:
+        if len({row for place in found for row in place.rows.tolist()}) < len(item.rows):
             raise PassError(
                 f"the activation of {item.layer} shows in no value of the graph, which {name} ranks its channels by. "
                 f"Leave it out (exclude={item.layer!r}), or rank by weights."

@@ -296,6 +296,26 @@ def test_every_kind_of_layer_shows_its_channels() -> None:
     )
 
 
+def test_queries_keys_and_values_of_one_weight_show_where_each_is_used() -> None:
+    """A memory other than the queries' input: the weight is cut up before it is used."""
+    net = Net(
+        lambda n, x: n.head(n.attention(n.embed(x), n.memory(x), n.memory(x))[0]),
+        embed=nn.Linear(3, 6), memory=nn.Linear(3, 6), attention=nn.MultiheadAttention(6, 2, batch_first=True),
+        head=nn.Linear(6, 2),
+    )  # fmt: skip
+    x = torch.randn(4, 5, 3)
+    pruner = ActivationMeanRankFilterPruner(0.4, include="attention", exclude="attention.out_proj")
+    masked = fxcompress.compress(net, [pruner], example_inputs=x, task=Task(batches=[x]))
+    weight, bias = net.attention.in_proj_weight, net.attention.in_proj_bias
+    inputs = (net.embed(x), net.memory(x), net.memory(x))
+    parts = zip(inputs, weight.chunk(3), bias.chunk(3), strict=True)
+    q, k, v = (F.linear(y, w, b).flatten(0, 1).mean(0).reshape(2, 3) for y, w, b in parts)
+    lowest_qk, lowest_v = ((q + k).argmin(1), v.argmin(1))  # one of three in each head
+    expected = {3 * head + int(i) + start for start in (0, 6) for head, i in enumerate(lowest_qk)}
+    expected |= {3 * head + int(i) + 12 for head, i in enumerate(lowest_v)}
+    assert dead_channels(masked, "attention.in_proj_weight") == expected
+
+
 def test_folding_a_batch_norm_changes_no_activation() -> None:
     model, x, task = case("cnn", torch.float64)
     pruner = ActivationMeanRankFilterPruner(0.4)

@@ -7,6 +7,7 @@ say) is looked at where the way ends: behind its BatchNorm, or at its output. So
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,17 +39,20 @@ class Place:
     Attributes:
         node: its name.
         leaf: which of the tensors in its value.
+        rows: which of the rows it shows: all of them most often; of a weight that is cut up into queries, keys and
+            values before it is used, some.
         dims: the dimensions that number channels: one most often, two for the states of a recurrent layer.
-        index: for each row its position along these dimensions, taken together.
+        index: for each of ``rows`` its position along these dimensions, taken together.
     """
 
     node: str
     leaf: int
+    rows: IntArray
     dims: tuple[int, ...]
     index: IntArray
 
     def read(self, value: Any) -> Tensor:
-        """What the channels hold: (channels, positions), floating point."""
+        """What the channels of :attr:`rows` hold: (channels, positions), floating point."""
         tensor = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)][self.leaf].detach()
         lines = tensor.movedim(self.dims, tuple(range(len(self.dims)))).flatten(0, len(self.dims) - 1)
         index = torch.from_numpy(self.index).to(tensor.device)
@@ -73,17 +77,37 @@ class Activations:
         self.operators = watch.found
 
     def of(self, item: Slices) -> list[Place]:
-        """Where the channels that a weight's rows produce can be seen: one place for each call of the layer.
+        """Where the channels that a weight's rows produce can be seen, each row once for each call that it is used in.
 
         The units of a lower layer of an ``nn.LSTM`` show only in its last states.
         """
-        places = []
-        for node in self._calls(item.parameter):
-            end = self._end(node)
-            place = self._place(item, end) or self._place(item, node)
-            if place is not None:
-                places.append(place)
+        (axis,) = [a for a in self.channels.facts.ledger.axes if (a.name, a.dim) == (item.parameter, item.dim)]
+        rows, component = item.rows + axis.start, self.channels.component
+        ends = list(map(self._end, self._calls(item.parameter)))
+        own = [_find(rows, self._labels(end)) for end in ends]  # coupled rows have places of their own
+        shown = np.zeros(len(rows), dtype=bool)
+        for found in own:
+            shown |= found[0] >= 0
+        places: list[Place] = []
+        for end, (part, index) in zip(ends, own, strict=True):
+            others, other_index = _find(component[rows], [component[labels] for labels in self._labels(end)])
+            part, index = np.where(shown, part, others), np.where(shown, index, other_index)
+            places += self._places(end, part, index)
         return places
+
+    def _labels(self, node: fx.Node) -> list[IntArray]:
+        """The labels of every factor of every tensor in a node's value."""
+        return [factor.reshape(-1).numpy() for _, factor in self._factors(node)]
+
+    def _factors(self, node: fx.Node) -> list[tuple[int, Tensor]]:
+        values = labels_in(self.values.get(node.name))
+        return [(leaf, factor) for leaf, labels in enumerate(values) for factor in labels.factors]
+
+    def _places(self, node: fx.Node, part: IntArray, index: IntArray) -> Iterator[Place]:
+        for number, (leaf, factor) in enumerate(self._factors(node)):
+            rows = np.flatnonzero(part == number)
+            if len(rows):
+                yield Place(node.name, leaf, rows, dims_of(factor), index[rows])
 
     def _calls(self, parameter: str) -> list[fx.Node]:
         """The nodes that compute an activation with a parameter, or with what is computed from parameters alone."""
@@ -100,7 +124,8 @@ class Activations:
                     found.append(node)
             elif any(source in constant for source in node.all_input_nodes):
                 value = self.values.get(node.name)
-                if isinstance(value, Labels) and value.const:
+                labels = labels_in(value)
+                if labels and all(each.const for each in labels):
                     constant.add(node)
                 else:
                     found.append(node)
@@ -121,27 +146,14 @@ class Activations:
         return node
 
     def _alone(self, node: fx.Node, user: fx.Node) -> bool:
-        """Whether a reader reads this activation and no other, and gives as many values."""
+        """Whether a reader reads this activation and no other, and gives as many values with the same channels."""
         before, after = self.values.get(node.name), self.values.get(user.name)
         if not isinstance(before, Labels) or not isinstance(after, Labels) or before.shape != after.shape:
             return False
+        if len(before.factors) != len(after.factors):
+            return False
         others = [self.values.get(source.name) for source in user.all_input_nodes if source is not node]
         return user.op != "output" and all(labels.const for value in others for labels in labels_in(value))
-
-    def _place(self, item: Slices, node: fx.Node) -> Place | None:
-        """The rows' channels in a node's value; None if they are not all in one of its tensors."""
-        facts = self.channels.facts
-        (axis,) = [a for a in facts.ledger.axes if (a.name, a.dim) == (item.parameter, item.dim)]
-        rows = item.rows + axis.start
-        for leaf, labels in enumerate(labels_in(self.values.get(node.name))):
-            for factor in labels.factors:
-                found = factor.reshape(-1).numpy()
-                index = _find(rows, found)  # coupled rows (rotary embeddings) have places of their own
-                if index is None:
-                    index = _find(self.channels.component[rows], self.channels.component[found])
-                if index is not None:
-                    return Place(node.name, leaf, dims_of(factor), index)
-        return None
 
 
 class _Operators:
@@ -163,9 +175,12 @@ def _elementwise(rule: Rule | None, name: str) -> bool:
     return rule is rules.pointwise or rule is reductions.batch_norm or name in _SAME
 
 
-def _find(wanted: IntArray, among: IntArray) -> IntArray | None:
-    """The first place of every number in an array; None if one of them is not there."""
-    order = np.argsort(among, kind="stable")
-    place = np.searchsorted(among[order], wanted).clip(max=len(among) - 1)
-    found: IntArray = order[place]
-    return found if (among[found] == wanted).all() else None
+def _find(wanted: IntArray, among: Sequence[IntArray]) -> tuple[IntArray, IntArray]:
+    """For every number the first of some arrays that holds it, and its first place there; -1 for none."""
+    which, where = np.full(len(wanted), -1), np.full(len(wanted), -1)
+    for number, values in enumerate(among):
+        order = np.argsort(values, kind="stable")
+        place = order[np.searchsorted(values[order], wanted).clip(max=len(values) - 1)]
+        new = (values[place] == wanted) & (which < 0)
+        which[new], where[new] = number, place[new]
+    return which, where
