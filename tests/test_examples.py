@@ -1,6 +1,7 @@
 """The examples do what they say, and the code in the documentation runs."""
 
 import ast
+import json
 import os
 import re
 import runpy
@@ -18,7 +19,10 @@ import fxcompress
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES, DOCS = ROOT / "examples", ROOT / "docs"
-PAGES_WITH_CODE = ["README.md", *(f"docs/{name}.md" for name in ("index", "passes", "custom-passes", "groups", "cost"))]
+PAGES_WITH_CODE = [
+    "README.md",
+    *(f"docs/{name}.md" for name in ("index", "passes", "training", "custom-passes", "groups", "cost")),
+]
 
 
 # ---- quickstart ------------------------------------------------------------------------------------------------------
@@ -79,6 +83,25 @@ def test_custom_criterion_chooses_by_its_score() -> None:
     deviation = model.get_parameter("2.conv1.weight").flatten(1).std(dim=1)
     kept = fxcompress.masks(masked)["2.conv1.bias"].nonzero().flatten()
     assert kept.tolist() == deviation.topk(16).indices.sort().values.tolist()
+
+
+# ---- benchmarks/pruners ---------------------------------------------------------------------------------------------
+
+
+def test_pruners_are_measured_one_by_one_and_what_is_finished_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = runpy.run_path(str(EXAMPLES / "benchmarks/pruners.py"))["main"]
+    results = tmp_path / "pruners.json"
+    arguments = ["--quick", "--only", "SlimPruner", "--results", str(results), "--page", str(tmp_path / "page.md")]
+    assert main(arguments) == 0
+    rows = json.loads(results.read_text())
+    assert list(rows) == ["SlimPruner | 0.5 | 0", "SlimPruner | 0.8 | 0"]
+    assert 0 < rows["SlimPruner | 0.8 | 0"]["macs"] < rows["SlimPruner | 0.5 | 0"]["macs"] < 1
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert main(arguments) == 0
+    assert not capsys.readouterr().out  # nothing was measured again
+    assert not (tmp_path / "page.md").exists()
 
 
 # ---- documentation ---------------------------------------------------------------------------------------------------

@@ -250,12 +250,12 @@ def page(rows: Rows) -> str:
     dense = 100 * average(rows, "L1FilterPruner", 0.5, "dense")
     lines = [
         "# Pruners on one small task", "",
-        f"Mean of {len(SEEDS)} seeds. A residual network (33,000 parameters) on the 8x8 digits of scikit-learn; accuracy",
-        f"on 500 held-out images, dense: {dense:.1f} %. Every algorithm trains for 10 epochs in all, its own training",
-        "and fine-tuning together; tickets, which begin anew, for 20. Right after pruning: with the masks alone, and with",
-        "BatchNorm's statistics measured again. MACs, parameters other than zero, and latency (a batch of 64, one thread,",
-        "timed in turns with the dense network) are fractions of the dense network's, after `Speedup`. Written by",
-        "[examples/benchmarks/pruners.py](../examples/benchmarks/pruners.py).",
+        f"Mean of {len(SEEDS)} seeds. A residual network (33,000 parameters) on the 8x8 digits of scikit-learn;",
+        f"accuracy on 500 held-out images, dense: {dense:.1f} %. Every algorithm trains for 10 epochs in all, its own",
+        "training and fine-tuning together; tickets, which begin anew, for 20. Right after: masks alone, and with",
+        "BatchNorm's statistics measured again. MACs, parameters other than zero, and latency (a batch of 64, one",
+        "thread, timed in turns with the dense network) are fractions of the dense network's, after `Speedup`. Written",
+        "by [examples/benchmarks/pruners.py](../examples/benchmarks/pruners.py).",
     ]  # fmt: skip
     for sparsity in SPARSITIES:
         for elements in (False, True):
@@ -277,8 +277,8 @@ def page(rows: Rows) -> str:
     return "\n".join(lines)
 
 
-NOTES = """Masks of single weights make nothing faster: MACs and latency are those of dense kernels. What a ticket is right
-after pruning is a network that has not been trained.
+NOTES = """Masks of single weights make nothing faster: MACs and latency are those of dense kernels. Right after pruning
+a ticket is a network that has not been trained.
 """
 
 
