@@ -50,9 +50,16 @@ def test_quickstart() -> None:
 # ---- custom_pass -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["DeviationPruner", "drop_repeated_relus"])
-def test_a_custom_pass_takes_less_than_ten_lines(name: str) -> None:
-    tree = ast.parse((EXAMPLES / "custom_pass.py").read_text())
+@pytest.mark.parametrize(
+    "file, name",
+    [
+        ("custom_pass", "DeviationPruner"),
+        ("custom_pass", "drop_repeated_relus"),
+        ("custom_schedule", "CosinePruner"),
+    ],
+)
+def test_a_custom_pass_takes_less_than_ten_lines(file: str, name: str) -> None:
+    tree = ast.parse((EXAMPLES / f"{file}.py").read_text())
     (found,) = [n for n in tree.body if isinstance(n, (ast.ClassDef, ast.FunctionDef)) and n.name == name]
     first = min([found.lineno, *(decorator.lineno for decorator in found.decorator_list)])
     assert found.end_lineno is not None
@@ -83,6 +90,14 @@ def test_custom_criterion_chooses_by_its_score() -> None:
     deviation = model.get_parameter("2.conv1.weight").flatten(1).std(dim=1)
     kept = fxcompress.masks(masked)["2.conv1.bias"].nonzero().flatten()
     assert kept.tolist() == deviation.topk(16).indices.sort().values.tolist()
+
+
+def test_custom_schedule(capsys: pytest.CaptureFixture[str]) -> None:
+    small = runpy.run_path(str(EXAMPLES / "custom_schedule.py"))["main"]()
+    assert [m.out_channels for m in small.modules() if isinstance(m, nn.Conv2d)] == [8, 16]
+    printed = capsys.readouterr().out
+    for t, sparsity in enumerate([0.109835, 0.375, 0.640165, 0.75], 1):  # 0.75 * (1 - cos(pi t/4)) / 2
+        assert f"iteration {t} of 4: sparsity {sparsity}\n" in printed
 
 
 # ---- benchmarks/pruners ---------------------------------------------------------------------------------------------
