@@ -108,11 +108,11 @@ def test_pruners_are_measured_one_by_one_and_what_is_finished_is_kept(
 ) -> None:
     main = runpy.run_path(str(EXAMPLES / "benchmarks/pruners.py"))["main"]
     results = tmp_path / "pruners.json"
-    arguments = ["--quick", "--only", "SlimPruner", "--results", str(results), "--page", str(tmp_path / "page.md")]
+    arguments = ["--quick", "--only", "L1FilterPruner", "--results", str(results), "--page", str(tmp_path / "page.md")]
     assert main(arguments) == 0
     rows = json.loads(results.read_text())
-    assert list(rows) == ["SlimPruner | 0.5 | 0", "SlimPruner | 0.8 | 0"]
-    assert 0 < rows["SlimPruner | 0.8 | 0"]["macs"] < rows["SlimPruner | 0.5 | 0"]["macs"] < 1
+    assert list(rows) == ["L1FilterPruner | 0.5 | 0", "L1FilterPruner | 0.8 | 0"]
+    assert 0 < rows["L1FilterPruner | 0.8 | 0"]["macs"] < rows["L1FilterPruner | 0.5 | 0"]["macs"] < 1
     assert len(capsys.readouterr().out.splitlines()) == 2
     assert main(arguments) == 0
     assert not capsys.readouterr().out  # nothing was measured again

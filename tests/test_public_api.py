@@ -35,6 +35,8 @@ CORE = {
 PASSES = {
     "L1FilterPruner", "L2FilterPruner", "FPGMPruner", "RandomFilterPruner", "LevelPruner", "FoldBatchNorm", "FineTune",
     "Speedup", "AGPPruner", "LinearPruner", "LotteryTicketPruner", "ADMMPruner", "SlimPruner", "MovementPruner",
+    "ActivationAPoZRankFilterPruner", "ActivationMeanRankFilterPruner", "TaylorFOPruner", "RecalibrateBatchNorm",
+    "CompensateBias",
     # what authors of criteria and of schedules need
     "ChannelPruner", "Layer", "ScheduledPruner",
 }  # fmt: skip

@@ -11,6 +11,7 @@ thread.
 """
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -293,17 +294,15 @@ def main(arguments: list[str]) -> int:
     torch.set_num_threads(1)
     rows: Rows = {} if options.fresh or not options.results.exists() else json.loads(options.results.read_text())
     bench = Bench(options.quick)
-    for name, entry in ALGORITHMS.items():
-        if options.only and options.only not in name:
+    wanted = [name for name in ALGORITHMS if not options.only or options.only in name]
+    seeds = SEEDS[:1] if options.quick else SEEDS
+    for seed, sparsity, name in itertools.product(seeds, SPARSITIES, wanted):
+        if key(name, sparsity, seed) in rows:
             continue
-        for sparsity in SPARSITIES:
-            for seed in SEEDS[: 1 if options.quick else None]:
-                if key(name, sparsity, seed) in rows:
-                    continue
-                row = rows[key(name, sparsity, seed)] = bench.measure(entry, sparsity, seed)
-                shown = ", ".join(f"{field} {value:.3f}" for field, value in row.items())
-                print(f"{key(name, sparsity, seed)}: {shown}", flush=True)
-                options.results.write_text(json.dumps(rows, indent=1) + "\n")
+        row = rows[key(name, sparsity, seed)] = bench.measure(ALGORITHMS[name], sparsity, seed)
+        shown = ", ".join(f"{field} {value:.3f}" for field, value in row.items())
+        print(f"{key(name, sparsity, seed)}: {shown}", flush=True)
+        options.results.write_text(json.dumps(rows, indent=1) + "\n")
     if options.only or options.quick:
         return 0
     options.page.write_text(page(rows))
