@@ -1,6 +1,7 @@
 """The examples do what they say, and the code in the documentation runs."""
 
 import ast
+import json
 import os
 import re
 import runpy
@@ -18,7 +19,10 @@ import fxcompress
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES, DOCS = ROOT / "examples", ROOT / "docs"
-PAGES_WITH_CODE = ["README.md", *(f"docs/{name}.md" for name in ("index", "passes", "custom-passes", "groups", "cost"))]
+PAGES_WITH_CODE = [
+    "README.md",
+    *(f"docs/{name}.md" for name in ("index", "passes", "training", "custom-passes", "groups", "cost")),
+]
 
 
 # ---- quickstart ------------------------------------------------------------------------------------------------------
@@ -119,6 +123,25 @@ def test_custom_schedule(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     for t, sparsity in enumerate([0.109835, 0.375, 0.640165, 0.75], 1):  # 0.75 * (1 - cos(pi t/4)) / 2
         assert f"iteration {t} of 4: sparsity {sparsity}\n" in printed
+
+
+# ---- benchmarks/pruners ---------------------------------------------------------------------------------------------
+
+
+def test_pruners_are_measured_one_by_one_and_what_is_finished_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = runpy.run_path(str(EXAMPLES / "benchmarks/pruners.py"))["main"]
+    results = tmp_path / "pruners.json"
+    arguments = ["--quick", "--only", "L1FilterPruner", "--results", str(results), "--page", str(tmp_path / "page.md")]
+    assert main(arguments) == 0
+    rows = json.loads(results.read_text())
+    assert list(rows) == ["L1FilterPruner | 0.5 | 0", "L1FilterPruner | 0.8 | 0"]
+    assert 0 < rows["L1FilterPruner | 0.8 | 0"]["macs"] < rows["L1FilterPruner | 0.5 | 0"]["macs"] < 1
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert main(arguments) == 0
+    assert not capsys.readouterr().out  # nothing was measured again
+    assert not (tmp_path / "page.md").exists()
 
 
 # ---- documentation ---------------------------------------------------------------------------------------------------
