@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import resource
-import sys
 import time
 import warnings
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -23,6 +20,7 @@ from fxcompress.passes import L1FilterPruner, Speedup
 from fxcompress.passes.removable_units import channel_units
 from fxcompress.plan import settle
 from fxcompress.verify import default_dtype, difference, precise
+from zoo.process import print_record
 
 CONTRACTIONS = (
     nn.Linear,
@@ -172,12 +170,5 @@ def _reasons(groups: ChannelGroups) -> dict[str, int]:
     return dict(found.most_common())
 
 
-def main() -> None:
-    name, limit = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else resource.RLIM_INFINITY
-    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
-    torch.set_num_threads(1)
-    print(json.dumps(asdict(measure(name))))
-
-
 if __name__ == "__main__":
-    main()
+    print_record(measure)
