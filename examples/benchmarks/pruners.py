@@ -2,6 +2,7 @@
 
     python examples/benchmarks/pruners.py                     # what is not measured yet, then the page and its checks
     python examples/benchmarks/pruners.py --only AGPPruner    # these rows alone, and no page
+    python examples/benchmarks/pruners.py --write             # the page of what is measured so far
     python examples/benchmarks/pruners.py --fresh             # forget what was measured
 
 A residual network is trained on handwritten digits, once for each seed; each algorithm removes 50 % and 80 % of its
@@ -13,6 +14,7 @@ thread.
 import argparse
 import itertools
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -187,11 +189,15 @@ class Bench:
 
     def ratio(self, dense: nn.Module, small: nn.Module) -> float:
         """Latency of a batch of 64 as a fraction of the dense network's; both are timed in turns."""
-        batch, times = self.images[:64], ([], [])  # type: tuple[Tensor, tuple[list[float], list[float]]]
-        for _ in range(5):
-            for model, found in zip((dense, small), times, strict=True):
-                found.append(fxcompress.latency(model, batch, threads=1, min_run_time=0.05).median)
-        return median(times[1]) / median(times[0])
+        times = [
+            [
+                fxcompress.latency(model, self.images[:64], threads=1, min_run_time=0.05).median
+                for model in (dense, small)
+            ]
+            for _ in range(5)
+        ]
+        before, after = (median(found) for found in zip(*times, strict=True))
+        return after / before
 
     def measure(self, entry: Entry, sparsity: float, seed: int) -> dict[str, float]:
         """One row."""
@@ -219,8 +225,14 @@ def key(name: str, sparsity: float, seed: int) -> str:
     return f"{name} | {sparsity} | {seed}"
 
 
+def measured(rows: Rows, name: str, sparsity: float) -> list[dict[str, float]]:
+    """The finished rows of an algorithm, one for each seed."""
+    return [rows[key(name, sparsity, seed)] for seed in SEEDS if key(name, sparsity, seed) in rows]
+
+
 def average(rows: Rows, name: str, sparsity: float, field: str) -> float:
-    return mean(rows[key(name, sparsity, seed)][field] for seed in SEEDS)
+    """Over the seeds; not a number where there are none."""
+    return mean(row[field] for row in measured(rows, name, sparsity)) if measured(rows, name, sparsity) else math.nan
 
 
 def checks(rows: Rows) -> list[tuple[str, bool]]:
@@ -251,7 +263,7 @@ def page(rows: Rows) -> str:
     dense = 100 * average(rows, "L1FilterPruner", 0.5, "dense")
     lines = [
         "# Pruners on one small task", "",
-        f"Mean of {len(SEEDS)} seeds. A residual network (33,000 parameters) on the 8x8 digits of scikit-learn;",
+        "Mean over seeds. A residual network (33,000 parameters) on the 8x8 digits of scikit-learn;",
         f"accuracy on 500 held-out images, dense: {dense:.1f} %. Every algorithm trains for 10 epochs in all, its own",
         "training and fine-tuning together; tickets, which begin anew, for 20. Right after: masks alone, and with",
         "BatchNorm's statistics measured again. MACs, parameters other than zero, and latency (a batch of 64, one",
@@ -262,25 +274,31 @@ def page(rows: Rows) -> str:
         for elements in (False, True):
             what = "weights" if elements else "channels"
             lines += ["", f"## {sparsity:.0%} of the {what}", ""]
-            lines.append("| algorithm | right after | recalibrated | fine-tuned | MACs | params | latency |")
-            lines.append("|---|--:|--:|--:|--:|--:|--:|")
+            lines.append("| algorithm | seeds | right after | recalibrated | fine-tuned | MACs | params | latency |")
+            lines.append("|---|--:|--:|--:|--:|--:|--:|--:|")
             for name, entry in ALGORITHMS.items():
                 if entry.elements != elements:
+                    continue
+                if not measured(rows, name, sparsity):
+                    lines.append(f"| {name} | 0 |  |  |  |  |  |  |")
                     continue
                 accuracies = (
                     f"{100 * average(rows, name, sparsity, f):.1f}" for f in ("before", "recalibrated", "after")
                 )
                 fractions = (f"{average(rows, name, sparsity, f):.2f}" for f in ("macs", "params", "latency"))
-                lines.append(f"| {name} | {' | '.join(accuracies)} | {' | '.join(fractions)} |")
-    lines += ["", "## What is checked", ""]
-    lines += [f"- {'Holds' if holds else '**Does not hold**'}: {text}." for text, holds in checks(rows)]
-    lines += ["", NOTES]
-    return "\n".join(lines)
+                seeds = len(measured(rows, name, sparsity))
+                lines.append(f"| {name} | {seeds} | {' | '.join(accuracies)} | {' | '.join(fractions)} |")
+    lines += ["", NOTES, "", "## What is checked", ""]
+    wanted = len(ALGORITHMS) * len(SPARSITIES) * len(SEEDS)
+    if len(rows) < wanted:
+        lines += [f"Nothing yet: {len(rows)} of {wanted} rows are measured."]
+    else:
+        lines += [f"- {'Holds' if holds else '**Does not hold**'}: {text}." for text, holds in checks(rows)]
+    return "\n".join(lines) + "\n"
 
 
 NOTES = """Masks of single weights make nothing faster: MACs and latency are those of dense kernels. Right after pruning
-a ticket is a network that has not been trained.
-"""
+a ticket is a network that has not been trained."""
 
 
 def main(arguments: list[str]) -> int:
@@ -289,10 +307,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--results", type=Path, default=DOCS / "pruners.json", help="the rows that are finished")
     parser.add_argument("--page", type=Path, default=DOCS / "pruners.md")
     parser.add_argument("--fresh", action="store_true", help="measure everything again")
+    parser.add_argument("--write", action="store_true", help="measure nothing, write the page of what is there")
     parser.add_argument("--quick", action="store_true", help="one epoch and one seed, to see that it runs")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     rows: Rows = {} if options.fresh or not options.results.exists() else json.loads(options.results.read_text())
+    if options.write:
+        options.page.write_text(page(rows))
+        return 0
     bench = Bench(options.quick)
     wanted = [name for name in ALGORITHMS if not options.only or options.only in name]
     seeds = SEEDS[:1] if options.quick else SEEDS
