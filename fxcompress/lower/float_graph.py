@@ -26,7 +26,7 @@ _IDLE = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, 
 
 
 @dataclass
-class _Left:
+class Left:
     """Layers that stay, by the reason."""
 
     reasons: dict[str, list[str]] = field(default_factory=dict)
@@ -50,7 +50,7 @@ def lower_float(module: TracedModule, inputs: Inputs, dtype: torch.dtype, author
     with rewriting(module, author) as rewriter:
         drop_idle(rewriter)
     shapes, dtypes = shapes_of(module, inputs)
-    lowered, left, fused = 0, _Left(), Counter[str]()
+    lowered, left, fused = 0, Left(), Counter[str]()
     with rewriting(module, author) as rewriter:
         if dtype != torch.float32:
             _cast(rewriter, dtype, dtypes)

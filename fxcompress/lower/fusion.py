@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fxcompress.lower.prepacked import NOTHING, PostOp
+from fxcompress.lower.prepacked import NOTHING, PostOp, Prepacked
 from fxcompress.module import TracedModule, submodule
+from fxcompress.quantization.fake_quantize import FakeQuantize
 
 #: How the arguments of an activation become a post-op; by torch.nn layer, and by function or method.
 _LAYERS: dict[type[nn.Module], Callable[[Any], PostOp]] = {
@@ -55,6 +56,8 @@ _METHODS = {
 }
 #: Functions whose signature Python does not know.
 _BUILTIN = {F.gelu: ("input", "approximate")}
+#: Their results share memory with nothing else.
+_FRESH = (Prepacked, FakeQuantize, nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._BatchNorm)
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
 
 
@@ -145,7 +148,7 @@ class Chains:
             if found is not None and applies(found):
                 nodes.append(following)
                 post = found
-        while len(nodes) > 1 and self._disturbed(nodes):
+        while len(nodes) > 1 and self.disturbed(nodes):
             if nodes.pop() is not nodes[0] and len(nodes) == 1:
                 other = None
             post = NOTHING
@@ -160,11 +163,20 @@ class Chains:
         if pair is None or pair[0] is pair[1]:
             return None
         other = pair[1] if pair[0] is layer else pair[0]
-        written = node.meta.get("mutates") and pair[0] is not layer  # somebody may still read what is written into
-        same = self.shapes.get(other.name) == self.shapes.get(layer.name) is not None
-        return other if same and not written else None
+        if self.shapes.get(layer.name) is None or self.shapes.get(other.name) != self.shapes[layer.name]:
+            return None
+        # The sum may have been written into what is added, if nobody notices that it no longer is.
+        written = node.meta.get("mutates") and pair[0] is not layer
+        return None if written and not self._spent(other, node) else other
 
-    def _disturbed(self, nodes: list[fx.Node]) -> bool:
+    def _spent(self, node: fx.Node, at: fx.Node) -> bool:
+        """Whether a node makes a tensor of its own that nobody reads after ``at``."""
+        if node.op != "call_module" or node.meta.get("mutates"):
+            return False
+        fresh = isinstance(submodule(self.module, str(node.target)), _FRESH)
+        return fresh and all(self._order.get(user, -1) <= self._order[at] for user in node.users)
+
+    def disturbed(self, nodes: list[fx.Node]) -> bool:
         """Whether something writes into a tensor between the first and the last node: the kernel runs at the last."""
         first, last = self._order[nodes[0]], self._order[nodes[-1]]
         own = {self._order[node] for node in nodes}

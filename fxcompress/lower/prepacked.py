@@ -61,9 +61,8 @@ class Prepacked(nn.Module, ABC):
         super()._load_from_state_dict(*args, **kwargs)
 
 
-def channels_last(x: Tensor) -> Tensor:
-    """``x`` with its channels innermost in memory."""
-    return x.contiguous(memory_format=torch.channels_last)
+def _scaled(weight: Tensor, scale: Tensor | None) -> Tensor:
+    return weight if scale is None else weight * scale
 
 
 @dataclass(frozen=True)
@@ -89,21 +88,31 @@ class FloatConvolution(Prepacked):
         bias: ``[out]`` or None.
         geometry: of the convolution.
         post: applied last.
+        scale: what an int8 weight is multiplied with before it is packed; broadcasts to it.
     """
 
     weight: Tensor
     bias: Tensor | None
+    weight_scale: Tensor | None
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, geometry: Geometry, post: PostOp) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        geometry: Geometry,
+        post: PostOp,
+        scale: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
+        self.register_buffer("weight_scale", scale)
         self.geometry, self.post = geometry, post
 
     def pack(self, x: Tensor) -> Kernel:
         stride, padding, dilation, groups = self.geometry.lists
         packed = torch.ops.mkldnn._reorder_convolution_weight(
-            self.weight, padding, stride, dilation, groups, list(x.shape)
+            _scaled(self.weight, self.weight_scale), padding, stride, dilation, groups, list(x.shape)
         )
         where = (packed, self.bias, padding, stride, dilation, groups)
         unary = torch.ops.mkldnn._convolution_pointwise.default
@@ -127,32 +136,35 @@ class FloatConvolution(Prepacked):
 
 
 class FloatLinear(Prepacked):
-    """``post(x @ weight.T + bias)``, or ``x @ weight.T + bias + other``.
+    """``post(x @ weight.T + bias)``.
 
     Args:
         weight: ``[out, in]``, float32 or bfloat16.
         bias: ``[out]`` or None.
-        post: applied last; not together with ``other``.
+        post: applied last.
+        scale: as for :class:`FloatConvolution`.
     """
 
     weight: Tensor
     bias: Tensor | None
+    weight_scale: Tensor | None
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, post: PostOp) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, post: PostOp, scale: Tensor | None = None) -> None:
         super().__init__()
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
+        self.register_buffer("weight_scale", scale)
         self.post = post
 
     def pack(self, x: Tensor) -> Kernel:
         rows = math.prod(x.shape[:-1])
         bias, name, scalars, algorithm = self.bias, self.post.name, list(self.post.scalars), self.post.algorithm
-        if name == "none" and torch.backends.mkl.is_available() and self.weight.dtype == torch.float32:
-            weight = self.weight
+        weight = _scaled(self.weight, self.weight_scale)
+        if name == "none" and torch.backends.mkl.is_available() and weight.dtype == torch.float32:
             packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
             plain = torch.ops.mkl._mkl_linear.default  # for another number of rows it takes the plain weight
             return lambda x: plain(x, packed, weight, bias, rows)
-        packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, rows)
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
         unary = torch.ops.mkldnn._linear_pointwise.default
         return lambda x: unary(x, packed, bias, name, scalars, algorithm)
 
