@@ -8,10 +8,11 @@ from typing import ClassVar
 from torch import Tensor, fx, nn
 
 from fxcompress.channels.labels import Labels
+from fxcompress.context import Context
 from fxcompress.folding import folded, norm_source, scaled
 from fxcompress.masking import Masking
 from fxcompress.module import TracedModule, submodule
-from fxcompress.pipeline import Context, Pass
+from fxcompress.pipeline import Pass
 from fxcompress.rewrite import Rewriter, rewriting
 
 
