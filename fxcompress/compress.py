@@ -5,22 +5,28 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import os
 import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from torch import nn
 
-from fxcompress.errors import InputError, TraceError
+from fxcompress.checkpoint import Checkpoint, fingerprint, seeded
+from fxcompress.context import Context
+from fxcompress.errors import CheckpointError, InputError, TraceError
 from fxcompress.exclusive import exclusive
 from fxcompress.inputs import Inputs, check_devices, other_batch
 from fxcompress.module import TracedModule, copied, state_of
-from fxcompress.pipeline import Context, Pass, PassResult, parse_passes, run_pass
+from fxcompress.pipeline import Pass, PassResult, parse_passes, run_pass
 from fxcompress.report import report
+from fxcompress.task import Task
 from fxcompress.trace import capture
 from fxcompress.verify import TOLERANCE, difference
 
@@ -52,7 +58,9 @@ def compress(
     passes: Sequence[Pass],
     *,
     example_inputs: Any = None,
+    task: Task | None = None,
     verify: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
     seed: int = 0,
     progress: bool | None = None,
 ) -> TracedModule:
@@ -63,8 +71,12 @@ def compress(
         passes: in order.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments. May be left out for a module
             that fxcompress made, or when every pass looks at weights alone.
+        task: what the model is for, for passes that train it or look at data.
         verify: check by evaluation that the trace equals the model, and that passes which claim to preserve the
             function do.
+        checkpoint: a file that holds how far the run is. The same call goes on from there after it was killed, and ends
+            as if it had not been, bit for bit (on the same machine, if batches depend on nothing but torch's, NumPy's
+            and Python's random numbers). It is pickled: give only files that you wrote.
         seed: for whatever is random.
         progress: print what was done and a table of before and after; by default where stderr is a terminal.
 
@@ -73,30 +85,52 @@ def compress(
         tells what ran.
 
     Raises:
-        InputError: an argument is unusable.
+        InputError: an argument is unusable; ``task`` lacks something that a pass needs.
+        CheckpointError: ``checkpoint`` is damaged, or that of another run.
+        TrainingError: a loss became NaN or infinite; the checkpoint holds the last epoch before.
         TraceError: the model cannot be recorded.
         VerificationError: a pass changed what it claimed to keep.
     """
     pipeline = parse_passes(passes)
     inputs = _parse_inputs(model, pipeline, example_inputs)
     console = Console(stderr=True, quiet=not (sys.stderr.isatty() if progress is None else progress))
-    context = Context(inputs=inputs, seed=seed, verify=verify)
+    context = Context(
+        inputs=inputs, seed=seed, verify=verify, task=task, dense=model, console=console,
+        checkpoint=_parse_checkpoint(checkpoint, model, pipeline, inputs, seed),
+    )  # fmt: skip
+    for item in pipeline:
+        if item.needs:
+            context.required_task(item.needs, item.name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        module = capture(model, inputs, waiting=True)
-        if verify and inputs is not None and not isinstance(model, TracedModule):
-            _check_trace(model, module, inputs)
-        for item, following in itertools.zip_longest(pipeline, pipeline[1:]):
-            if not item.versioned:
-                module.ready()
-            result = run_pass(item, module, context, lays=following is None or not following.lifts)
-            module = result.module
-            module.meta["history"] = (*module.meta["history"], _step(item, result))
-            if not console.quiet:
-                console.print(_line(item, result))
+        module = _run(model, pipeline, context)
     module.ready()
     if not console.quiet:
         console.print(report(model, module, inputs, latency=False))
+    return module
+
+
+def _run(model: nn.Module, pipeline: Sequence[Pass], context: Context) -> TracedModule:
+    """The passes one after another, from where the checkpoint is."""
+    known = context.checkpoint.open()
+    if known is None:
+        module = capture(model, context.inputs, waiting=True)
+        if context.verify and context.inputs is not None and not isinstance(model, TracedModule):
+            _check_trace(model, module, context.inputs)
+    else:
+        module, context.masking = known.module, known.masking
+        module.wait()
+    begun = context.checkpoint.index
+    for item, following in list(itertools.zip_longest(pipeline, pipeline[1:]))[begun:]:
+        if not item.versioned:
+            module.ready()
+        with seeded(context.seed, context.checkpoint.index):
+            result = run_pass(item, module, context, lays=following is None or not following.lifts)
+        module = result.module
+        module.meta["history"] = (*module.meta["history"], _step(item, result))
+        context.checkpoint.passed(partial(context.position, module))
+        if not context.console.quiet:
+            context.console.print(_line(item, result))
     return module
 
 
@@ -124,6 +158,26 @@ def _parse_inputs(model: nn.Module, pipeline: Sequence[Pass], example_inputs: An
                 f"{name} holds {bad} values that are NaN or infinite; expected finite weights. Check the training run."
             )
     return inputs
+
+
+def _parse_checkpoint(
+    path: str | os.PathLike[str] | None,
+    model: nn.Module,
+    pipeline: Sequence[Pass],
+    inputs: Inputs | None,
+    seed: int,
+) -> Checkpoint:
+    """The file of this run, which can be written.
+
+    Raises:
+        CheckpointError: its directory does not exist.
+    """
+    if path is None:
+        return Checkpoint(seed=seed)
+    if not Path(path).parent.is_dir():
+        raise CheckpointError(f"checkpoint is {os.fspath(path)!r}, whose directory does not exist; create it first.")
+    shapes = None if inputs is None else inputs.shapes()
+    return Checkpoint(path, fingerprint(pipeline, shapes, seed, tensors=state_of(model)), seed)
 
 
 def _check_trace(model: nn.Module, module: TracedModule, inputs: Inputs) -> None:

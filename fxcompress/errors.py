@@ -42,3 +42,11 @@ class VerificationError(FxCompressError):
         super().__init__(message)
         self.node = node
         self.difference = difference
+
+
+class TrainingError(FxCompressError):
+    """A training run cannot go on: its loss is no number, or its score is not."""
+
+
+class CheckpointError(FxCompressError):
+    """A checkpoint cannot be read, or belongs to another run."""

@@ -20,11 +20,12 @@ from fxcompress.channels.groups import ChannelGroups
 from fxcompress.channels.labels import BoolArray, Cut, Labels, dims_of
 from fxcompress.channels.solve import Channels
 from fxcompress.errors import GraphError
-from fxcompress.layers import close_layer, is_open, open_layer
+from fxcompress.layers import close_layer, closes, open_layer
 from fxcompress.merged import Merged, Step
 from fxcompress.module import MASKS, TracedModule, copy_graph, evaluating, submodule
 from fxcompress.nodes import apply_mask, restore_live, select_live
 from fxcompress.plan import Plan
+from fxcompress.quantization.fake_quantize import QUANT
 from fxcompress.rewrite import Rewriter, rewriting
 
 LIVE = "_live"
@@ -129,7 +130,7 @@ def lift(module: TracedModule) -> Masking:
         for node in list(module.graph.nodes):
             if "mask" in node.meta:
                 continue
-            if is_open(node):
+            if closes(node):
                 close_layer(rewriter, node)
         for node in reversed(list(module.graph.nodes)):
             if "mask" in node.meta or (node.op == "get_attr" and not node.users):
@@ -182,6 +183,8 @@ def _parameter_masks(module: TracedModule, plan: Plan) -> dict[str, Tensor]:
     """For every parameter with dead slices its mask, in the parameter's shape and on its device."""
     made = {}
     for name, parameter in module.named_parameters():
+        if name.startswith(f"{QUANT}."):
+            continue  # a learned scale of a dead channel scales zeros
         labels = plan.channels.facts.state[name]
         mask = np.ones((1,) * parameter.dim(), dtype=bool)
         for factor in labels.factors:

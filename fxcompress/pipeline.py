@@ -7,76 +7,19 @@ import time
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, overload
 
 import torch
 from torch import fx
 
-from fxcompress.channels.groups import ChannelGroups, analyse
+from fxcompress.context import Context, signature
 from fxcompress.errors import FxCompressError, InputError, PassError
-from fxcompress.inputs import Inputs
-from fxcompress.masking import Masking, lay, lift
+from fxcompress.masking import Masking, lift
 from fxcompress.module import TracedModule, state_of
 from fxcompress.rewrite import check
-from fxcompress.verify import Align, tolerance_of, verify
-
-
-@dataclass
-class Context:
-    """What a pass may ask for while it runs.
-
-    Attributes:
-        inputs: the example inputs, or None.
-        seed: for whatever is random.
-        verify: whether claims are checked by running models.
-        notes: what the passes had to say, for the history.
-        align: set by a pass that changes shapes: what a value of the module before it is in the one after it.
-        masking: the module's masks while they are lifted off its graph, else None; see :attr:`Pass.lifts`.
-        rounded: set by a pass that computed new weights in this run although it seldom does; see ``Pass.rounds``.
-    """
-
-    inputs: Inputs | None = None
-    seed: int = 0
-    verify: bool = True
-    notes: list[str] = field(default_factory=list)
-    align: Align | None = None
-    masking: Masking | None = None
-    rounded: bool = False
-    _snapshot: tuple[TracedModule, Snapshot] | None = None
-    _latest: tuple[Any, ChannelGroups] | None = None
-    _analyses: dict[str, ChannelGroups] = field(default_factory=dict)
-
-    def groups(self, module: TracedModule) -> ChannelGroups:
-        """The channel groups of a clean traced module; analysed once for each graph.
-
-        Raises:
-            InputError: there are no example inputs.
-        """
-        if self.inputs is None:
-            raise InputError(
-                "example_inputs is missing: channels are followed through a run of the model. Pass a batch."
-            )
-        shapes = [tuple(tensor.shape) for tensor in state_of(module).values()]
-        now = _signature(module.graph), shapes
-        if self._latest is not None and self._latest[0] == now:
-            return self._latest[1]
-        key = f"{module.graph}{shapes}"
-        if key not in self._analyses:
-            self._analyses[key] = analyse(module, self.inputs)
-        self._latest = now, self._analyses[key]
-        return self._analyses[key]
-
-    def forget(self) -> None:
-        """Drop what is known about the module: somebody may have changed what no graph shows (a layer's stride)."""
-        self._snapshot = self._latest = None
-        self._analyses.clear()
-
-    def masked(self, module: TracedModule, author: str, like: TracedModule | None = None) -> TracedModule:
-        """The module (a copy of ``like``, whose analysis will do) with its lifted masks laid over it, in place."""
-        if self.masking is not None:
-            lay(module, self.masking, self.groups(like or module) if self.masking.dead else None, author)
-        return module
+from fxcompress.task import Need
+from fxcompress.verify import tolerance_of, verify
 
 
 @dataclass(frozen=True)
@@ -132,6 +75,11 @@ class Pass(ABC):
         return self.preserves
 
     @property
+    def needs(self) -> tuple[Need, ...]:
+        """What of a task it needs with its options: ``"batches"``, ``"loss"``, ``"score"``, ``"optimizer"``."""
+        return ()
+
+    @property
     def name(self) -> str:
         """The name in messages and in the history."""
         return type(self).__name__
@@ -140,6 +88,8 @@ class Pass(ABC):
         """Raise if the pass cannot run on this module."""
         if self.needs_inputs and context.inputs is None:
             raise InputError(f"example_inputs is missing: {self.name} follows channels through a run of the model.")
+        if self.needs:
+            context.required_task(self.needs, self.name)
 
     @abstractmethod
     def run(self, module: TracedModule, context: Context) -> TracedModule:
@@ -251,7 +201,7 @@ class Snapshot:
 
     def __init__(self, module: TracedModule, masking: Masking | None = None, *, values: bool = True) -> None:
         self.masking = masking
-        self.graph: Any = str(module.graph) if values else _signature(module.graph)
+        self.graph: Any = str(module.graph) if values else signature(module.graph)
         self.state = {
             name: _Held(tensor if values else weakref.ref(tensor), tensor._version, _digest(tensor) if values else 0)
             for name, tensor in state_of(module, every_name=True).items()
@@ -262,11 +212,6 @@ class Snapshot:
         if self.graph != now.graph or self.state.keys() != now.state.keys() or self.masking != now.masking:
             return True
         return not all(_same(old, now.state[name]) for name, old in self.state.items())
-
-
-def _signature(graph: fx.Graph) -> list[Any]:
-    """What equals another's if the nodes are the same ones and call the same."""
-    return [(node, node.op, node.target, node.args, node.kwargs) for node in graph.nodes]
 
 
 class _Held(NamedTuple):

@@ -161,14 +161,19 @@ class Rewriter:
         holder.register_buffer(leaf, tensor, persistent=persistent)
         self.edits += 1
 
+    def has_module(self, name: str) -> bool:
+        """Whether there is a submodule of this name."""
+        return _exists(self.module, name, tensors=False)
+
     def put_module(self, name: str, module: nn.Module) -> None:
-        """Put a submodule under a dotted name, making the modules on the way; what is there goes."""
+        """Set a submodule under a dotted name, making the modules on the way."""
         *path, leaf = name.split(".")
         holder: nn.Module = self.module
         for part in path:
             if part not in holder._modules:
                 holder._modules[part] = nn.Module()
             holder = submodule(holder, part)
+        module.train(self.module.training)
         holder._modules[leaf] = module
         self.edits += 1
 

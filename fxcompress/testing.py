@@ -25,10 +25,11 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxcompress.compress import Step, compress
+from fxcompress.context import Context
 from fxcompress.generate import Op, Spec, inputs, motifs, network, networks
 from fxcompress.inputs import Inputs, other_batch
 from fxcompress.module import MASKS, TracedModule
-from fxcompress.pipeline import Context, Pass
+from fxcompress.pipeline import Pass
 from fxcompress.trace import trace
 from fxcompress.verify import TOLERANCE, precise
 

@@ -8,6 +8,7 @@ if __name__ == "passes":
 
 from fxcompress.passes.channel_pruner import ChannelPruner as ChannelPruner
 from fxcompress.passes.channel_pruner import Layer as Layer
+from fxcompress.passes.fine_tune import FineTune as FineTune
 from fxcompress.passes.fold_batch_norm import FoldBatchNorm as FoldBatchNorm
 from fxcompress.passes.fpgm_pruner import FPGMPruner as FPGMPruner
 from fxcompress.passes.l1_filter_pruner import L1FilterPruner as L1FilterPruner

@@ -17,11 +17,12 @@ from fxcompress.channels.labels import BoolArray
 from fxcompress.channels.propagate import OUTPUT
 from fxcompress.channels.row_sets import RowSet
 from fxcompress.channels.solve import Channels
+from fxcompress.context import Context
 from fxcompress.errors import InputError, PassError
 from fxcompress.masking import Masking, complete
 from fxcompress.module import TracedModule, modules_of, submodule
 from fxcompress.passes.removable_units import FloatArray, Units, channel_units, row_units
-from fxcompress.pipeline import Context, Pass
+from fxcompress.pipeline import Pass
 from fxcompress.plan import settle
 from fxcompress.select import Selection, Selectors, Sparsity
 

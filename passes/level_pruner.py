@@ -10,11 +10,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from fxcompress.context import Context
 from fxcompress.errors import InputError
 from fxcompress.layers import opens
 from fxcompress.masking import Masking, complete
 from fxcompress.module import TracedModule
-from fxcompress.pipeline import Context, Pass
+from fxcompress.pipeline import Pass
 from fxcompress.recurrent import operator_of
 from fxcompress.select import Selection, Selectors, Sparsity
 

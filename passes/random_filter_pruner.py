@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fxcompress.context import Context
 from fxcompress.module import TracedModule
 from fxcompress.passes.channel_pruner import ChannelPruner, Layer
-from fxcompress.pipeline import Context
 
 
 @dataclass(frozen=True)

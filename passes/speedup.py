@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from fxcompress.channels.groups import ChannelGroups, Group
 from fxcompress.channels.labels import BoolArray
 from fxcompress.constant_channels import approximate, composed, remove_constants
+from fxcompress.context import Context
 from fxcompress.errors import InputError, PassError
 from fxcompress.masking import Masking, lay
 from fxcompress.module import MASKS, TracedModule, state_of
-from fxcompress.pipeline import Context, Pass, check_claim
+from fxcompress.pipeline import Pass, check_claim
 from fxcompress.plan import settle
 from fxcompress.rewrite import rewriting
 from fxcompress.shrink import shrink

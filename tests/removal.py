@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from fxcompress import GraphError, Pass, TracedModule, compress, count, masks, trace
 from fxcompress.channels.labels import Labels
+from fxcompress.context import Context
 from fxcompress.inputs import Inputs
 from fxcompress.motifs import MOTIFS
 from fxcompress.nodes import select_live
@@ -26,7 +27,7 @@ from fxcompress.passes import (
     RandomFilterPruner,
     Speedup,
 )
-from fxcompress.pipeline import Context, run_pass
+from fxcompress.pipeline import run_pass
 from fxcompress.testing import Op, Spec, inputs, network, networks
 
 #: Operations that generated networks have too seldom, or too narrow to lose channels, for each rewrite to be drawn.

@@ -23,14 +23,18 @@ CORE = {
     "compress", "trace", "channel_groups", "count", "latency", "report", "masks", "sparsity",
     # what they get
     "TracedModule", "ChannelGroups", "Group", "GroupedLayers", "LayerSet", "LayerSets", "RowSet", "Cost", "Symbolic",
-    "Latency", "Report", "Step",
+    "Latency", "Report", "Step", "Epoch",
+    # what a model is for
+    "Task",
     # what authors of passes need
-    "Pass", "PassResult", "Context", "Rewriter", "graph_pass",
+    "Pass", "PassResult", "Context", "Rewriter", "graph_pass", "Kept", "Training",
     # errors
     "FxCompressError", "InputError", "SelectionError", "TraceError", "GraphError", "PassError", "VerificationError",
+    "TrainingError", "CheckpointError",
 }  # fmt: skip
 PASSES = {
-    "L1FilterPruner", "L2FilterPruner", "FPGMPruner", "RandomFilterPruner", "LevelPruner", "FoldBatchNorm", "Speedup",
+    "L1FilterPruner", "L2FilterPruner", "FPGMPruner", "RandomFilterPruner", "LevelPruner", "FoldBatchNorm", "FineTune",
+    "Speedup",
     # what authors of criteria need
     "ChannelPruner", "Layer",
 }  # fmt: skip

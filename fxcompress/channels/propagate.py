@@ -23,7 +23,9 @@ from fxcompress.channels.stand_ins import stand_in
 from fxcompress.inputs import Inputs, positional, tensors_in
 from fxcompress.layers import understood
 from fxcompress.module import TracedModule, evaluating, state_of, submodule
+from fxcompress.nodes import batch_norm_factor
 from fxcompress.outputs import tensors_of
+from fxcompress.quantization.fake_quantize import FakeQuantize
 from fxcompress.recurrent import GATES, operator_of
 
 
@@ -95,6 +97,7 @@ class _Watch(TorchDispatchMode):
         self.parameters: dict[int, str] = {}
         self.values_only = True
         self.moves_only = True
+        self.finite = False
         self.asleep = False
 
     @classmethod
@@ -154,7 +157,7 @@ class _Watch(TorchDispatchMode):
             self.asleep = False
 
     def _apply(self, func: Any, name: str, inplace: bool, arguments: dict[str, Any], result: Any) -> None:
-        if name in _SINGULAR:
+        if name in _SINGULAR and not self.finite:
             risky = list(arguments.values())[_SINGULAR[name] :]
             if any(isinstance(tensor, Tensor) and self.of(tensor).factors for tensor in risky):
                 self.ledger.live_only.add(self.ledger.node)  # 0 / 0 on a dead channel would poison its consumers
@@ -265,6 +268,7 @@ class _Interpreter:
         args, kwargs = fx.map_arg(node.args, fetch), fx.map_arg(node.kwargs, fetch)
         watch.values_only = all(user.target is operator.getitem and user.args[1] == 0 for user in node.users)
         watch.moves_only = True
+        watch.finite = self._is_finite(node)
         recurrence = self._recurrence(node, args, kwargs)
         reason = "" if recurrence else self._closed(node)
         watch.asleep = bool(recurrence or reason)
@@ -314,6 +318,12 @@ class _Interpreter:
             return None
         return read_layer(submodule(self.module, str(node.target)), args, kwargs)
 
+    def _is_finite(self, node: fx.Node) -> bool:
+        """Whether a node of ours never divides by what may be zero on a dead channel."""
+        if node.op == "call_module":
+            return isinstance(submodule(self.module, str(node.target)), FakeQuantize)
+        return node.target is batch_norm_factor
+
     def _closed(self, node: fx.Node) -> str:
         """Why labels do not enter a node's module or function; empty where they do."""
         if node.op == "call_function" and getattr(node.target, "__name__", "") in GATES:
@@ -325,6 +335,8 @@ class _Interpreter:
         layer = submodule(self.module, str(node.target))
         if operator_of(layer):
             return f"{type(layer).__name__} of a PackedSequence {WHOLE}"
+        if isinstance(layer, FakeQuantize):
+            return ""
         return "" if understood(layer) else f"{type(layer).__name__} {WHOLE}"
 
     def _freeze(self, node: fx.Node, reason: str) -> None:

@@ -55,16 +55,18 @@ class FakeQuantize(nn.Module, ABC):
 
         Args:
             x: a weight (behind its mask) or an activation.
-            factor: ``[channels]``, what a BatchNorm that is to be folded multiplies the weight with: the grid is that
-                of the folded weight.
+            factor: broadcastable to ``x``; what a BatchNorm that is to be folded multiplies the weight with. The grid
+                is that of the folded weight.
         """
-        scaled = x if factor is None else x * _along(factor, x, 0)
+        if factor is not None:  # a channel that BatchNorm multiplies with zero is zero on any grid
+            factor = torch.where(factor.abs() < _SMALLEST, _SMALLEST, factor)
+        scaled = x if factor is None else x * factor
         if self.training and self.observing:
             self.observe(scaled.detach())
         if not self.quantizing:
             return x
         made = self.quantize(scaled)
-        return made if factor is None else made / _along(factor, x, 0)
+        return made if factor is None else made / factor
 
     def integers(self, x: Tensor) -> Tensor:
         """What an integer kernel is given for ``x``: int32, ``quantize(x) / scale + zero_point``.

@@ -62,12 +62,16 @@ class QuantSpec:
         """The smallest integer."""
         if self.bits == 1:
             return -1 if self.signed else 0
-        return -(2 ** (self.bits - 1)) + self.narrow if self.signed else 0
+        return int(self.narrow) - (1 << (self.bits - 1)) if self.signed else 0
 
     @property
     def quant_max(self) -> int:
         """The largest integer."""
-        return max(1, 2 ** (self.bits - 1) - 1) if self.signed else 2**self.bits - 1
+        return max(1, (1 << (self.bits - 1)) - 1) if self.signed else (1 << self.bits) - 1
+
+    def along(self, axis: int | None) -> QuantSpec:
+        """The same grid with scales along another dimension, or one scale for the tensor."""
+        return replace(self, axis=axis)
 
     def frozen(self) -> QuantSpec:
         """The same grid with a range that is given."""
