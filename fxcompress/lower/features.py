@@ -21,8 +21,6 @@ _INT8 = (
     "onednn::qconv1d_pointwise",
     "onednn::qlinear_prepack",
     "onednn::qlinear_pointwise",
-    "onednn::qadd",
-    "onednn::qmul",
     "onednn::qbatch_norm2d",
 )
 

@@ -9,6 +9,7 @@ from torch import fx, nn
 from fxcompress.errors import PassError
 from fxcompress.inputs import Inputs
 from fxcompress.lower import integers, movement
+from fxcompress.lower.agreement import GRID
 from fxcompress.lower.float_graph import Left, drop_idle
 from fxcompress.lower.fusion import Chain, Chains, addends, post_op
 from fxcompress.lower.integers import ByteGrid
@@ -21,8 +22,6 @@ from fxcompress.quantization.fake_quantize import QUANT, FakeQuantize
 from fxcompress.quantization.sites import operation
 from fxcompress.rewrite import Rewriter, describe, rewriting
 
-#: ``node.meta``: the grid of a node that gives integers.
-GRID = "grid"
 _BATCH_NORM = (nn.BatchNorm2d,)
 
 
@@ -92,7 +91,7 @@ class _Lowering:
         self.grids: dict[fx.Node, ByteGrid] = {}  # of nodes that give integers
         self.readers: set[fx.Node] = set()  # nodes that read integers as such
         self.floats: dict[fx.Node, fx.Node] = {}
-        self.pending: dict[fx.Node, LayerSite] = {}  # layers, by the last node that their kernel may take over
+        self.pending: dict[fx.Node, list[LayerSite]] = {}  # layers, by the last node that their kernel may take over
         self.names: Counter[str] = Counter()
 
     def run(self) -> None:
@@ -113,7 +112,8 @@ class _Lowering:
 
     def _visit(self, node: fx.Node) -> None:
         if node in self.pending:
-            self._kernel(self.pending.pop(node))
+            for site in self.pending.pop(node):
+                self._kernel(site)
             return
         if node in self.grids:
             return
@@ -173,7 +173,7 @@ class _Lowering:
         if longest.last is site.node:
             self._kernel(site)
         else:
-            self.pending[longest.last] = site
+            self.pending.setdefault(longest.last, []).append(site)
 
     def _kernel(self, site: LayerSite) -> None:
         """The integer kernel of a layer and what it takes over."""

@@ -65,6 +65,8 @@ def dequantize(q: Tensor, grid: ByteGrid) -> Tensor:
 
 def requantize(q: Tensor, grid: ByteGrid, new: ByteGrid) -> Tensor:
     """Integers of one grid to those of another."""
+    if q.dim() == 4 and q.numel():
+        return scale_channels(q, torch.ones(q.shape[1]), grid, new)
     return quantize(dequantize(q, grid), new)
 
 
@@ -74,31 +76,46 @@ def at_least(q: Tensor, low: int) -> Tensor:
 
 
 def add(a: Tensor, b: Tensor, a_grid: ByteGrid, b_grid: ByteGrid, grid: ByteGrid, relu: bool) -> Tensor:
-    """The sum of two tensors of one shape, with a ReLU behind it if asked for."""
-    a, b = _alike(a, b)
-    kernel = torch.ops.onednn.qadd_relu.tensor if relu else torch.ops.onednn.qadd.tensor
-    return _binary(kernel, a, b, a_grid, b_grid, grid)
+    """The sum of two tensors of one shape, with a ReLU behind it if asked for.
+
+    ``onednn::qadd`` is not used: torch 2.13 reads integers above 127 as negative there.
+    """
+    scale, zero_point, low, high = grid
+    steps = a.to(torch.float32).mul_(a_grid[0] / scale).add_(b, alpha=b_grid[0] / scale)
+    shift = zero_point - (a_grid[1] * a_grid[0] + b_grid[1] * b_grid[0]) / scale
+    if shift:
+        steps.add_(shift)
+    steps.round_().clamp_(max(low, zero_point) if relu else low, high)
+    return steps.to(torch.uint8)  # of the layout that both have
 
 
 def multiply(a: Tensor, b: Tensor, a_grid: ByteGrid, b_grid: ByteGrid, grid: ByteGrid) -> Tensor:
-    """The product of two tensors that broadcast."""
-    if a.shape != b.shape:
-        shape = torch.broadcast_shapes(a.shape, b.shape)
-        a, b = a.expand(shape), b.expand(shape)
-    return _binary(torch.ops.onednn.qmul.tensor, *_alike(a, b), a_grid, b_grid, grid)
+    """The product of two tensors that broadcast. (``onednn::qmul`` has the error of ``qadd``.)
+
+    Args:
+        a: any shape; ``[batch, channels, height, width]`` times ``b`` of ``[batch, channels, 1, 1]`` is one kernel.
+        b: likewise.
+        a_grid: of ``a``.
+        b_grid: of ``b``.
+        grid: of the result.
+    """
+    if a.dim() == b.dim() == 4 and a.shape[:2] == b.shape[:2] and 1 in (a[0, 0].numel(), b[0, 0].numel()):
+        if a[0, 0].numel() == 1:
+            a, b, a_grid, b_grid = b, a, b_grid, a_grid
+        gates = dequantize(b, b_grid).flatten(1)
+        parts = [scale_channels(item, gate, a_grid, grid) for item, gate in zip(a.split(1), gates, strict=True)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return quantize(dequantize(a, a_grid).mul(dequantize(b, b_grid)), grid)
 
 
-def _binary(kernel: torch._ops.OpOverload, a: Tensor, b: Tensor, a_grid: ByteGrid, b_grid: ByteGrid, grid: ByteGrid) -> Tensor:
-    made: Tensor = kernel(a, a_grid[0], a_grid[1], b, b_grid[0], b_grid[1], grid[0], grid[1], torch.uint8)
-    return made if grid[2] == 0 and grid[3] == 255 else made.clamp_(grid[2], grid[3])
-
-
-def _alike(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Both laid out in the same way and without gaps, as kernels on pairs read them."""
-    layout = torch.contiguous_format
-    if a.dim() == 4 and (a.is_contiguous(memory_format=torch.channels_last) or not a.is_contiguous()):
-        layout = torch.channels_last
-    return a.contiguous(memory_format=layout), b.contiguous(memory_format=layout)
+def scale_channels(q: Tensor, factors: Tensor, grid: ByteGrid, new: ByteGrid) -> Tensor:
+    """Every channel of ``q [batch, channels, height, width]`` times a factor: BatchNorm without statistics."""
+    ones, zeros = torch.ones_like(factors), torch.zeros_like(factors)
+    q = q.contiguous(memory_format=torch.channels_last)
+    made: Tensor = torch.ops.onednn.qbatch_norm2d.default(
+        q, grid[0], grid[1], factors, zeros, zeros, ones, 0.0, new[0], new[1], torch.uint8
+    )
+    return made if new[2] == 0 and new[3] == 255 else made.clamp_(new[2], new[3])
 
 
 def max_pool2d(q: Tensor, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:

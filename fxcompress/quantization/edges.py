@@ -185,7 +185,7 @@ class Edges:
         """Where a value was made that has only been moved since, or picked out."""
         while node.args and isinstance(node.args[0], fx.Node) and self._is_closed(node):
             source = node.args[0]
-            if any(user.meta.get("mutates") for user in source.users):
+            if writers(source):
                 break  # what is read later is not what was made
             node = source
         return node
@@ -212,6 +212,11 @@ class Edges:
             if places:
                 made.append(ActivationEdges(places, spec))
         return sorted(made, key=lambda edges: self.order[edges.places[0]])
+
+
+def writers(value: fx.Node) -> list[fx.Node]:
+    """Who writes into a value."""
+    return [user for user in value.users if user.meta.get("mutates") and user.args and user.args[0] is value]
 
 
 def _first(shared: dict[fx.Node, fx.Node], node: fx.Node) -> fx.Node:

@@ -13,7 +13,7 @@ from fxcompress.folding import norm_source
 from fxcompress.layers import open_layer, parameter_node
 from fxcompress.module import TracedModule, owner, submodule
 from fxcompress.nodes import batch_norm_factor
-from fxcompress.quantization.edges import Block, Edges, LayerSpecs
+from fxcompress.quantization.edges import Block, Edges, LayerSpecs, writers
 from fxcompress.quantization.fake_quantize import QUANT
 from fxcompress.quantization.sites import Site, find_sites
 from fxcompress.quantization.spec import QuantSpec
@@ -134,7 +134,7 @@ class _Inserter:
         """One module behind each of the places."""
         slot = self._slot(f"activations.{places[0].name}", spec, 0, len(places), "")
         for place in places:
-            behind = max([place, *(user for user in place.users if user.meta.get("mutates"))], key=self._position)
+            behind = max([place, *writers(place)], key=self._position)
             node = self.rewriter.insert_after(behind, "call_module", slot.name, (place,))
             node.meta[ROLE] = spec.role
             self.rewriter.replace(place, node, lambda user, last=behind: self._position(user) > self._position(last))  # type: ignore[misc]
