@@ -66,10 +66,12 @@ class ActivationEdges:
     Attributes:
         places: the nodes behind which it is called, in the order of the graph.
         spec: its grid.
+        readers: who reads the fake-quant node; None for all.
     """
 
     places: tuple[fx.Node, ...]
     spec: QuantSpec
+    readers: frozenset[fx.Node] | None = None
 
 
 class Edges:
@@ -143,6 +145,17 @@ class Edges:
 
     # ---- activations ---------------------------------------------------------------------------------------------
 
+    def inputs(self) -> list[ActivationEdges]:
+        """What the layers themselves read, and nobody else."""
+        readers: dict[fx.Node, list[fx.Node]] = {}
+        specs: dict[fx.Node, QuantSpec] = {}
+        for site in self.sites:
+            spec = self.specs[site.node].data if site.node in self.specs else None
+            if spec is not None and "quant" not in site.data.meta:
+                readers.setdefault(site.data, []).append(site.node)
+                specs[site.data] = max(spec, specs.get(site.data, spec), key=lambda item: item.bits)
+        return [ActivationEdges((value,), specs[value], frozenset(nodes)) for value, nodes in readers.items()]
+
     def activations(self) -> list[ActivationEdges]:
         """The values that integer operators read, in groups that share a scale."""
         wanted: dict[fx.Node, QuantSpec] = {}
@@ -177,7 +190,7 @@ class Edges:
     def _want(self, wanted: dict[fx.Node, QuantSpec], value: fx.Node, spec: QuantSpec) -> fx.Node:
         """Ask for a value on a grid where it is made; of two wishes the one with more bits counts."""
         root = self.root(value)
-        if root not in wanted or wanted[root].bits < spec.bits:
+        if "quant" not in root.meta and (root not in wanted or wanted[root].bits < spec.bits):
             wanted[root] = spec
         return root
 
@@ -185,7 +198,7 @@ class Edges:
         """Where a value was made that has only been moved since, or picked out."""
         while node.args and isinstance(node.args[0], fx.Node) and self._is_closed(node):
             source = node.args[0]
-            if any(user.meta.get("mutates") for user in source.users):
+            if writers(source):
                 break  # what is read later is not what was made
             node = source
         return node
@@ -212,6 +225,11 @@ class Edges:
             if places:
                 made.append(ActivationEdges(places, spec))
         return sorted(made, key=lambda edges: self.order[edges.places[0]])
+
+
+def writers(value: fx.Node) -> list[fx.Node]:
+    """Who writes into a value."""
+    return [user for user in value.users if user.meta.get("mutates") and user.args and user.args[0] is value]
 
 
 def _first(shared: dict[fx.Node, fx.Node], node: fx.Node) -> fx.Node:
