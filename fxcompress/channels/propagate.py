@@ -282,6 +282,8 @@ class _Interpreter:
                 result = node.target(*args, **kwargs)
         finally:
             watch.asleep = False
+        if watch.finite and isinstance(result, Tensor):
+            self._keep_direct(result, args[0])
         if recurrence:
             watch.ran(*recurrence, pytree.tree_leaves(result))
         if reason:
@@ -317,6 +319,11 @@ class _Interpreter:
         if node.op != "call_module" or str(node.target) in self.opaque:
             return None
         return read_layer(submodule(self.module, str(node.target)), args, kwargs)
+
+    def _keep_direct(self, result: Tensor, given: Any) -> None:
+        """A fake-quantized parameter is as zero where it is masked as the parameter."""
+        if self.watch.of(given).direct and result is not given:
+            self.watch.label(result, replace(self.watch.of(result), direct=True))
 
     def _is_finite(self, node: fx.Node) -> bool:
         """Whether a node of ours never divides by what may be zero on a dead channel."""

@@ -24,20 +24,23 @@ class Calibrator(nn.Module):
     Attributes:
         low, high: extremes of everything seen, 0-d or ``[channels]``; averaged for :class:`MovingAverage`.
         magnitude: mean of ``abs(x)``, likewise; zeros of weights, which masks made, are not counted.
-        batches: how often it was called.
+        batches: how often it saw something.
+        watching: whether it looks at what it is called with.
     """
 
     def __init__(self, name: str, spec: QuantSpec) -> None:
         super().__init__()
         self.name, self.spec = name, spec
         self.batches = 0
+        self.watching = False
         self.low = self.high = self.magnitude = torch.zeros(())
         self._sum = self._count = torch.zeros(())
         self._values: Tensor | None = None  # of a weight
         self._histogram: _Histogram | None = None
 
     def forward(self, x: Tensor, factor: Tensor | None = None) -> Tensor:
-        self.see(x.detach() if factor is None else x.detach() * factor)
+        if self.watching:
+            self.see(x.detach() if factor is None else x.detach() * factor)
         return x
 
     def see(self, x: Tensor) -> None:
@@ -145,6 +148,9 @@ def calibrate(
         InputError: there are no batches, or one of them leads to values that are not finite.
     """
     seen = 0
+    calibrators = list(calibrators)
+    for calibrator in calibrators:
+        calibrator.watching = True
     with evaluating(module), torch.no_grad():
         for batch in batches:
             run(batch)

@@ -66,10 +66,12 @@ class ActivationEdges:
     Attributes:
         places: the nodes behind which it is called, in the order of the graph.
         spec: its grid.
+        readers: who reads the fake-quant node; None for all.
     """
 
     places: tuple[fx.Node, ...]
     spec: QuantSpec
+    readers: frozenset[fx.Node] | None = None
 
 
 class Edges:
@@ -143,6 +145,17 @@ class Edges:
 
     # ---- activations ---------------------------------------------------------------------------------------------
 
+    def inputs(self) -> list[ActivationEdges]:
+        """What the layers themselves read, and nobody else."""
+        readers: dict[fx.Node, list[fx.Node]] = {}
+        specs: dict[fx.Node, QuantSpec] = {}
+        for site in self.sites:
+            spec = self.specs[site.node].data if site.node in self.specs else None
+            if spec is not None and "quant" not in site.data.meta:
+                readers.setdefault(site.data, []).append(site.node)
+                specs[site.data] = max(spec, specs.get(site.data, spec), key=lambda item: item.bits)
+        return [ActivationEdges((value,), specs[value], frozenset(nodes)) for value, nodes in readers.items()]
+
     def activations(self) -> list[ActivationEdges]:
         """The values that integer operators read, in groups that share a scale."""
         wanted: dict[fx.Node, QuantSpec] = {}
@@ -177,7 +190,7 @@ class Edges:
     def _want(self, wanted: dict[fx.Node, QuantSpec], value: fx.Node, spec: QuantSpec) -> fx.Node:
         """Ask for a value on a grid where it is made; of two wishes the one with more bits counts."""
         root = self.root(value)
-        if root not in wanted or wanted[root].bits < spec.bits:
+        if "quant" not in root.meta and (root not in wanted or wanted[root].bits < spec.bits):
             wanted[root] = spec
         return root
 

@@ -120,7 +120,7 @@ class AffineFakeQuantize(FakeQuantize):
         self.start_step, self.freeze_step = start_step, freeze_step
         shape = (channels,) if spec.axis is not None else ()
         self.register_buffer("scale", torch.ones(shape))
-        self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32))
+        self.register_buffer("zero_point", torch.zeros(shape))  # an integer, in a dtype that has channels
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
         if self.remembers:
             self.register_buffer("low", torch.full(shape, torch.inf))
@@ -132,7 +132,7 @@ class AffineFakeQuantize(FakeQuantize):
         return self.spec.observer is not None and self.spec.observer.running and self.spec.role == "activation"
 
     def grid(self) -> Grid:
-        return Grid(self.scale.detach(), self.zero_point)
+        return Grid(self.scale.detach(), self.zero_point.to(torch.int32))
 
     def set_range(self, low: Tensor, high: Tensor) -> None:
         """Take a range that was found elsewhere."""
@@ -151,7 +151,7 @@ class AffineFakeQuantize(FakeQuantize):
             scale, zero_point = self.spec.grid(low, high)
             if going is not None:
                 scale = torch.where(going, scale, self.scale)
-                zero_point = torch.where(going, zero_point, self.zero_point)
+                zero_point = torch.where(going, zero_point.to(self.zero_point.dtype), self.zero_point)
             self.scale.copy_(scale)
             self.zero_point.copy_(zero_point)
         self.seen += 1
@@ -205,7 +205,6 @@ class _Round(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
         steps = x / scale
-        low, high = low.to(steps.dtype), high.to(steps.dtype)
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward((steps >= low - _SLACK) & (steps <= high + _SLACK))
         return (steps.round().clamp(low, high) * scale).to(x.dtype)

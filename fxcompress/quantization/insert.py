@@ -13,7 +13,8 @@ from fxcompress.folding import norm_source
 from fxcompress.layers import open_layer, parameter_node
 from fxcompress.module import TracedModule, owner, submodule
 from fxcompress.nodes import batch_norm_factor
-from fxcompress.quantization.edges import Block, Edges, LayerSpecs, writers
+from fxcompress.quantization.calibrate import Calibrator
+from fxcompress.quantization.edges import ActivationEdges, Block, Edges, LayerSpecs
 from fxcompress.quantization.fake_quantize import QUANT
 from fxcompress.quantization.sites import Site, find_sites
 from fxcompress.quantization.spec import QuantSpec
@@ -43,9 +44,15 @@ class Slot:
 
 
 def insert(
-    module: TracedModule, specs: Mapping[str, LayerSpecs], facts: Facts | None, author: str, *, folds: bool
+    module: TracedModule,
+    specs: Mapping[str, LayerSpecs],
+    facts: Facts | None,
+    author: str,
+    *,
+    folds: bool,
+    kernels: bool,
 ) -> list[Slot]:
-    """Open the layers and put a node on every edge that the specs ask for; the modules are still identities.
+    """Open the layers and put a node on every edge that the specs ask for; the modules are still calibrators.
 
     Args:
         module: a clean traced module, changed in place. Edges that have a node keep it.
@@ -53,19 +60,21 @@ def insert(
         facts: the module's channel analysis; None if no spec is about activations.
         author: the pass, for provenance.
         folds: a weight with a BatchNorm behind it lies on the grid of the folded weight.
+        kernels: activations lie on grids wherever integer kernels read or write them; without, only what the layers
+            read does, and other readers see it as it was.
     """
-    sites = [site for site in find_sites(module) if site.layer in specs]
+    sites = [site for site in find_sites(module) if site.layer in specs and not site.quantized]
     with rewriting(module, author) as rewriter:
         inserter = _Inserter(rewriter, facts)
         if facts is not None:
             edges = Edges(module, facts, find_sites(module), {site.node: specs[site.layer] for site in sites})
             blocks = {block.site.node: block for block in edges.blocks}
-            activations = edges.activations()
+            activations = edges.activations() if kernels else edges.inputs()
         else:
             blocks, activations = {}, []
         inserter.weights(sites, specs, blocks if folds else {})
         for item in activations:
-            inserter.activation(item.places, item.spec)
+            inserter.activation(item)
     return inserter.slots
 
 
@@ -74,7 +83,6 @@ class _Inserter:
         self.rewriter, self.facts = rewriter, facts
         self.module = rewriter.module
         self.slots: list[Slot] = []
-        self.order = {node: place for place, node in enumerate(self.module.graph.nodes)}
 
     def weights(self, sites: list[Site], specs: Mapping[str, LayerSpecs], blocks: Mapping[fx.Node, Block]) -> None:
         """One node for each weight, whoever reads it."""
@@ -130,23 +138,20 @@ class _Inserter:
         labels = None if self.facts is None else self.facts.values.get(node.name)
         return len(labels.shape) if isinstance(labels, Labels) else 0
 
-    def activation(self, places: tuple[fx.Node, ...], spec: QuantSpec) -> None:
+    def activation(self, edges: ActivationEdges) -> None:
         """One module behind each of the places."""
-        slot = self._slot(f"activations.{places[0].name}", spec, 0, len(places), "")
-        for place in places:
-            behind = max([place, *writers(place)], key=self._position)
-            node = self.rewriter.insert_after(behind, "call_module", slot.name, (place,))
-            node.meta[ROLE] = spec.role
-            self.rewriter.replace(place, node, lambda user, last=behind: self._position(user) > self._position(last))  # type: ignore[misc]
-
-    def _position(self, node: fx.Node) -> float:
-        return self.order.get(node, float("inf"))
+        slot = self._slot(f"activations.{edges.places[0].name}", edges.spec, 0, len(edges.places), "")
+        for place in edges.places:
+            node = self.rewriter.insert_after(place, "call_module", slot.name, (place,))
+            node.meta[ROLE] = edges.spec.role
+            readers = edges.readers
+            self.rewriter.replace(place, node, (lambda user: True) if readers is None else readers.__contains__)
 
     def _slot(self, name: str, spec: QuantSpec, channels: int, calls: int, layer: str) -> Slot:
         full = f"{QUANT}.{name}"
         while self.rewriter.has_module(full):
             full += "_"
-        self.rewriter.put_module(full, nn.Identity())
+        self.rewriter.put_module(full, Calibrator(full, spec))
         self.slots.append(Slot(full, spec, channels, calls, layer))
         return self.slots[-1]
 

@@ -32,6 +32,7 @@ class Site:
         weight: the parameter's name.
         data: what is multiplied.
         axis: dimension of the weight along which output channels lie; None where it has no such dimension.
+        quantized: whether its weight already has a fake-quant node.
     """
 
     node: fx.Node
@@ -39,6 +40,7 @@ class Site:
     weight: str
     data: fx.Node
     axis: int | None
+    quantized: bool = False
 
 
 def operation(module: nn.Module, node: fx.Node) -> str:
@@ -77,14 +79,38 @@ def _function(module: TracedModule, node: fx.Node) -> Site | None:
         return None
     given = dict(zip(("input", "weight"), node.args, strict=False)) | node.kwargs
     data, weight = given.get("input"), given.get("weight")
-    if not isinstance(data, fx.Node) or not isinstance(weight, fx.Node) or weight.op != "get_attr":
+    if not isinstance(data, fx.Node) or not isinstance(weight, fx.Node):
+        return None
+    quantized = "quant" in weight.meta
+    if quantized:
+        (weight, *_) = weight.all_input_nodes
+    if weight.op != "get_attr":
         return None
     holder, leaf = owner(module, str(weight.target))
     if not isinstance(holder._parameters.get(leaf), nn.Parameter):
         return None
     groups = node.kwargs.get("groups", node.args[6] if len(node.args) > 6 else 1)
     layer = str(weight.target).rpartition(".")[0]
-    return Site(node, layer, str(weight.target), data, _axis(name, groups if isinstance(groups, int) else 0))
+    return Site(node, layer, str(weight.target), data, _axis(name, groups if isinstance(groups, int) else 0), quantized)
+
+
+def ends(module: TracedModule, sites: list[Site]) -> frozenset[str]:
+    """The layers that no other one comes before, or none behind, on any way from the inputs to the outputs."""
+    calls = {site.node: site for site in sites}
+    behind: set[fx.Node] = set()
+    before: set[fx.Node] = set()
+    found = set()
+    for node in module.graph.nodes:
+        if node in calls and calls[node].data not in behind:
+            found.add(calls[node].layer)
+        if node in calls or not behind.isdisjoint(node.all_input_nodes):
+            behind.add(node)
+    for node in reversed(module.graph.nodes):
+        if node in calls and node not in before:
+            found.add(calls[node].layer)
+        if node in calls or node in before:
+            before.update(node.all_input_nodes)
+    return frozenset(found)
 
 
 def _axis(name: str, groups: int) -> int | None:
