@@ -39,7 +39,7 @@ def fake_quantized(
     module = run_pass(FoldBatchNorm(), module, context).module
     specs = {site.layer: LayerSpecs(weight, activation) for site in find_sites(module) if where(site.layer)}
     facts = context.groups(module).channels.facts
-    for slot in insert(module, specs, facts, "test", folds=False):
+    for slot in insert(module, specs, facts, "test", folds=False, kernels=True):
         path, _, leaf = slot.name.rpartition(".")
         made = AffineFakeQuantize(slot.spec, slot.channels, calls=slot.calls)
         module.get_submodule(path)._modules[leaf] = made.train()
