@@ -65,6 +65,15 @@ def _drop_gradients(rewriter: Rewriter) -> None:
             rewriter.drop_module(str(node.target))
 
 
+def _drop_uncalled(rewriter: Rewriter, before: Mapping[str, int]) -> None:
+    """Remove the modules, and their masks, that were called ``before`` and no longer are."""
+    rewriter.sweep()
+    for name in before.keys() - calls_of(rewriter.module).keys():
+        for each in (name, f"{MASKS}.{name}"):
+            if rewriter.has_module(each):
+                rewriter.drop_module(each)
+
+
 def _settle(rewriter: Rewriter, site: Site, calls: Mapping[str, int], ranks: Callable[[fx.Node], int]) -> list[str]:
     """One layer."""
     module = rewriter.module
