@@ -25,7 +25,7 @@ from fxcompress.merged import Merged, Step
 from fxcompress.module import MASKS, TracedModule, copy_graph, evaluating, submodule
 from fxcompress.nodes import apply_mask, restore_live, select_live
 from fxcompress.plan import Plan
-from fxcompress.quantization.fake_quantize import QUANT
+from fxcompress.quantization.fake_quantize import QUANT, FakeQuantize
 from fxcompress.rewrite import Rewriter, rewriting
 
 LIVE = "_live"
@@ -212,12 +212,23 @@ def _mask_parameters(rewriter: Rewriter, elements: Mapping[str, Tensor], behind:
         product = rewriter.insert_after(buffer, "call_function", apply_mask, (node, buffer))
         product.meta["mask"] = True
         rewriter.replace(node, product)
+        for user in list(product.users):
+            if user.meta.get("quant") == "weight" and not _keeps_zero(module, user):
+                again = rewriter.insert_after(user, "call_function", apply_mask, (user, buffer))
+                again.meta["mask"] = True
+                rewriter.replace(user, again)
     read = {names[str(node.target)] for node in sources}
     for name in elements:
         holder = name.rpartition(".")[0]
         if name not in read and holder not in behind and any(n.target == holder for n in module.graph.nodes):
             kind = type(submodule(module, holder)).__name__
             raise GraphError(f"{name} cannot be masked element by element: a {kind} stays one node of the graph.")
+
+
+def _keeps_zero(module: TracedModule, node: fx.Node) -> bool:
+    """Whether a fake-quant node leaves zeros as they are."""
+    quantizer = submodule(module, str(node.target))
+    return not isinstance(quantizer, FakeQuantize) or quantizer.keeps_zero
 
 
 def _aliases(module: nn.Module) -> dict[str, str]:

@@ -32,6 +32,9 @@ class FakeQuantize(nn.Module, ABC):
         quantizing: values are rounded; without, they pass as they are.
     """
 
+    #: Zero lies on the grid: what is masked in front stays zero behind.
+    keeps_zero: ClassVar[bool] = True
+
     def __init__(self, spec: QuantSpec, *, calls: int = 1) -> None:
         super().__init__()
         self.spec = spec
@@ -298,7 +301,12 @@ class Quantizing(Protocol):
 
 
 class TransformedFakeQuantize(FakeQuantize):
-    """Values from a rule of one's own, ``quantize(x, spec)``. Of a weight, :func:`settle` makes an affine one."""
+    """Values from a rule of one's own, ``quantize(x, spec)``. Of a weight, :func:`settle` makes an affine one.
+
+    Masks are laid in front of it and behind it: zero need not be one of its values.
+    """
+
+    keeps_zero: ClassVar[bool] = False
 
     def __init__(self, spec: QuantSpec, rule: Quantizing, *, calls: int = 1) -> None:
         super().__init__(spec, calls=calls)

@@ -90,7 +90,7 @@ class _Inserter:
         for site in sites:
             if specs[site.layer].weight is not None:
                 readers.setdefault(site.weight, []).append(site)
-        calls = _calls(self.module)
+        calls = calls_of(self.module)
         for name, same in readers.items():
             spec = specs[same[0].layer].weight
             assert spec is not None
@@ -156,7 +156,7 @@ class _Inserter:
         return self.slots[-1]
 
 
-def _calls(module: TracedModule) -> dict[str, int]:
+def calls_of(module: TracedModule) -> dict[str, int]:
     """How often each module is called."""
     found: dict[str, int] = {}
     for node in module.graph.nodes:

@@ -81,9 +81,10 @@ def _function(module: TracedModule, node: fx.Node) -> Site | None:
     data, weight = given.get("input"), given.get("weight")
     if not isinstance(data, fx.Node) or not isinstance(weight, fx.Node):
         return None
-    quantized = "quant" in weight.meta
-    if quantized:
-        (weight, *_) = weight.all_input_nodes
+    quantized = False
+    while "quant" in weight.meta or "mask" in weight.meta:
+        quantized = quantized or "quant" in weight.meta
+        weight = weight.all_input_nodes[0]
     if weight.op != "get_attr":
         return None
     holder, leaf = owner(module, str(weight.target))
