@@ -25,12 +25,14 @@ class NodeAgreement:
         steps: largest difference in quantization steps; None for a float node.
         share: of elements that differ.
         difference: of a float node: ``max abs(a - b) / max abs(a)``.
+        elements: how many were compared.
     """
 
     name: str
     steps: int | None
     share: float
     difference: float
+    elements: int
 
 
 class _Values(fx.Interpreter):
@@ -60,17 +62,17 @@ class _Comparing(fx.Interpreter):
         right = self.simulated.get(n.name)
         if n.op not in ("call_module", "call_function", "call_method") or not isinstance(value, Tensor):
             return value
-        if right is None or right.shape != value.shape:
+        if right is None or right.shape != value.shape or not value.numel():
             return value
         grid = n.meta.get(GRID)
         if grid is None:
             gap, size = float((value.float() - right).abs().max()), float(right.abs().max())
-            self.found.append(NodeAgreement(n.name, None, 0.0, gap / size if size else gap))
+            self.found.append(NodeAgreement(n.name, None, 0.0, gap / size if size else gap, value.numel()))
             return right.clone()
         integers = as_integers(right, grid)
         away = (value.int() - integers.int()).abs()
         share = float((away > 0).float().mean())
-        self.found.append(NodeAgreement(n.name, int(away.max()), share, 0.0))
+        self.found.append(NodeAgreement(n.name, int(away.max()), share, 0.0, value.numel()))
         return integers.contiguous(memory_format=_layout(value))
 
 
