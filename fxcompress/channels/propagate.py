@@ -95,6 +95,7 @@ class _Watch(TorchDispatchMode):
         self.computes = computes
         self.table: dict[int, tuple[weakref.ref[Tensor], Labels]] = {}  # an id may be used again
         self.parameters: dict[int, str] = {}
+        self.quantized: dict[int, Tensor] = {}
         self.values_only = True
         self.moves_only = True
         self.finite = False
@@ -125,6 +126,8 @@ class _Watch(TorchDispatchMode):
         if id(tensor) not in self.parameters:
             return False
         self.label(tensor, labels)
+        if id(tensor) in self.quantized:
+            return self.relabel(self.quantized[id(tensor)], labels)
         return True
 
     def __torch_dispatch__(
@@ -240,6 +243,7 @@ class _Interpreter:
         self.module, self.watch, self.opaque = module, watch, frozenset(opaque)
         self.values: dict[str, Any] = {}
         self.moves: set[str] = set()
+        self.weights: dict[str, Tensor] = {}  # fake-quantized ones, whose labels their readers may still change
 
     def run(self, inputs: Sequence[Any]) -> None:
         given = iter(inputs)
@@ -283,7 +287,7 @@ class _Interpreter:
         finally:
             watch.asleep = False
         if watch.finite and isinstance(result, Tensor):
-            self._keep_direct(result, args[0])
+            self._keep_direct(node, result, args[0])
         if recurrence:
             watch.ran(*recurrence, pytree.tree_leaves(result))
         if reason:
@@ -320,10 +324,15 @@ class _Interpreter:
             return None
         return read_layer(submodule(self.module, str(node.target)), args, kwargs)
 
-    def _keep_direct(self, result: Tensor, given: Any) -> None:
-        """A fake-quantized parameter is as zero where it is masked as the parameter."""
-        if self.watch.of(given).direct and result is not given:
-            self.watch.label(result, replace(self.watch.of(result), direct=True))
+    def _keep_direct(self, node: fx.Node, result: Tensor, given: Any) -> None:
+        """A fake-quantized parameter is as zero as the parameter where that is masked, and stands for it."""
+        watch = self.watch
+        if watch.of(given).direct and result is not given:
+            watch.label(result, replace(watch.of(result), direct=True))
+            name = watch.name_of(given)
+            if name is not None:
+                watch.parameters[id(result)], watch.quantized[id(result)] = name, given
+                self.weights[node.name] = result
 
     def _is_finite(self, node: fx.Node) -> bool:
         """Whether a node of ours never divides by what may be zero on a dead channel."""
@@ -404,6 +413,7 @@ def _propagate(module: TracedModule, inputs: Inputs, observer: Observer | None, 
                 buffer.data.copy_(value)  # nor does this make one
     labels = {name: watch.of(tensor) for name, tensor in state.items()}
     values = interpreter.values
+    values.update({name: watch.of(tensor) for name, tensor in interpreter.weights.items()})
     for node in module.graph.nodes:
         if node.op == "get_attr" and node.target in labels:
             values[node.name] = labels[node.target]
