@@ -30,7 +30,8 @@ class Lower(Pass):
     """Replaces layers by kernels with packed weights, in the same graph. The result is for inference.
 
     ``dtype="float32"`` and ``"bfloat16"``: BatchNorm is folded; convolutions and linear layers become onednn's
-    (``torch.ops.mkldnn``), with the addition and the activation behind them fused. Masked weights are multiplied in.
+    (``torch.ops.mkldnn``), with the addition and the activation behind them fused.
+    Layers with mask nodes stay: run ``Speedup`` first.
 
     ``dtype="int8"`` (or None) reads fake-quant nodes and nothing else: a layer whose weight and input are fake-quantized
     becomes an integer kernel (``torch.ops.onednn``; Jacob et al. 2018, arXiv 1712.05877, equation 7) that takes over the

@@ -51,6 +51,7 @@ def lower_float(module: TracedModule, inputs: Inputs, dtype: torch.dtype, author
         drop_idle(rewriter)
     shapes, dtypes = shapes_of(module, inputs)
     lowered, left, fused = 0, Left(), Counter[str]()
+    moved: list[str] = []
     with rewriting(module, author) as rewriter:
         if dtype != torch.float32:
             _cast(rewriter, dtype, dtypes)
@@ -67,12 +68,15 @@ def lower_float(module: TracedModule, inputs: Inputs, dtype: torch.dtype, author
             single = node.op != "call_module" or calls[str(node.target)] == 1
             chain = _chain(chains, node, layer) if single else Chain((node,), None, PostOp())
             _replace(rewriter, layer, chain, dtype)
+            if layer.module is None:
+                moved.append(f"{layer.parameter} is {layer.name}.weight now")
             lowered += 1
             fused.update({"additions": chain.other is not None, "activations": chain.post.name != "none"})
     total = lowered + sum(map(len, left.reasons.values()))
     return [
         f"{lowered} of {total} convolutions and linear layers have packed weights, with {fused['activations']} "
         f"activations and {fused['additions']} additions fused",
+        *moved,
         *left.notes(),
     ]
 
@@ -86,6 +90,7 @@ class _Layer:
     weight: Tensor
     bias: Tensor | None
     geometry: Geometry | None
+    parameter: str = ""
 
 
 def _layer_of(module: TracedModule, node: fx.Node) -> _Layer | None:
@@ -100,7 +105,8 @@ def _layer_of(module: TracedModule, node: fx.Node) -> _Layer | None:
         weight, bias = node.args[1], node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
         if isinstance(weight, fx.Node) and weight.op == "get_attr" and _is_state(bias):
             tensor = None if bias is None else state[str(bias.target)]  # type: ignore[union-attr]
-            return _Layer(str(weight.target).removesuffix("_weight"), None, state[str(weight.target)], tensor, None)
+            parameter = str(weight.target)
+            return _Layer(parameter.removesuffix("_weight"), None, state[parameter], tensor, None, parameter)
     return None
 
 

@@ -323,16 +323,11 @@ class _Lowering:
     def _convert(self) -> None:
         """Everybody else who reads integers is given values."""
         for node in list(self.grids):
+            if node.name not in self.shapes:
+                continue  # several tensors: whoever picks one of them is in the table
             for user in list(node.users):
-                if user not in self.readers:
-                    if isinstance_tuple(self, node):
-                        continue
+                if user not in self.readers and not movement.asks_size(user):
                     self.rewriter.read(user, node, self._float(node))
-
-
-def isinstance_tuple(work: _Lowering, node: fx.Node) -> bool:
-    """Whether a node gives several tensors; those who pick one of them convert it."""
-    return node.name not in work.shapes
 
 
 def _only_relu(post: PostOp) -> bool:

@@ -42,6 +42,13 @@ def moves(module: TracedModule, node: fx.Node) -> bool:
     return name in _MOVES
 
 
+def asks_size(node: fx.Node) -> bool:
+    """Whether a node asks for a shape only."""
+    if node.op == "call_method":
+        return node.target in ("size", "dim", "numel", "ndimension")
+    return node.op == "call_function" and node.target is getattr and node.args[1] in ("shape", "ndim")
+
+
 def joins(module: TracedModule, node: fx.Node) -> bool:
     """Whether a node puts tensors side by side."""
     return operation(module, node) in _JOINS

@@ -19,6 +19,7 @@ _LAYERS = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
     nn.Linear,
+    nn.modules.linear.NonDynamicallyQuantizableLinear,  # in nn.MultiheadAttention
 )
 
 
