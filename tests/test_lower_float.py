@@ -45,7 +45,7 @@ class Residual(nn.Module):
         self.norm = nn.BatchNorm2d(24)
         self.one = nn.Conv2d(24, 40, 3, 2, 1)
         self.two = nn.Conv2d(24, 40, 1, 2)
-        self.three = nn.Conv2d(40, 40, (3, 5), padding="same", dilation=(2, 1), groups=4)
+        self.three = nn.Conv2d(40, 40, (3, 5), padding="same", dilation=(2, 1))
         self.depthwise = nn.Conv2d(40, 80, 3, padding=1, groups=40)
         self.fc = nn.Linear(80, 700)
         self.act, self.relu = act, nn.ReLU(inplace=True)

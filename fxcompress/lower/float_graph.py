@@ -71,7 +71,7 @@ def lower_float(module: TracedModule, inputs: Inputs, dtype: torch.dtype, author
             if layer.module is None:
                 moved.append(f"{layer.parameter} is {layer.name}.weight now")
             lowered += 1
-            fused.update({"additions": chain.other is not None, "activations": chain.post.name != "none"})
+            fused.update(additions=int(chain.other is not None), activations=int(chain.post.name != "none"))
     total = lowered + sum(map(len, left.reasons.values()))
     return [
         f"{lowered} of {total} convolutions and linear layers have packed weights, with {fused['activations']} "
@@ -153,8 +153,10 @@ def _chain(chains: Chains, node: fx.Node, layer: _Layer) -> Chain:
     def binary(post: PostOp) -> bool:
         return post.name == "relu"
 
-    # A linear layer without activation has a faster kernel (of MKL) than one with a fused addition.
-    return chains.behind(node, unary=unary, binary=binary if layer.geometry is not None else None)
+    # A linear layer without activation has a faster kernel (of MKL) than one with a fused addition, and for a grouped
+    # convolution torch itself adds afterwards.
+    adds = layer.geometry is not None and layer.geometry.groups == 1
+    return chains.behind(node, unary=unary, binary=binary if adds else None)
 
 
 def _replace(rewriter: Rewriter, layer: _Layer, chain: Chain, dtype: torch.dtype) -> None:

@@ -344,19 +344,12 @@ def max_pool_options(module: TracedModule, node: fx.Node) -> tuple[tuple[int, in
         given = {name: getattr(layer, name) for name in names[1:]}
     else:
         given = dict(zip(names, node.args, strict=False)) | node.kwargs
-    if given.get("ceil_mode") or given.get("return_indices") or pair_of(given.get("dilation", 1)) != (1, 1):
+    if given.get("ceil_mode") or given.get("return_indices") or integers.pair_of(given.get("dilation", 1)) != (1, 1):
         return None
-    kernel = pair_of(given["kernel_size"])
+    kernel = integers.pair_of(given["kernel_size"])
     stride = given.get("stride")
-    options = (kernel, kernel if stride in (None, []) else pair_of(stride), pair_of(given.get("padding", 0)))
+    options = (kernel, kernel if stride in (None, []) else integers.pair_of(stride), integers.pair_of(given.get("padding", 0)))
     return options if all(type(size) is int for pair in options for size in pair) else None
-
-
-def pair_of(value: object) -> tuple[int, int]:
-    """An option of a 2-d pooling for height and width."""
-    if isinstance(value, (tuple, list)):
-        return (value[0], value[-1])
-    return (value, value)  # type: ignore[return-value]
 
 
 def averages_all(module: TracedModule, node: fx.Node) -> bool:

@@ -6,7 +6,7 @@ by 128.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -133,6 +133,11 @@ def max_pool2d(q: Tensor, kernel: tuple[int, int], stride: tuple[int, int], padd
     for dim in (2, 1):
         rows = _max_along(rows, dim, kernel[dim - 1], stride[dim - 1], padding[dim - 1])
     return rows.permute(0, 3, 1, 2)
+
+
+def pair_of(value: Any) -> tuple[Any, Any]:
+    """An option of a 2-d pooling, for height and width."""
+    return (value[0], value[-1]) if isinstance(value, (tuple, list)) else (value, value)
 
 
 def _max_along(x: Tensor, dim: int, kernel: int, stride: int, padding: int) -> Tensor:
