@@ -17,14 +17,16 @@ import fxcompress
 from fxcompress.inputs import Inputs
 from fxcompress.lower import integers
 from fxcompress.lower.agreement import GRID, agreement
+from fxcompress.lower.features import has_int8_instructions
 from fxcompress.lower.prepacked import FloatLinear
 from fxcompress.lower.quantized import IntegerWeight, QuantizedConvolution, QuantizedLayer
 from fxcompress.passes import Lower
 from fxcompress.quantization.observers import MinMax
 from fxcompress.quantization.spec import QuantSpec, activation_spec, weight_spec
+from fxcompress.verify import difference
 
 pytestmark = pytest.mark.skipif(
-    not fxcompress.lower.features.has_int8_instructions(), reason="no 8-bit multiply-accumulate instructions"
+    not has_int8_instructions(), reason="no 8-bit multiply-accumulate instructions"
 )
 
 
@@ -135,7 +137,8 @@ def test_weights_alone() -> None:
     state = lowered.state_dict()
     assert all(state[f"{name}.weight"].dtype == torch.int8 for name in ALL)
     y = torch.randn(3, 3, 40, 40)
-    assert fxcompress.verify.difference(simulated(y), lowered(y)) < 1e-5
+    with torch.no_grad():
+        assert difference(simulated(y), lowered(y)) < 1e-5
 
 
 def test_layers_that_were_left_out_stay_float() -> None:
@@ -162,7 +165,8 @@ def test_copies_pickles_and_threads() -> None:
 
 
 def test_a_state_dict_is_small_and_loads() -> None:
-    model, x = build("resnet18")
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 200, 3), nn.Flatten(), nn.Linear(3200, 100))
+    x = torch.randn(2, 3, 8, 8)
     simulated = fake_quantized(model, x)
     lowered, other = lower(simulated, x), lower(simulated, x)
     sizes = []
@@ -173,7 +177,7 @@ def test_a_state_dict_is_small_and_loads() -> None:
     assert sizes[1] <= 0.27 * sizes[0]
     with torch.no_grad():
         lowered(x)
-        other.layer1[0].conv1.weight.zero_()
+        getattr(other, "2").weight.zero_()
         other.load_state_dict(torch.load(io.BytesIO(buffer.getvalue()), weights_only=True))
         assert torch.equal(lowered(x), other(x))
 
@@ -203,8 +207,9 @@ def test_a_kernel_overwrites_only_what_nobody_reads_again() -> None:
     assert "2 fused additions" in notes(lowered)
     assert {"one", "one_call2", "two", "two_call2"} <= quantized(lowered)
     y = torch.randn(3, 8, 12, 12)
-    for right, found in zip(simulated(y), lowered(y), strict=True):
-        assert float((right - found).abs().max()) <= 0.03 * float(right.abs().max())
+    with torch.no_grad():
+        for right, found in zip(simulated(y), lowered(y), strict=True):
+            assert difference(right, found) <= 0.03
     layer = lowered.two
     assert isinstance(layer, QuantizedConvolution)
     assert not layer.spends_other
@@ -254,12 +259,12 @@ def test_sums_products_and_changes_of_scale(narrow: bool) -> None:
 
 
 def test_top1_agrees_where_the_margin_is_more_than_a_step() -> None:
-    model, _ = build("mobilenet_v2")
-    x = torch.randn(1000, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    model = layers(nn.ReLU())
+    x = torch.randn(1000, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     simulated = fake_quantized(model, x[:32])
     lowered = lower(simulated, x[:4])
     with torch.no_grad():
-        right, found = (torch.cat([item(part) for part in x.split(100)]) for item in (simulated, lowered))
+        right, found = (torch.cat([item(part).mean(1) for part in x.split(100)]) for item in (simulated, lowered))
     best = right.topk(2).values
     clear = best[:, 0] - best[:, 1] > (right.max() - right.min()) / 255
     assert int(clear.sum()) > 100

@@ -93,8 +93,11 @@ class _Lowering:
         self.floats: dict[fx.Node, fx.Node] = {}
         self.pending: dict[fx.Node, list[LayerSite]] = {}  # layers, by the last node that their kernel may take over
         self.names: Counter[str] = Counter()
+        self.sites: dict[fx.Node, LayerSite] = {}
 
     def run(self) -> None:
+        # Before anything is edited: a layer that is called twice gives up its weights the first time.
+        self.sites = {node: site for node in self.order if (site := site_of(self.module, node)) is not None}
         for node in list(self.module.graph.nodes):
             if node.graph is not self.module.graph or node._erased:
                 continue
@@ -117,7 +120,7 @@ class _Lowering:
             return
         if node in self.grids:
             return
-        site = site_of(self.module, node)
+        site = self.sites.get(node)
         if site is not None:
             self._layer(site)
             return

@@ -150,6 +150,8 @@ def _max_along(x: Tensor, dim: int, kernel: int, stride: int, padding: int) -> T
         start = tap - padding
         first = max(0, -(start // stride) if start < 0 else 0)
         last = min(count, (size - 1 - start) // stride + 1)
+        if last <= first:
+            continue  # wholly in the padding
         piece = x.narrow(dim, start + first * stride, (last - first - 1) * stride + 1)
         piece = piece[(slice(None),) * dim + (slice(None, None, stride),)]
         if made is None:

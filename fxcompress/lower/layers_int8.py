@@ -22,8 +22,12 @@ _DIMS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3, F.linear: 0}
 _OTHERS = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.embedding)
 #: What is counted in the notes.
 LAYERS = ("convolutions", "linear layers")
-_CONVOLUTION = frozenset("relu hardtanh hardswish swish".split())
-_LINEAR = _CONVOLUTION | frozenset("gelu tanh leaky_relu".split())
+#: What kernels apply to their results, by the dimensions of the weight.
+_FUSED = {
+    2: frozenset("relu hardtanh hardswish swish gelu tanh leaky_relu".split()),
+    3: frozenset(("relu",)),
+    4: frozenset("relu hardtanh hardswish swish".split()),
+}
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,6 @@ class LayerSite:
     Attributes:
         node: the call.
         name: where its weight is in the tree; for a parameter beside layers, the parameter's name without ``_weight``.
-        x: what enters.
         weight: int8.
         scale: of each output channel, or 0-d.
         bias: or None.
@@ -44,13 +47,19 @@ class LayerSite:
 
     node: fx.Node
     name: str
-    x: fx.Node
     weight: Tensor
     scale: Tensor
     bias: Tensor | None
     geometry: Geometry | None
     reason: str | None
     edge: fx.Node
+
+    @property
+    def x(self) -> fx.Node:
+        """What enters, as the graph is now."""
+        found = self.node.args[0] if self.node.args else self.node.kwargs["input"]
+        assert isinstance(found, fx.Node)
+        return found
 
     @property
     def kind(self) -> str:
@@ -64,7 +73,7 @@ class LayerSite:
 
     def fuses(self, post: PostOp) -> bool:
         """Whether the kernel can apply an activation."""
-        return post.name in (_LINEAR if self.weight.dim() == 2 else _CONVOLUTION)
+        return post.name in _FUSED.get(self.weight.dim(), ())
 
 
 def site_of(module: TracedModule, node: fx.Node) -> LayerSite | None:
@@ -72,8 +81,8 @@ def site_of(module: TracedModule, node: fx.Node) -> LayerSite | None:
     if node.op != "call_function" or node.target not in (*_DIMS, *_OTHERS):
         return None
     given = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
-    edge, x = given["weight"], given["input"]
-    if not isinstance(edge, fx.Node) or edge.op != "call_module" or not isinstance(x, fx.Node):
+    edge = given["weight"]
+    if not isinstance(edge, fx.Node) or edge.op != "call_module":
         return None
     item = submodule(module, str(edge.target))
     if not isinstance(item, FakeQuantize):
@@ -100,7 +109,7 @@ def site_of(module: TracedModule, node: fx.Node) -> LayerSite | None:
     if item.spec.axis not in (None, 0):
         reason = reason or "its scales do not go along its outputs"
         scale = scale.reshape([-1 if dim == item.spec.axis else 1 for dim in range(weight.dim())])
-    return LayerSite(node, name, x, weight, scale, bias, geometry, reason, edge)
+    return LayerSite(node, name, weight, scale, bias, geometry, reason, edge)
 
 
 def constant(module: TracedModule, value: Any) -> Tensor:
