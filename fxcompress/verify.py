@@ -129,7 +129,11 @@ def verify(
     """
     size = sum(t.numel() * t.element_size() for t in [*expected.parameters(), *expected.buffers()])
     dtype = torch.float32
-    if raised and size < SMALL and any(t.is_floating_point() and t.dtype != torch.float64 for t in expected.parameters()):
+    if (
+        raised
+        and size < SMALL
+        and any(t.is_floating_point() and t.dtype != torch.float64 for t in expected.parameters())
+    ):
         expected, found, dtype = precise(expected), precise(found), torch.float64
         inputs = inputs.map(lambda t: t.double() if t.is_floating_point() else t)
     elif any(t.dtype == torch.float64 for t in expected.parameters()):

@@ -16,8 +16,8 @@ from fxcompress.passes.fpgm_pruner import FPGMPruner as FPGMPruner
 from fxcompress.passes.l1_filter_pruner import L1FilterPruner as L1FilterPruner
 from fxcompress.passes.l2_filter_pruner import L2FilterPruner as L2FilterPruner
 from fxcompress.passes.level_pruner import LevelPruner as LevelPruner
-from fxcompress.passes.lsq_quantizer import LSQQuantizer as LSQQuantizer
 from fxcompress.passes.lower import Lower as Lower
+from fxcompress.passes.lsq_quantizer import LSQQuantizer as LSQQuantizer
 from fxcompress.passes.naive_quantizer import NaiveQuantizer as NaiveQuantizer
 from fxcompress.passes.qat_quantizer import QATQuantizer as QATQuantizer
 from fxcompress.passes.quantizer import Quantizer as Quantizer

@@ -33,10 +33,11 @@ class Lower(Pass):
     (``torch.ops.mkldnn``), with the addition and the activation behind them fused.
     Layers with mask nodes stay: run ``Speedup`` first.
 
-    ``dtype="int8"`` (or None) reads fake-quant nodes and nothing else: a layer whose weight and input are fake-quantized
-    becomes an integer kernel (``torch.ops.onednn``; Jacob et al. 2018, arXiv 1712.05877, equation 7) that takes over the
-    addition, the activation and the rounding behind it, and what lies between such layers stays uint8: pooling, joins,
-    reshapes, sums, products. Values differ from the simulation by at most one quantization step, node by node.
+    ``dtype="int8"`` (or None) reads fake-quant nodes and nothing else: a layer whose weight and input are
+    fake-quantized becomes an integer kernel (``torch.ops.onednn``; Jacob et al. 2018, arXiv 1712.05877, equation 7)
+    that takes over the addition, the activation and the rounding behind it, and what lies between such layers stays
+    uint8: pooling, joins, reshapes, sums, products. Values differ from the simulation by at most one quantization
+    step, node by node.
 
     Layers that do not pay, or for which there is no kernel, stay, and the notes say which and why. Weights are plain
     buffers under their layers' names (int8 ones with ``weight_scale``) and are packed when the module first runs, so
@@ -108,9 +109,9 @@ class Lower(Pass):
             if (item.steps or 0) > 1 or not item.difference <= TOLERANCE[torch.float32]:
                 away = f"{item.difference:.3g} of its largest value" if item.steps is None else f"{item.steps} steps"
                 raise VerificationError(
-                    f"the result of {self.name} differs from the simulation by {away} at node {item.name}, given the "
-                    "simulation's values there; expected at most one quantization step. This is an error in fxcompress; "
-                    "verify=False skips the check.",
+                    f"the result of {self.name} differs from the simulation by {away} at node {item.name}, given "
+                    "the simulation's values there; expected at most one quantization step. This is an error in "
+                    "fxcompress; verify=False skips the check.",
                     node=item.name,
                 )
         rounded = [item for item in found if item.steps is not None]

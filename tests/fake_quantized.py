@@ -1,4 +1,4 @@
-"""Models with fake-quant nodes whose ranges are those of the given inputs: what lowering reads, whoever put it there."""
+"""Models with fake-quant nodes whose ranges are those of the given inputs."""
 
 from __future__ import annotations
 

@@ -232,7 +232,9 @@ def test_options_that_do_not_exist() -> None:
 
 def test_an_operator_that_torch_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fxcompress.lower.features._FLOAT", ("mkldnn::_convolution_of_tomorrow",))
-    with pytest.raises(fxcompress.PassError, match=r"needs the operators mkldnn::_convolution_of_tomorrow, which torch"):
+    with pytest.raises(
+        fxcompress.PassError, match=r"needs the operators mkldnn::_convolution_of_tomorrow, which torch"
+    ):
         lower(nn.Linear(3, 3), torch.randn(2, 3))
 
 

@@ -25,9 +25,7 @@ from fxcompress.quantization.observers import MinMax
 from fxcompress.quantization.spec import QuantSpec, activation_spec, weight_spec
 from fxcompress.verify import difference
 
-pytestmark = pytest.mark.skipif(
-    not has_int8_instructions(), reason="no 8-bit multiply-accumulate instructions"
-)
+pytestmark = pytest.mark.skipif(not has_int8_instructions(), reason="no 8-bit multiply-accumulate instructions")
 
 
 def lower(simulated: fxcompress.TracedModule, *x: Tensor) -> fxcompress.TracedModule:
@@ -215,7 +213,9 @@ def test_a_kernel_overwrites_only_what_nobody_reads_again() -> None:
     assert not layer.spends_other
 
 
-@pytest.mark.parametrize("kernel, stride, padding", [(3, 2, 1), (2, 2, 0), (3, 1, 1), (2, 3, 1), (5, 3, 2), ((3, 1), (1, 2), (1, 0))])
+@pytest.mark.parametrize(
+    "kernel, stride, padding", [(3, 2, 1), (2, 2, 0), (3, 1, 1), (2, 3, 1), (5, 3, 2), ((3, 1), (1, 2), (1, 0))]
+)
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (7, 8), (13, 6)])
 def test_max_pooling_of_integers(kernel: object, stride: object, padding: object, size: tuple[int, int]) -> None:
     q = torch.randint(0, 256, (2, 5, *size), dtype=torch.uint8)
@@ -313,7 +313,9 @@ def test_an_operator_that_torch_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.zoo
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2", "densenet121", "shufflenet_v2_x1_0", "efficientnet_b0", "vit_b_16"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", "resnet50", "mobilenet_v2", "densenet121", "shufflenet_v2_x1_0", "efficientnet_b0", "vit_b_16"]
+)
 def test_real_models(name: str) -> None:
     model, x = build(name)
     simulated = fake_quantized(model, x)

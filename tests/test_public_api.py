@@ -34,7 +34,7 @@ CORE = {
 }  # fmt: skip
 PASSES = {
     "L1FilterPruner", "L2FilterPruner", "FPGMPruner", "RandomFilterPruner", "LevelPruner", "FoldBatchNorm", "FineTune",
-    "Speedup",
+    "Speedup", "Lower",
     # what authors of criteria need
     "ChannelPruner", "Layer",
 }  # fmt: skip

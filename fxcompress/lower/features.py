@@ -59,9 +59,9 @@ def require_int8() -> None:
     _require_operators(_INT8, "int8 lowering with backend='torch'")
     if not has_int8_instructions():
         raise PassError(
-            f"int8 lowering with backend='torch' needs 8-bit multiply-accumulate instructions (AVX512 VNNI, AVX VNNI or "
-            f"AMX); this processor ({processor()}) has none. Without them sums of products overflow in 16 bits. Keep the "
-            "fake-quantized module, or lower the float model with Lower(dtype='float32')."
+            f"int8 lowering with backend='torch' needs 8-bit multiply-accumulate instructions (AVX512 VNNI, AVX VNNI "
+            f"or AMX); this processor ({processor()}) has none. Without them sums of products overflow in 16 bits. "
+            "Keep the fake-quantized module, or lower the float model with Lower(dtype='float32')."
         )
 
 

@@ -109,7 +109,7 @@ def _text(value: Any, variables: dict[fx.Node, str], names: dict[str, Any]) -> s
 
 def _is_constant(value: Any) -> bool:
     """Whether a tuple, once made, will do for every call; a list might be written into."""
-    if isinstance(value, fx.Node) or isinstance(value, (list, dict, slice)):
+    if isinstance(value, (fx.Node, list, dict, slice)):
         return False
     return all(map(_is_constant, value)) if isinstance(value, tuple) else True
 

@@ -73,12 +73,9 @@ def lower_float(module: TracedModule, inputs: Inputs, dtype: torch.dtype, author
             lowered += 1
             fused.update(additions=int(chain.other is not None), activations=int(chain.post.name != "none"))
     total = lowered + sum(map(len, left.reasons.values()))
-    return [
-        f"{lowered} of {total} convolutions and linear layers have packed weights, with {fused['activations']} "
-        f"activations and {fused['additions']} additions fused",
-        *moved,
-        *left.notes(),
-    ]
+    done = f"{lowered} of {total} convolutions and linear layers have packed weights"
+    with_them = f"with {fused['activations']} activations and {fused['additions']} additions fused"
+    return [f"{done}, {with_them}", *moved, *left.notes()]
 
 
 @dataclass(frozen=True)

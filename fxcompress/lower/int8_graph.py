@@ -73,8 +73,8 @@ def _require_specs(module: TracedModule) -> None:
             can = "weights with zero point 0 (symmetric)"
         if can is not None:
             raise PassError(
-                f"{describe(node)} has the spec {item.extra_repr()!r}, which backend='torch' cannot run; it can run {can}. "
-                "Quantize with another spec."
+                f"{describe(node)} has the spec {item.extra_repr()!r}, which backend='torch' cannot run; it can run "
+                f"{can}. Quantize with another spec."
             )
 
 
@@ -351,7 +351,11 @@ def max_pool_options(module: TracedModule, node: fx.Node) -> tuple[tuple[int, in
         return None
     kernel = integers.pair_of(given["kernel_size"])
     stride = given.get("stride")
-    options = (kernel, kernel if stride in (None, []) else integers.pair_of(stride), integers.pair_of(given.get("padding", 0)))
+    options = (
+        kernel,
+        kernel if stride in (None, []) else integers.pair_of(stride),
+        integers.pair_of(given.get("padding", 0)),
+    )
     return options if all(type(size) is int for pair in options for size in pair) else None
 
 

@@ -12,8 +12,8 @@ from fxcompress.quantization.sites import operation
 #: Only move elements, whatever these are.
 _MOVES = frozenset(
     """view reshape flatten unflatten permute transpose swapaxes swapdims movedim t contiguous squeeze unsqueeze expand
-    expandas repeat repeatinterleave tile chunk split unsafechunk tensorsplit unbind getitem select narrow indexselect flip
-    roll pixelshuffle pixelunshuffle channelshuffle clone dropout dropout1d dropout2d dropout3d identity
+    expandas repeat repeatinterleave tile chunk split unsafechunk tensorsplit unbind getitem select narrow indexselect
+    flip roll pixelshuffle pixelunshuffle channelshuffle clone dropout dropout1d dropout2d dropout3d identity
     viewas reshapeas""".split()
 )
 _JOINS = frozenset("cat concat concatenate stack".split())
@@ -21,7 +21,7 @@ _NEAREST = frozenset("interpolate upsample upsamplingnearest2d".split())
 
 
 def tensor_sources(node: fx.Node) -> tuple[fx.Node, ...] | None:
-    """The nodes whose elements a join or a movement rearranges; None for any other node, or where sizes tell nothing."""
+    """The nodes whose elements a join or a movement rearranges, or None."""
     first = node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("tensors"))
     if isinstance(first, fx.Node):
         return (first,)

@@ -208,9 +208,7 @@ class QuantizedBatchNorm(Prepacked):
 
         def kernel(x: Tensor) -> Tensor:
             x = x.contiguous(memory_format=torch.channels_last)
-            made: Tensor = norm(
-                x, x_scale, x_zero_point, weight, bias, mean, var, eps, scale, zero_point, torch.uint8
-            )
+            made: Tensor = norm(x, x_scale, x_zero_point, weight, bias, mean, var, eps, scale, zero_point, torch.uint8)
             return made.clamp_(low, high) if clips else made
 
         return kernel

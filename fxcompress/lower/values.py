@@ -26,9 +26,7 @@ class _Shapes(fx.Interpreter):
         return value
 
 
-def shapes_of(
-    module: TracedModule, inputs: Inputs
-) -> tuple[dict[str, tuple[int, ...]], dict[str, torch.dtype]]:
+def shapes_of(module: TracedModule, inputs: Inputs) -> tuple[dict[str, tuple[int, ...]], dict[str, torch.dtype]]:
     """Shape and dtype of the tensor that each node gives on the example inputs in eval mode, by node name."""
     shapes = _Shapes(module)
     with torch.no_grad(), evaluating(module):
