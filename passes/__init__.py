@@ -19,6 +19,7 @@ from fxcompress.passes.level_pruner import LevelPruner as LevelPruner
 from fxcompress.passes.lower import Lower as Lower
 from fxcompress.passes.lsq_quantizer import LSQQuantizer as LSQQuantizer
 from fxcompress.passes.naive_quantizer import NaiveQuantizer as NaiveQuantizer
+from fxcompress.passes.ptq_quantizer import PTQQuantizer as PTQQuantizer
 from fxcompress.passes.qat_quantizer import QATQuantizer as QATQuantizer
 from fxcompress.passes.quantizer import Quantizer as Quantizer
 from fxcompress.passes.random_filter_pruner import RandomFilterPruner as RandomFilterPruner

@@ -21,8 +21,8 @@ class LSQQuantizer(Quantizer):
 
     Gradient of ``s`` (equation 3): ``round(x/s) - x/s`` inside, ``-Q_n`` or ``Q_p`` outside, times
     ``1 / sqrt(numel * Q_p)`` (section 2.2). ``s`` starts at ``2 * mean abs(x) / sqrt(Q_p)``, for activations of what
-    calibration sees. Weights: ``Q_n = 2^(b-1)``, ``Q_p = 2^(b-1) - 1``; activations: ``0`` and ``2^b - 1`` where they are
-    never negative, like weights otherwise. The steps are parameters, ``_quant.<place>.scale``.
+    calibration sees. Weights: ``Q_n = 2^(b-1)``, ``Q_p = 2^(b-1) - 1``; activations: ``0`` and ``2^b - 1`` where they
+    are never negative, like weights otherwise. The steps are parameters, ``_quant.<place>.scale``.
 
     Args:
         activation_bits: of every value that integer kernels read or write.

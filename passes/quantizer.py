@@ -123,9 +123,9 @@ class Quantizer(Pass):
     def finish(self, module: TracedModule, context: Context, seen: dict[str, Calibrator]) -> None:
         """What is done with the nodes in place, before training."""
 
-    def batches(self, context: Context) -> Iterator[Any]:
+    def calibration(self, context: Context) -> Iterator[Any]:
         """What to calibrate with: one batch of the task, or the example inputs."""
-        return self._batches(context, 1)
+        return self.first_batches(context, 1)
 
     # ---- the work ------------------------------------------------------------------------------------------------
 
@@ -179,7 +179,7 @@ class Quantizer(Pass):
         else:
             device = None if context.task is None else context.task.device
             with placed(module, device):
-                calibrate(module, seen.values(), self.batches(context), partial(_feed, module, context))
+                calibrate(module, seen.values(), self.calibration(context), partial(feed, module, context))
         like = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(()))
         with rewriting(module, self.name) as rewriter:
             for slot in slots:
@@ -187,13 +187,14 @@ class Quantizer(Pass):
                 rewriter.put_module(slot.name, made.to(like.device, like.dtype))
         self.finish(module, context, seen)
 
-    def _batches(self, context: Context, count: int | None) -> Iterator[Any]:
+    def first_batches(self, context: Context, count: int) -> Iterator[Any]:
+        """At most ``count`` batches of the task, or the example inputs if there is none."""
         if context.task is not None and context.task.batches is not None:
             return itertools.islice(context.task.read(), count)
         return iter([context.inputs])
 
 
-def _feed(module: TracedModule, context: Context, batch: Any) -> None:
+def feed(module: TracedModule, context: Context, batch: Any) -> None:
     """Run the model on a batch of the task, or on the example inputs."""
     if batch is context.inputs:
         assert context.inputs is not None

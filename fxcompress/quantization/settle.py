@@ -77,13 +77,13 @@ def _drop_uncalled(rewriter: Rewriter, before: Mapping[str, int]) -> None:
 def _settle(rewriter: Rewriter, site: Site, calls: Mapping[str, int], ranks: Callable[[fx.Node], int]) -> list[str]:
     """One layer."""
     module = rewriter.module
-    node = _quantized(site)
+    node = quantized_node(site)
     quantizer = submodule(module, str(node.target))
     assert isinstance(quantizer, FakeQuantize)
     norm = _norm_behind(module, site, calls, ranks)
     if norm is None and isinstance(quantizer, AffineFakeQuantize):
         return []
-    source, *factor = (_value(module, item) for item in node.args)
+    source, *factor = (value_of(module, item) for item in node.args)
     step = _step(quantizer, source)
     if step is None:
         kind = type(getattr(quantizer, "rule", quantizer)).__name__
@@ -91,7 +91,7 @@ def _settle(rewriter: Rewriter, site: Site, calls: Mapping[str, int], ranks: Cal
     if factor:  # the grid is that of the folded weight already
         values, spec = source * factor[0], quantizer.spec.frozen()
     else:
-        values = _value(module, _read(site))
+        values = value_of(module, _read(site))
     if norm is not None:
         scale, bias = folded(submodule(module, site.layer), submodule(module, str(norm.target)))
         if not factor:
@@ -115,7 +115,7 @@ def _read(site: Site) -> fx.Node:
     return read
 
 
-def _quantized(site: Site) -> fx.Node:
+def quantized_node(site: Site) -> fx.Node:
     """The fake-quant node of a site's weight, which a mask may follow."""
     node = _read(site)
     while ROLE not in node.meta:
@@ -133,14 +133,14 @@ def _norm_behind(
     return reader if norm_source(reader, module, calls, ranks) is site.node else None
 
 
-def _value(module: TracedModule, item: Any) -> Any:
+def value_of(module: TracedModule, item: Any) -> Any:
     """What a node computes from parameters and buffers."""
     if not isinstance(item, fx.Node):
         return item
     if item.op == "get_attr":
         holder, leaf = owner(module, str(item.target))
         return getattr(holder, leaf)
-    args = [_value(module, each) for each in item.args]
+    args = [value_of(module, each) for each in item.args]
     if item.op == "call_module":
         return submodule(module, str(item.target))(*args)
     assert callable(item.target)
