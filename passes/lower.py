@@ -16,7 +16,7 @@ from fxcompress.lower.features import require_bfloat16, require_float, require_i
 from fxcompress.lower.flat import FLAT
 from fxcompress.lower.float_graph import lower_float
 from fxcompress.lower.int8_graph import lower_int8
-from fxcompress.module import TracedModule
+from fxcompress.module import TracedModule, evaluating
 from fxcompress.passes.fold_batch_norm import FoldBatchNorm
 from fxcompress.pipeline import Pass
 from fxcompress.quantization.settle import settle
@@ -52,6 +52,7 @@ class Lower(Pass):
     dtype: str | None = None
 
     preserves: ClassVar[bool] = True
+    rounds: ClassVar[bool] = True
     needs_inputs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -82,14 +83,14 @@ class Lower(Pass):
     def run(self, module: TracedModule, context: Context) -> TracedModule:
         """Lower what can be lowered."""
         assert context.inputs is not None
-        module.eval()
-        if self.integer:
-            context.notes += settle(module, author=self.name)
-            context.notes += lower_int8(module, context.inputs, self.name)
-        else:
-            FoldBatchNorm().run(module, context)
-            context.masking = None
-            context.notes += lower_float(module, context.inputs, _FLOAT[str(self.dtype)], self.name)
+        with evaluating(module):
+            if self.integer:
+                context.notes += settle(module, author=self.name)
+                context.notes += lower_int8(module, context.inputs, self.name)
+            else:
+                FoldBatchNorm().run(module, context)
+                context.masking = None
+                context.notes += lower_float(module, context.inputs, _FLOAT[str(self.dtype)], self.name)
         module.meta[FLAT] = True
         module.recompile()
         return module
