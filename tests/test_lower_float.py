@@ -188,7 +188,7 @@ def test_what_stays_is_named_with_the_reason() -> None:
     lowered = lower(model, torch.randn(2, 16, 20, 20))
     assert set(packed(lowered)) == {"twice"}
     text = notes(lowered)
-    assert "pads unevenly or not with zeros: reflect, uneven" in text
+    assert "pads unevenly or not with zeros: uneven" in text  # the other one is recorded as padding and a function
     assert "no packed kernel: transposed" in text
     assert "fewer than 250,000 MACs (calling the packed kernel costs more): tiny" in text
     assert_same(model, lowered, (2, 16, 20, 20), (3, 16, 20, 20))
