@@ -1,4 +1,4 @@
-"""`make bench` runs this: `python -m benchmarks [pace] [depth] [memory] [pricing] [stages] [--rounds N]`."""
+"""`make bench` runs this: `python -m benchmarks [pace] [depth] [memory] [pricing] [stages] [lowering] [--rounds N]`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the model zoo
 
+from benchmarks.lowering import lowering
 from benchmarks.memory import peaks
 from benchmarks.pace import beside_the_peer, by_depth
 from benchmarks.pricing import price
 from benchmarks.stages import stages
 
-BENCHMARKS = ("pace", "depth", "memory", "pricing", "stages")
+BENCHMARKS = ("pace", "depth", "memory", "pricing", "stages", "lowering")
 
 
 def main() -> None:
@@ -36,6 +37,8 @@ def main() -> None:
             console.print(peaks())
         elif name == "pricing":
             console.print(str(price(rounds=options.rounds)), highlight=False)
+        elif name == "lowering":
+            console.print(lowering(options.rounds))
         else:
             console.print(*stages(options.rounds))
 

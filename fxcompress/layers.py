@@ -73,6 +73,11 @@ def is_open(node: fx.Node) -> bool:
     return "layer" in node.meta
 
 
+def closes(node: fx.Node) -> bool:
+    """Whether a node is an opened layer without a fake-quant node on one of its weights."""
+    return is_open(node) and not any(source.meta.get("quant") == "weight" for source in node.all_input_nodes)
+
+
 def open_layer(rewriter: Rewriter, node: fx.Node) -> bool:
     """Write a ``call_module`` node as ``get_attr`` weight and bias and a functional call under the same name.
 

@@ -20,11 +20,12 @@ from fxcompress.channels.groups import ChannelGroups
 from fxcompress.channels.labels import BoolArray, Cut, Labels, dims_of
 from fxcompress.channels.solve import Channels
 from fxcompress.errors import GraphError
-from fxcompress.layers import close_layer, is_open, open_layer
+from fxcompress.layers import close_layer, closes, open_layer
 from fxcompress.merged import Merged, Step
 from fxcompress.module import MASKS, TracedModule, copy_graph, evaluating, submodule
 from fxcompress.nodes import apply_mask, learned_mask, restore_live, select_live
 from fxcompress.plan import Plan
+from fxcompress.quantization.fake_quantize import QUANT, FakeQuantize
 from fxcompress.rewrite import Rewriter, rewriting
 
 LIVE = "_live"
@@ -134,7 +135,7 @@ def lift(module: TracedModule) -> Masking:
         for node in list(module.graph.nodes):
             if "mask" in node.meta:
                 continue
-            if is_open(node):
+            if closes(node):
                 close_layer(rewriter, node)
         for node in reversed(list(module.graph.nodes)):
             if "mask" in node.meta or (node.op == "get_attr" and not node.users):
@@ -187,6 +188,8 @@ def _parameter_masks(module: TracedModule, plan: Plan) -> dict[str, Tensor]:
     """For every parameter with dead slices its mask, in the parameter's shape and on its device."""
     made = {}
     for name, parameter in module.named_parameters():
+        if name.startswith(f"{QUANT}."):
+            continue  # a learned scale of a dead channel scales zeros
         labels = plan.channels.facts.state[name]
         mask = np.ones((1,) * parameter.dim(), dtype=bool)
         for factor in labels.factors:
@@ -214,12 +217,23 @@ def _mask_parameters(rewriter: Rewriter, elements: Mapping[str, Tensor], behind:
         product = rewriter.insert_after(buffer, "call_function", apply_mask, (node, buffer))
         product.meta["mask"] = True
         rewriter.replace(node, product)
+        for user in list(product.users):
+            if user.meta.get("quant") == "weight" and not _keeps_zero(module, user):
+                again = rewriter.insert_after(user, "call_function", apply_mask, (user, buffer))
+                again.meta["mask"] = True
+                rewriter.replace(user, again)
     read = {names[str(node.target)] for node in sources}
     for name in elements:
         holder = name.rpartition(".")[0]
         if name not in read and holder not in behind and any(n.target == holder for n in module.graph.nodes):
             kind = type(submodule(module, holder)).__name__
             raise GraphError(f"{name} cannot be masked element by element: a {kind} stays one node of the graph.")
+
+
+def _keeps_zero(module: TracedModule, node: fx.Node) -> bool:
+    """Whether a fake-quant node leaves zeros as they are."""
+    quantizer = submodule(module, str(node.target))
+    return not isinstance(quantizer, FakeQuantize) or quantizer.keeps_zero
 
 
 def _aliases(module: nn.Module) -> dict[str, str]:

@@ -20,6 +20,7 @@ from torch import fx, nn
 
 from fxcompress.arguments import mapped
 from fxcompress.errors import GraphError, InputError
+from fxcompress.lower.flat import FLAT, flattened
 
 MASKS = "_masks"
 #: What a module holds, by the names of its attributes.
@@ -137,7 +138,12 @@ class TracedModule(fx.GraphModule):
         if self.__dict__.get("_waiting") or _EMPTY.get():
             type(self).forward = _compile_and_run
             return None
-        return super().recompile()
+        made = super().recompile()
+        flat = flattened(self) if self.__dict__.get("meta", {}).get(FLAT) else None
+        if flat is not None:
+            self.__dict__["_flat"] = flat  # of the instance: a class would keep the layers alive
+            type(self).forward = _run_flat
+        return made
 
     def wait(self) -> None:
         """Make no code of the graph from now on: between two passes it mostly does not run."""
@@ -174,6 +180,11 @@ class TracedModule(fx.GraphModule):
 
 #: While a module is made of an empty graph.
 _EMPTY = ContextVar("empty", default=False)
+
+
+def _run_flat(module: TracedModule, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a module that runs as a flat function."""
+    return module.__dict__["_flat"](*args, **kwargs)
 
 
 def _compile_and_run(module: TracedModule, *args: Any, **kwargs: Any) -> Any:

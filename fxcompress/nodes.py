@@ -1,4 +1,4 @@
-"""The functions behind the nodes that masking puts into a graph (design 6)."""
+"""The functions behind the nodes that masking and quantization put into a graph (design 6)."""
 
 from __future__ import annotations
 
@@ -100,6 +100,12 @@ def live_index(dead: Tensor, dim: int, kept: int, size: int, rows: tuple[int, ..
     count = length * kept // size if kept else int((dead == 0).sum(dim).max())
     order = (dead * length + places).sort(dim).values.narrow(dim, 0, count) % length
     return order if rows else order.reshape(-1)
+
+
+def batch_norm_factor(variance: Tensor, gamma: Tensor | None, eps: float, shape: tuple[int, ...]) -> Tensor:
+    """By what a BatchNorm multiplies, ``gamma / sqrt(running_var + eps)``, as ``shape``; without gradients."""
+    factor = torch.rsqrt(variance.detach() + eps)
+    return (factor if gamma is None else factor * gamma.detach()).reshape(shape)
 
 
 def require_recorded(value: object, name: str, recorded: object) -> None:

@@ -103,6 +103,14 @@ class Pass(ABC):
         """What the result must equal where the pass preserves the function: by default the module as it came."""
         return context.masked(copy.deepcopy(module), self.name, like=module)
 
+    def compare(self, reference: TracedModule, result: TracedModule, context: Context) -> float:
+        """Raise :class:`VerificationError` unless the result keeps what the pass claims to preserve.
+
+        Returns:
+            The largest relative difference.
+        """
+        return check_claim(self, reference, result, context)
+
 
 @dataclass(frozen=True, repr=False)
 class FunctionPass(Pass):
@@ -298,7 +306,7 @@ def run_pass(item: Pass, module: TracedModule, context: Context, *, lays: bool =
         if context.masking is not None and (lays or checked):
             context.masked(result, item.name)
             context.masking = None
-        gap = None if reference is None else check_claim(item, reference, result, context)
+        gap = None if reference is None else item.compare(reference, result, context)
         if item.claims and context.verify and context.inputs is None:
             context.notes.append("the claim to preserve the function was not checked: there are no example inputs")
     except FxCompressError as error:

@@ -174,6 +174,22 @@ class Rewriter:
             holder = submodule(holder, part)
         return holder, leaf
 
+    def has_module(self, name: str) -> bool:
+        """Whether there is a submodule of this name."""
+        return _exists(self.module, name, tensors=False)
+
+    def put_module(self, name: str, module: nn.Module) -> None:
+        """Set a submodule under a dotted name, making the modules on the way."""
+        *path, leaf = name.split(".")
+        holder: nn.Module = self.module
+        for part in path:
+            if part not in holder._modules:
+                holder._modules[part] = nn.Module()
+            holder = submodule(holder, part)
+        module.train(self.module.training)
+        holder._modules[leaf] = module
+        self.edits += 1
+
     def drop_module(self, name: str) -> None:
         """Remove a submodule, if it is there."""
         path, _, leaf = name.rpartition(".")

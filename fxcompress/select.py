@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from torch import nn
 
@@ -26,6 +26,9 @@ Selector: TypeAlias = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 
 Selectors: TypeAlias = Selector | Sequence[Selector]
 """One selector or several, of which any one is enough."""
+
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -101,17 +104,7 @@ class Sparsity:
             InputError: a value is no number in [0, 1), or the mapping is empty.
             SelectionError: a key is no name pattern.
         """
-        if not isinstance(value, Mapping):
-            return cls((("*", _fraction("sparsity", value)),))
-        if not value:
-            raise InputError("sparsity is an empty mapping; give a pattern, such as {'layer1.*': 0.5}")
-        for pattern in value:
-            if not isinstance(pattern, str):
-                raise SelectionError(
-                    f"sparsity has the key {_shown(pattern)}; expected a name pattern such as 'layer1.*' "
-                    "(types and predicates go into include=)"
-                )
-        return cls(tuple((pattern, _fraction(f"sparsity[{pattern!r}]", of)) for pattern, of in value.items()))
+        return cls(parsed_rules("sparsity", value, _fraction, "{'layer1.*': 0.5}"))
 
     def sparsities(self, modules: Mapping[str, nn.Module]) -> dict[str, float]:
         """The sparsity, in [0, 1), of each layer in `modules` that a rule matches, in the order of `modules`.
@@ -121,13 +114,44 @@ class Sparsity:
         Raises:
             SelectionError: a pattern matches no layer; near names are listed.
         """
-        found: dict[str, float] = {}
-        for pattern, sparsity in self.rules:
-            names = [name for name in modules if _covers(pattern, name)]
-            if not names and pattern != "*":  # a plain float is fine for a model that has no layers
-                raise _unmatched("sparsity", pattern, modules)
-            found.update(dict.fromkeys(names, sparsity))
-        return {name: found[name] for name in modules if name in found}
+        return last_matches("sparsity", self.rules, modules)
+
+
+def last_matches(role: str, rules: Sequence[tuple[str, Value]], modules: Mapping[str, nn.Module]) -> dict[str, Value]:
+    """What the last rule that matches a layer says, for each layer that one matches, in the order of `modules`.
+
+    Raises:
+        SelectionError: a pattern matches no layer; near names are listed.
+    """
+    found: dict[str, Value] = {}
+    for pattern, value in rules:
+        names = [name for name in modules if _covers(pattern, name)]
+        if not names and pattern != "*":  # one value for all is fine for a model that has no layers
+            raise _unmatched(role, pattern, modules)
+        found.update(dict.fromkeys(names, value))
+    return {name: found[name] for name in modules if name in found}
+
+
+def parsed_rules(
+    role: str, value: Any, read: Callable[[str, Any], Value], example: str
+) -> tuple[tuple[str, Value], ...]:
+    """An option that is one value for every layer, or a mapping of name pattern to value, as rules.
+
+    Raises:
+        InputError: the mapping is empty, or ``read(what, value)`` does not like a value.
+        SelectionError: a key is no name pattern.
+    """
+    if not isinstance(value, Mapping):
+        return (("*", read(role, value)),)
+    if not value:
+        raise InputError(f"{role} is an empty mapping; give a pattern, such as {example}")
+    for pattern in value:
+        if not isinstance(pattern, str):
+            raise SelectionError(
+                f"{role} has the key {_shown(pattern)}; expected a name pattern such as 'layer1.*' "
+                "(types and predicates go into include=)"
+            )
+    return tuple((pattern, read(f"{role}[{pattern!r}]", of)) for pattern, of in value.items())
 
 
 def _fraction(what: str, value: object) -> float:

@@ -17,6 +17,7 @@ from fxcompress.literals import Scaled, live_groups
 from fxcompress.module import TracedModule, modules_of, state_of, submodule
 from fxcompress.nodes import scale_size, select_live
 from fxcompress.plan import Call, Plan
+from fxcompress.quantization.fake_quantize import FakeQuantize
 from fxcompress.rewrite import Rewriter, rewriting
 
 GATHERS = "_gathers"
@@ -52,7 +53,9 @@ def shrink(
             rewriter.replace(node, source)
         _cut_tensors(rewriter, plan, masks or {})
         for name, layer in modules_of(module).items():
-            if name in entering or (name and any(p is not None for p in layer._parameters.values())):
+            if isinstance(layer, FakeQuantize):
+                layer.agree()
+            elif name in entering or (name and any(p is not None for p in layer._parameters.values())):
                 labels, groups_now = entering.get(name, (None, None))
                 agree(layer, inputs=labels, groups=groups_now)
     return plan
@@ -62,13 +65,14 @@ def _entering(module: TracedModule, plan: Plan) -> dict[str, tuple[tuple[int, ..
     """For every called layer the live shape of its input (and the groups left of a GroupNorm)."""
     found: dict[str, tuple[tuple[int, ...], int | None]] = {}
     for node in module.graph.nodes:
-        if node.op != "call_module" or not node.args or not isinstance(node.args[0], fx.Node):
+        name = str(node.target) if node.op == "call_module" else str(node.meta.get("layer", ""))
+        if not name or not node.args or not isinstance(node.args[0], fx.Node):
             continue
         labels = plan.value(node.args[0])
         if isinstance(labels, Labels) and plan.cuts(labels) is not None:
-            layer = submodule(module, str(node.target))
+            layer = submodule(module, name)
             left = live_groups(plan, labels, layer.num_groups) if isinstance(layer, nn.GroupNorm) else None
-            found[str(node.target)] = plan.shape(labels), left
+            found[name] = plan.shape(labels), left
     return found
 
 

@@ -37,6 +37,7 @@ PASSES = {
     "Speedup", "ActivationAPoZRankFilterPruner", "ActivationMeanRankFilterPruner", "TaylorFOPruner",
     "RecalibrateBatchNorm", "CompensateBias",
     "AGPPruner", "LinearPruner", "LotteryTicketPruner", "ADMMPruner", "SlimPruner", "MovementPruner",
+    "Lower",
     # what authors of criteria and of schedules need
     "ChannelPruner", "Layer", "ScheduledPruner",
 }  # fmt: skip

@@ -24,7 +24,9 @@ from fxcompress.channels.stand_ins import stand_in
 from fxcompress.inputs import Inputs, positional, tensors_in
 from fxcompress.layers import understood
 from fxcompress.module import TracedModule, evaluating, state_of, submodule
+from fxcompress.nodes import batch_norm_factor
 from fxcompress.outputs import tensors_of
+from fxcompress.quantization.fake_quantize import FakeQuantize
 from fxcompress.recurrent import GATES, operator_of
 
 
@@ -94,6 +96,7 @@ class _Watch(TorchDispatchMode):
         self.computes = computes
         self.table: dict[int, tuple[weakref.ref[Tensor], Labels]] = {}  # an id may be used again
         self.parameters: dict[int, str] = {}
+        self.quantized: dict[int, Tensor] = {}
         self.values_only = True
         self.moves_only = True
         self.fixed = False  # the running node reads parameters, buffers and literals alone: no size, no input
@@ -124,6 +127,8 @@ class _Watch(TorchDispatchMode):
         if id(tensor) not in self.parameters:
             return False
         self.label(tensor, labels)
+        if id(tensor) in self.quantized:
+            return self.relabel(self.quantized[id(tensor)], labels)
         return True
 
     def __torch_dispatch__(
@@ -156,7 +161,7 @@ class _Watch(TorchDispatchMode):
             self.asleep = False
 
     def _apply(self, func: Any, name: str, inplace: bool, arguments: dict[str, Any], result: Any) -> None:
-        if name in _SINGULAR:
+        if name in _SINGULAR and not self.finite:
             risky = list(arguments.values())[_SINGULAR[name] :]
             if any(isinstance(tensor, Tensor) and self.of(tensor).factors for tensor in risky):
                 self.ledger.live_only.add(self.ledger.node)  # 0 / 0 on a dead channel would poison its consumers
@@ -256,6 +261,7 @@ class _Interpreter:
         self.values: dict[str, Any] = {}
         self.moves: set[str] = set()
         self.fixed: set[fx.Node] = set()  # whose value follows from parameters, buffers and literals
+        self.weights: dict[str, Tensor] = {}  # fake-quantized ones, whose labels their readers may still change
 
     def run(self, inputs: Sequence[Any]) -> None:
         given = iter(inputs)
@@ -299,6 +305,8 @@ class _Interpreter:
                 result = node.target(*args, **kwargs)
         finally:
             watch.asleep = False
+        if watch.finite and isinstance(result, Tensor):
+            self._keep_direct(node, result, args[0])
         if recurrence:
             watch.ran(*recurrence, pytree.tree_leaves(result))
         if reason:
@@ -350,6 +358,22 @@ class _Interpreter:
             return None
         return read_layer(submodule(self.module, str(node.target)), args, kwargs)
 
+    def _keep_direct(self, node: fx.Node, result: Tensor, given: Any) -> None:
+        """A fake-quantized parameter is as zero as the parameter where that is masked, and stands for it."""
+        watch = self.watch
+        if watch.of(given).direct and result is not given:
+            watch.label(result, replace(watch.of(result), direct=True))
+            name = watch.name_of(given)
+            if name is not None:
+                watch.parameters[id(result)], watch.quantized[id(result)] = name, given
+                self.weights[node.name] = result
+
+    def _is_finite(self, node: fx.Node) -> bool:
+        """Whether a node of ours never divides by what may be zero on a dead channel."""
+        if node.op == "call_module":
+            return isinstance(submodule(self.module, str(node.target)), FakeQuantize)
+        return node.target is batch_norm_factor
+
     def _closed(self, node: fx.Node) -> str:
         """Why labels do not enter a node's module or function; empty where they do."""
         if node.op == "call_function" and getattr(node.target, "__name__", "") in GATES:
@@ -361,6 +385,8 @@ class _Interpreter:
         layer = submodule(self.module, str(node.target))
         if operator_of(layer):
             return f"{type(layer).__name__} of a PackedSequence {WHOLE}"
+        if isinstance(layer, FakeQuantize):
+            return ""
         return "" if understood(layer) else f"{type(layer).__name__} {WHOLE}"
 
     def _freeze(self, node: fx.Node, reason: str) -> None:
@@ -421,6 +447,7 @@ def _propagate(module: TracedModule, inputs: Inputs, observer: Observer | None, 
                 buffer.data.copy_(value)  # nor does this make one
     labels = {name: watch.of(tensor) for name, tensor in state.items()}
     values = interpreter.values
+    values.update({name: watch.of(tensor) for name, tensor in interpreter.weights.items()})
     for node in module.graph.nodes:
         if node.op == "get_attr" and node.target in labels:
             # A buffer that is written into after it was read was a constant then.

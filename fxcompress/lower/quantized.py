@@ -1,0 +1,238 @@
+"""Layers with int8 weights that run on onednn's integer kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxcompress.lower.integers import ByteGrid
+from fxcompress.lower.prepacked import Geometry, Kernel, PostOp, Prepacked
+
+#: A result that is not rounded.
+_PLAIN = ByteGrid(1.0, 0, 0, 255)
+
+
+class QuantizedLayer(Prepacked):
+    """Weights, and the grids of what enters and leaves.
+
+    Args:
+        weight: int8, output channels first.
+        weight_scale: float32, ``[out]`` or 0-d.
+        bias: float32 ``[out]``, or None.
+        post: applied before rounding.
+        x_grid: of the input.
+        grid: of the result; None = the result is float32.
+        other_grid: of what is added before ``post``; None = nothing is, or it is float32.
+        spends_other: what is added may be overwritten.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        *,
+        post: PostOp,
+        x_grid: ByteGrid,
+        grid: ByteGrid | None,
+        other_grid: ByteGrid | None = None,
+        spends_other: bool = False,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", weight_scale)
+        self.register_buffer("bias", bias)
+        drops = post.name == "relu" and grid is not None and grid.starts_at_zero
+        self.post = PostOp() if drops else post
+        self.x_grid, self.grid, self.other_grid, self.spends_other = x_grid, grid, other_grid, spends_other
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, {self.post.name}, {self.x_grid} -> {self.grid}"
+
+    def _scales(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point (0) of each output channel."""
+        out = self.weight.shape[0]
+        return self.weight_scale.expand(out).contiguous(), torch.zeros(out, dtype=torch.int64)
+
+    def _finish(self) -> Callable[[Tensor], Tensor] | None:
+        """What is left to do to a kernel's result: saturation at the ends of a narrower grid."""
+        if self.grid is None or self.grid.full:
+            return None
+        low, high = self.grid.low, self.grid.high
+        return lambda y: y.clamp_(low, high)
+
+    def _linear(self, weight: Tensor, x: Tensor) -> Kernel:
+        """``x [..., in]`` times ``weight [out, in]``."""
+        scales, zeros = self._scales()
+        packed = torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)
+        first = (self.x_grid.scale, self.x_grid.zero_point, packed, scales, zeros)
+        grid = self.grid or _PLAIN
+        result = (self.bias, grid.scale, grid.zero_point, torch.float32 if self.grid is None else torch.uint8)
+        post = (self.post.name, list(self.post.scalars), self.post.algorithm)
+        other, keeps = self.other_grid, not self.spends_other
+        unary = torch.ops.onednn.qlinear_pointwise.default
+        binary = torch.ops.onednn.qlinear_pointwise.binary
+        finish = self._finish()
+
+        def kernel(x: Tensor, added: Tensor | None = None) -> Tensor:
+            x = x.contiguous()
+            if added is None:
+                made: Tensor = unary(x, *first, *result, *post)
+            elif other is None:
+                made = binary(x, *first, added.contiguous(), *result, 1.0, 0, "add", 1.0, *post)
+            else:
+                added = added.clone(memory_format=torch.contiguous_format) if keeps else added.contiguous()
+                made = binary(x, *first, added, *result, other.scale, other.zero_point, "sum", 1.0, *post)
+            return made if finish is None else finish(made)
+
+        return kernel
+
+
+class QuantizedLinear(QuantizedLayer):
+    """``post(x @ weight.T + bias)``, or ``post(x @ weight.T + bias + other)``; weight ``[out, in]``."""
+
+    def pack(self, x: Tensor) -> Kernel:
+        return self._linear(self.weight, x)
+
+
+class QuantizedConvolution(QuantizedLayer):
+    """``post(conv(x, weight, bias))``, or ``post(conv(x, weight, bias) + other)``, 1-d or 2-d.
+
+    Args:
+        geometry: of the convolution.
+        **options: see :class:`QuantizedLayer`.
+    """
+
+    def __init__(
+        self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, geometry: Geometry, **options: Any
+    ) -> None:
+        super().__init__(weight, weight_scale, bias, **options)
+        self.geometry = geometry
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether every position is by itself: a linear layer over channels."""
+        stride, padding, _, groups = self.geometry.lists
+        return self.weight[0, 0].numel() == 1 and set(stride) == {1} and set(padding) == {0} and groups == 1
+
+    def pack(self, x: Tensor) -> Kernel:
+        if x.dim() == 4 and self.pointwise:
+            return self._over_channels(x)
+        stride, padding, dilation, groups = self.geometry.lists
+        scales, zeros = self._scales()
+        bias, zero_point = self.bias, self.x_grid.zero_point
+        if zero_point and not any(padding):
+            # Without padding the zero point adds the same everywhere; the kernel is faster without.
+            sums = self.weight.flatten(1).sum(1, dtype=torch.float64) * scales.double()
+            shift = (-zero_point * self.x_grid.scale * sums).float()
+            bias, zero_point = shift if bias is None else bias + shift, 0
+        # Told the shape, onednn packs for another kernel than the one that a zero point leads to, and packs again at
+        # every call (measured: five times slower).
+        shape = list(x.shape) if zero_point == 0 else None
+        packed = torch.ops.onednn.qconv_prepack(
+            self.weight, scales, self.x_grid.scale, zero_point, stride, padding, dilation, groups, shape
+        )
+        first = (self.x_grid.scale, zero_point, packed, scales, zeros)
+        where = (bias, stride, padding, dilation, groups)
+        grid = self.grid or _PLAIN
+        result = (grid.scale, grid.zero_point, torch.float32 if self.grid is None else torch.uint8)
+        post = (self.post.name, list(self.post.scalars), self.post.algorithm)
+        other, keeps, finish = self.other_grid, not self.spends_other, self._finish()
+        last = torch.channels_last if x.dim() == 4 else torch.contiguous_format
+        one = torch.ops.onednn.qconv_pointwise if x.dim() == 4 else torch.ops.onednn.qconv1d_pointwise
+        unary, binary = one.default, torch.ops.onednn.qconv2d_pointwise.binary
+
+        def kernel(x: Tensor, added: Tensor | None = None) -> Tensor:
+            x = x.contiguous(memory_format=last)
+            if added is None:
+                made: Tensor = unary(x, *first, *where, *result, *post)
+            else:
+                assert other is not None
+                added = added.clone(memory_format=last) if keeps else added.contiguous(memory_format=last)
+                made = binary(x, *first, added, *where, *result, other.scale, other.zero_point, "sum", 1.0, *post)
+            return made if finish is None else finish(made)
+
+        return kernel
+
+    def _over_channels(self, x: Tensor) -> Kernel:
+        linear = self._linear(self.weight.flatten(1), x)
+
+        def kernel(x: Tensor, added: Tensor | None = None) -> Tensor:
+            x = x.permute(0, 2, 3, 1)
+            return linear(x, None if added is None else added.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+        return kernel
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.geometry}"
+
+
+class QuantizedBatchNorm(Prepacked):
+    """BatchNorm in eval mode over ``[batch, channels, height, width]``, on integers.
+
+    Args:
+        norm: what it is made of; its statistics and affine map are kept under their names.
+        x_grid: of the input.
+        grid: of the result.
+        relu: a ReLU follows.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, norm: nn.BatchNorm2d, x_grid: ByteGrid, grid: ByteGrid, *, relu: bool) -> None:
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            tensor = getattr(norm, name)
+            self.register_buffer(name, None if tensor is None else tensor.detach())
+        self.eps, self.x_grid, self.grid, self.relu = norm.eps, x_grid, grid, relu
+
+    def pack(self, x: Tensor) -> Kernel:
+        mean, var, eps = self.running_mean, self.running_var, self.eps
+        weight = torch.ones_like(mean) if self.weight is None else self.weight
+        bias = torch.zeros_like(mean) if self.bias is None else self.bias
+        x_scale, x_zero_point = self.x_grid.scale, self.x_grid.zero_point
+        scale, zero_point, low, high = self.grid
+        low = max(low, zero_point) if self.relu else low
+        clips = low > 0 or high < 255
+        norm = torch.ops.onednn.qbatch_norm2d.default
+
+        def kernel(x: Tensor) -> Tensor:
+            x = x.contiguous(memory_format=torch.channels_last)
+            made: Tensor = norm(x, x_scale, x_zero_point, weight, bias, mean, var, eps, scale, zero_point, torch.uint8)
+            return made.clamp_(low, high) if clips else made
+
+        return kernel
+
+
+class IntegerWeight(nn.Module):
+    """A weight kept as integers for a layer that runs in float: called without arguments it gives the float values.
+
+    Args:
+        weight: int8 of any shape.
+        scale: broadcasts to it.
+        bias: of the layer, kept beside its weight.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", scale)
+        self.register_buffer("bias", bias)
+
+    def forward(self) -> Tensor:
+        """``weight * scale``."""
+        return self.weight * self.weight_scale

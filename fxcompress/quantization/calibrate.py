@@ -1,0 +1,163 @@
+"""Calibration: what went by at a place where a fake-quant node belongs, and the range that an observer makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxcompress.errors import InputError
+from fxcompress.module import TracedModule, evaluating
+from fxcompress.quantization.observers import MSE, Entropy, MovingAverage, Observer, Percentile, extremes, rows
+from fxcompress.quantization.search import lowest_divergence, lowest_error, percentiles
+from fxcompress.quantization.spec import QuantSpec
+
+#: Of a histogram that reaches from ``-2^k`` to ``2^k``, so that doubling the range merges pairs of bins exactly.
+BINS = 8192
+
+
+class Calibrator(nn.Module):
+    """Stands where a fake-quant module belongs, and remembers what it is called with.
+
+    Attributes:
+        low, high: extremes of everything seen, 0-d or ``[channels]``; averaged for :class:`MovingAverage`.
+        magnitude: mean of ``abs(x)``, likewise; zeros of weights, which masks made, are not counted.
+        batches: how often it saw something.
+        watching: whether it looks at what it is called with.
+    """
+
+    def __init__(self, name: str, spec: QuantSpec) -> None:
+        super().__init__()
+        self.name, self.spec = name, spec
+        self.batches = 0
+        self.watching = False
+        self.low = self.high = self.magnitude = torch.zeros(())
+        self._sum = self._count = torch.zeros(())
+        self._values: Tensor | None = None  # of a weight
+        self._histogram: _Histogram | None = None
+
+    def forward(self, x: Tensor, factor: Tensor | None = None) -> Tensor:
+        if self.watching:
+            self.see(x.detach() if factor is None else x.detach() * factor)
+        return x
+
+    def see(self, x: Tensor) -> None:
+        """One batch.
+
+        Raises:
+            InputError: it holds values that are not finite.
+        """
+        if x.numel() == 0:
+            return
+        low, high = extremes(x, self.spec.axis)
+        if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
+            raise InputError(
+                f"calibration met NaN or infinite values at {self.name}; expected finite ones. Check the batches for "
+                "bad samples, and the model for overflow."
+            )
+        weight = self.spec.role == "weight"
+        if not self.batches or weight:
+            self.low, self.high = low, high
+        elif isinstance(self.spec.observer, MovingAverage):
+            rate = 1 - self.spec.observer.momentum
+            self.low, self.high = self.low + rate * (low - self.low), self.high + rate * (high - self.high)
+        else:
+            self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
+        flat = rows(x, self.spec.axis)
+        self._sum = self._sum + flat.abs().sum(1)
+        self._count = self._count + ((flat != 0).sum(1) if weight else flat.shape[1])
+        self.magnitude = (self._sum / self._count.clamp(min=1)).reshape(low.shape)
+        if isinstance(self.spec.observer, (Percentile, Entropy, MSE)):
+            if weight:
+                self._values = flat
+            if not weight or isinstance(self.spec.observer, Entropy):
+                self._histogram = (None if weight else self._histogram) or _Histogram(flat)
+                self._histogram.add(flat)
+        self.batches += 1
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        """Low and high, 0-d or ``[channels]``.
+
+        Raises:
+            InputError: nothing was seen.
+        """
+        if not self.batches:
+            raise InputError(
+                f"calibration saw no values at {self.name}; expected at least one batch. Give batches, or inputs "
+                "that reach this part of the model."
+            )
+        observer = self.spec.observer
+        low, high = self.low.clamp(max=0), self.high.clamp(min=0)
+        if not isinstance(observer, (Percentile, Entropy, MSE)):
+            return low, high
+        histogram = self._histogram
+        if self._values is not None and not isinstance(observer, Entropy):
+            values, counts = self._values, (self._values != 0).to(self._values.dtype)
+        else:
+            assert histogram is not None
+            values, counts = histogram.centers(), histogram.counts
+        found = _search(observer, values, counts, low.reshape(-1), high.reshape(-1), self.spec)
+        return found[0].reshape(low.shape).to(low.dtype), found[1].reshape(high.shape).to(high.dtype)
+
+
+def _search(
+    observer: Observer, values: Tensor, counts: Tensor, low: Tensor, high: Tensor, spec: QuantSpec
+) -> tuple[Tensor, Tensor]:
+    """An observer's range inside the extremes ``low`` and ``high``, ``[channels]``, of weighted values."""
+    if isinstance(observer, Percentile):
+        return percentiles(values, counts, low, high, observer.percentage)
+    if isinstance(observer, MSE):
+        return lowest_error(values, counts, low, high, spec, observer.candidates)
+    return lowest_divergence(values, counts, low, high, spec)
+
+
+class _Histogram:
+    """Counts of values in ``BINS`` equal bins from ``-reach`` to ``reach``, per row."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.reach = torch.zeros(len(values), 1, dtype=torch.float64)
+        self.counts = torch.zeros(len(values), BINS, dtype=torch.float64)
+
+    def add(self, values: Tensor) -> None:
+        """Count ``[rows, values]``, doubling the reach of a row until it holds them."""
+        values = values.double()
+        wanted = values.abs().amax(1, keepdim=True).clamp(min=2.0**-100).log2().ceil().exp2()
+        while bool((grow := (self.reach > 0) & (self.reach < wanted)).any()):
+            half = torch.zeros_like(self.counts)
+            half[:, BINS // 4 : BINS // 4 * 3] = self.counts.reshape(len(values), -1, 2).sum(2)
+            self.counts = torch.where(grow, half, self.counts)
+            self.reach = torch.where(grow, 2 * self.reach, self.reach)
+        self.reach = torch.where(self.reach > 0, self.reach, wanted)
+        index = ((values / self.reach + 1) * (BINS / 2)).floor().long().clamp(0, BINS - 1)
+        index += torch.arange(len(values))[:, None] * BINS
+        self.counts += torch.bincount(index.reshape(-1), minlength=self.counts.numel()).reshape(self.counts.shape)
+
+    def centers(self) -> Tensor:
+        """``[rows, BINS]``: what the bins stand for."""
+        return self.reach * ((torch.arange(BINS, dtype=torch.float64) + 0.5) / (BINS / 2) - 1)
+
+
+def calibrate(
+    module: TracedModule, calibrators: Iterable[Calibrator], batches: Iterable[Any], run: Callable[[Any], object]
+) -> None:
+    """Run batches through a module whose fake-quant modules are still calibrators, in eval mode, without gradients.
+
+    Raises:
+        InputError: there are no batches, or one of them leads to values that are not finite.
+    """
+    seen = 0
+    calibrators = list(calibrators)
+    for calibrator in calibrators:
+        calibrator.watching = True
+    with evaluating(module), torch.no_grad():
+        for batch in batches:
+            run(batch)
+            seen += 1
+    if not seen:
+        raise InputError(
+            "calibration got no batches; expected at least one. Give a list of batches, or example_inputs."
+        )
+    for calibrator in calibrators:
+        calibrator.range()

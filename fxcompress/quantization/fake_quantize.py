@@ -1,0 +1,348 @@
+"""Fake-quant nodes: modules under ``_quant.`` whose output lies on the grid of their spec (design 6)."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fxcompress.errors import GraphError
+from fxcompress.quantization.observers import MovingAverage, extremes
+from fxcompress.quantization.spec import SMALLEST_STEP, Grid, QuantSpec
+
+QUANT = "_quant"
+#: In steps: the end of a range, divided by the scale in float32, may come out as slightly more than the last integer.
+_SLACK = 1e-3
+#: A smaller factor is as good as none: what it folds is zero.
+_SMALLEST = 1e-12
+
+
+class FakeQuantize(nn.Module, ABC):
+    """Rounds a tensor to the grid of a spec, with the straight-through gradient: 1 inside the range, 0 outside.
+
+    Whoever lowers a graph reads ``spec``, :meth:`grid` and :meth:`integers`, and nothing else.
+
+    Attributes:
+        spec: the grid and how its range is found.
+        calls: at how many nodes the module is called in one forward (more than one where scales are shared).
+        observing: ranges follow what goes by in train mode. In eval mode they never change.
+        quantizing: values are rounded; without, they pass as they are.
+    """
+
+    #: Zero lies on the grid: what is masked in front stays zero behind.
+    keeps_zero: ClassVar[bool] = True
+
+    def __init__(self, spec: QuantSpec, *, calls: int = 1) -> None:
+        super().__init__()
+        self.spec = spec
+        self.calls = calls
+        self.observing = True
+        self.quantizing = True
+
+    def grid(self) -> Grid | None:
+        """Scale and zero point now, detached; None where values do not lie on one fixed grid."""
+        return None
+
+    @abstractmethod
+    def quantize(self, x: Tensor) -> Tensor:
+        """``x`` on the grid."""
+
+    def observe(self, x: Tensor) -> None:
+        """See a tensor go by in train mode; nothing by default."""
+
+    def forward(self, x: Tensor, factor: Tensor | None = None) -> Tensor:
+        """``x`` on the grid; with a ``factor``, ``quantize(x * factor) / factor``.
+
+        Args:
+            x: a weight (behind its mask) or an activation.
+            factor: broadcastable to ``x``; what a BatchNorm that is to be folded multiplies the weight with. The grid
+                is that of the folded weight.
+        """
+        if factor is not None:  # a channel that BatchNorm multiplies with zero is zero on any grid
+            factor = torch.where(factor.abs() < _SMALLEST, _SMALLEST, factor)
+        scaled = x if factor is None else x * factor
+        if self.training and self.observing:
+            self.observe(scaled.detach())
+        if not self.quantizing:
+            return x
+        made = self.quantize(scaled)
+        return made if factor is None else made / factor
+
+    def integers(self, x: Tensor) -> Tensor:
+        """What an integer kernel is given for ``x``: int32, ``quantize(x) / scale + zero_point``.
+
+        Raises:
+            GraphError: there is no grid.
+        """
+        grid = self.grid()
+        if grid is None:
+            raise GraphError(f"the values of {self} lie on no fixed grid, so that there are no integers for them.")
+        scale, zero_point = grid
+        scale, zero_point = (_along(item, x, self.spec.axis) for item in (scale, zero_point))
+        with torch.no_grad():
+            return (self.quantize(x) / scale).round().to(torch.int32) + zero_point
+
+    def agree(self) -> None:
+        """Called after channels were removed from the tensors: what is remembered per channel follows them."""
+
+    def extra_repr(self) -> str:
+        """The spec in a line."""
+        spec = self.spec
+        kind = "symmetric" if spec.symmetric else "affine"
+        where = "per tensor" if spec.axis is None else f"per index of dimension {spec.axis}"
+        return f"{spec.role}, {spec.bits} bits [{spec.quant_min}, {spec.quant_max}], {kind}, {where}"
+
+
+class AffineFakeQuantize(FakeQuantize):
+    """``clamp(round(x / scale) + zero_point, quant_min, quant_max)``, minus the zero point, times the scale.
+
+    Buffers ``scale``, ``zero_point`` and ``seen``, the number of calls in train mode; with a running observer of
+    activations also ``low`` and ``high``.
+
+    Args:
+        spec: the grid.
+        channels: length of the spec's axis; 0 per tensor.
+        calls: at how many nodes it is called.
+        start_step: in train mode, values pass as they are for this many steps (forwards of the model).
+        freeze_step: after this many steps ranges no longer change.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    low: Tensor
+    high: Tensor
+    seen: Tensor
+
+    def __init__(
+        self, spec: QuantSpec, channels: int = 0, *, calls: int = 1, start_step: int = 0, freeze_step: int | None = None
+    ) -> None:
+        super().__init__(spec, calls=calls)
+        self.start_step, self.freeze_step = start_step, freeze_step
+        shape = (channels,) if spec.axis is not None else ()
+        self.register_buffer("scale", torch.ones(shape))
+        self.register_buffer("zero_point", torch.zeros(shape))  # an integer, in a dtype that has channels
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        if self.remembers:
+            self.register_buffer("low", torch.full(shape, torch.inf))
+            self.register_buffer("high", torch.full(shape, -torch.inf))
+
+    @property
+    def remembers(self) -> bool:
+        """Whether a range depends on earlier batches; that of a weight is always the current one."""
+        return self.spec.observer is not None and self.spec.observer.running and self.spec.role == "activation"
+
+    def grid(self) -> Grid:
+        return Grid(self.scale.detach(), self.zero_point.to(torch.int32))
+
+    def set_range(self, low: Tensor, high: Tensor) -> None:
+        """Take a range that was found elsewhere."""
+        scale, zero_point = self.spec.grid(low, high)
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
+
+    def observe(self, x: Tensor) -> None:
+        if x.numel() == 0:
+            return
+        going = None if self.freeze_step is None else self.seen < self.freeze_step * self.calls
+        if self.spec.observer is not None and self.spec.observer.running:
+            low, high = (item.to(self.scale.dtype) for item in extremes(x, self.spec.axis))
+            if self.remembers:
+                low, high = self._remembered(low, high, going)
+            scale, zero_point = self.spec.grid(low, high)
+            if going is not None:
+                scale = torch.where(going, scale, self.scale)
+                zero_point = torch.where(going, zero_point.to(self.zero_point.dtype), self.zero_point)
+            self.scale.copy_(scale)
+            self.zero_point.copy_(zero_point)
+        self.seen += 1
+
+    def _remembered(self, low: Tensor, high: Tensor, going: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The range with one batch more; the first one sets it, and one that is not finite is passed over."""
+        fine = torch.isfinite(low) & torch.isfinite(high)
+        fine = fine if going is None else fine & going
+        if isinstance(self.spec.observer, MovingAverage):
+            rate = 1 - self.spec.observer.momentum
+            first = self.low > self.high
+            low = torch.where(first, low, self.low + rate * (low - self.low))
+            high = torch.where(first, high, self.high + rate * (high - self.high))
+        else:
+            low, high = torch.minimum(self.low, low), torch.maximum(self.high, high)
+        self.low.copy_(torch.where(fine, low, self.low))
+        self.high.copy_(torch.where(fine, high, self.high))
+        return self.low, self.high
+
+    def quantize(self, x: Tensor) -> Tensor:
+        made = quantize(x, self.scale, self.zero_point, self.spec)
+        if self.training and self.start_step:
+            return torch.where(self.seen > self.start_step * self.calls, made, x)
+        return made
+
+    def agree(self) -> None:
+        """What was remembered of each channel becomes what its scale and zero point stand for."""
+        if self.remembers and self.low.shape != self.scale.shape:
+            self.low = (self.spec.quant_min - self.zero_point) * self.scale
+            self.high = (self.spec.quant_max - self.zero_point) * self.scale
+
+
+def _along(values: Tensor, x: Tensor, axis: int | None) -> Tensor:
+    """One value for each index of a dimension, broadcastable to ``x``."""
+    if axis is None:
+        return values
+    return values.reshape([-1 if dim == axis % x.dim() else 1 for dim in range(x.dim())])
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
+    """``x`` on a grid that does not learn; straight-through inside the range, no gradient outside."""
+    scale = _along(scale, x, spec.axis)
+    zero_point = _along(zero_point, x, spec.axis)
+    result: Tensor = _Round.apply(x, scale, spec.quant_min - zero_point, spec.quant_max - zero_point)
+    return result
+
+
+class _Round(torch.autograd.Function):
+    """Rounding to multiples of ``scale`` between ``low`` and ``high`` steps."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        steps = x / scale
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward((steps >= low - _SLACK) & (steps <= high + _SLACK))
+        return (steps.round().clamp(low, high) * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (inside,) = ctx.saved_tensors
+        return gradients[0] * inside, None, None, None
+
+
+class LearnedFakeQuantize(FakeQuantize):
+    """The same grid with a step that is learned (LSQ, Esser et al. 2020, arXiv 1902.08153, equations 1 to 5).
+
+    Parameter ``scale``; where the spec is affine also ``offset``, the value that integer 0 would stand for, from which
+    the zero point follows as ``round(quant_min - offset / scale)`` (LSQ+, Bhalgat et al. 2020, arXiv 2004.09576,
+    equations 3 to 5; rounded, so that zero stays exact). Both gradients are scaled by ``1 / sqrt(numel * quant_max)``.
+
+    Args:
+        spec: the grid.
+        scale: where learning starts, positive: 0-d, or ``[channels]`` along the spec's axis.
+        offset: likewise; for an affine spec.
+        calls: at how many nodes it is called.
+    """
+
+    def __init__(self, spec: QuantSpec, scale: Tensor, offset: Tensor | None = None, *, calls: int = 1) -> None:
+        super().__init__(spec, calls=calls)
+        self.scale = nn.Parameter(scale.detach().clone())
+        self.offset = (
+            None
+            if spec.symmetric
+            else nn.Parameter(torch.zeros_like(scale) if offset is None else offset.detach().clone())
+        )
+
+    def grid(self) -> Grid:
+        scale = self.scale.detach().abs().clamp(min=SMALLEST_STEP)
+        if self.offset is None:
+            return Grid(scale, torch.zeros_like(scale, dtype=torch.int32))
+        spec = self.spec
+        zero_point = (spec.quant_min - self.offset.detach() / scale).round().clamp(spec.quant_min, spec.quant_max)
+        return Grid(scale, zero_point.to(torch.int32))
+
+    def quantize(self, x: Tensor) -> Tensor:
+        scale, zero_point = (_along(item, x, self.spec.axis) for item in self.grid())
+        step = _along(self.scale, x, self.spec.axis)
+        offset = torch.zeros_like(step) if self.offset is None else _along(self.offset, x, self.spec.axis)
+        result: Tensor = _LearnedRound.apply(x, step, offset, scale, zero_point, self.spec)
+        return result
+
+
+class _LearnedRound(torch.autograd.Function):
+    """Rounding whose step and offset have gradients; ``scale`` and ``zero_point`` are what they stand for."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, step: Tensor, offset: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec
+    ) -> Tensor:
+        ctx.save_for_backward(x, step, scale, zero_point)
+        ctx.spec = spec
+        low, high = (end - zero_point for end in (spec.quant_min, spec.quant_max))
+        steps = x / scale
+        return (steps.round().clamp(low.to(steps.dtype), high.to(steps.dtype)) * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        x, step, scale, zero_point = ctx.saved_tensors
+        (gradient,) = gradients
+        spec: QuantSpec = ctx.spec
+        steps = x / scale
+        below, above = steps <= spec.quant_min - zero_point, steps >= spec.quant_max - zero_point
+        inside = ~(below | above)
+        # Outside, the result is offset + quant_min (quant_max) * scale, counted from the offset (LSQ+, equation 4).
+        of_step = torch.where(inside, steps.round() - steps, torch.where(below, spec.quant_min, spec.quant_max))
+        per_step = x.numel() // step.numel()
+        rate = 1 / math.sqrt(per_step * spec.quant_max)
+        of_scale = (gradient * of_step).sum_to_size(step.shape) * rate * torch.where(step < 0, -1, 1)
+        of_offset = (gradient * ~inside).sum_to_size(step.shape) * rate
+        return gradient * inside, of_scale, of_offset, None, None, None
+
+
+class Quantizing(Protocol):
+    """A rule of one's own: what :class:`TransformedFakeQuantize` calls."""
+
+    #: ``quantize`` is differentiable as its author wants it; otherwise the gradient is 1 everywhere.
+    own_gradient: ClassVar[bool]
+
+    def quantize(self, x: Tensor, spec: QuantSpec) -> Tensor:
+        """``x`` on a grid of the spec's bits."""
+
+    def step(self, x: Tensor, spec: QuantSpec) -> Tensor | None:
+        """The distance of neighbouring values on the grid of a weight ``x``, 0-d or per channel; None if irregular."""
+
+
+class TransformedFakeQuantize(FakeQuantize):
+    """Values from a rule of one's own, ``quantize(x, spec)``. Of a weight, :func:`settle` makes an affine one.
+
+    Masks are laid in front of it and behind it: zero need not be one of its values.
+    """
+
+    keeps_zero: ClassVar[bool] = False
+
+    def __init__(self, spec: QuantSpec, rule: Quantizing, *, calls: int = 1) -> None:
+        super().__init__(spec, calls=calls)
+        self.rule = rule
+
+    def quantize(self, x: Tensor) -> Tensor:
+        if self.rule.own_gradient:
+            return self.rule.quantize(x, self.spec)
+        result: Tensor = _StraightThrough.apply(x, self.rule, self.spec)
+        return result
+
+
+class _StraightThrough(torch.autograd.Function):
+    """A rule with gradient 1."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rule: Quantizing, spec: QuantSpec) -> Tensor:
+        made = rule.quantize(x, spec)
+        return made.clone() if made is x else made
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0], None, None
+
+
+def round_through(x: Tensor) -> Tensor:
+    """``x.round()`` (halves to even) with gradient 1."""
+    result: Tensor = _RoundThrough.apply(x)
+    return result
+
+
+class _RoundThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0]

@@ -1,0 +1,176 @@
+"""From a graph to train with to a graph to lower: BatchNorm folded, every weight on a plain grid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxcompress.channels.labels import Labels
+from fxcompress.channels.propagate import Facts
+from fxcompress.folding import folded, norm_source, scaled
+from fxcompress.layers import parameter_node
+from fxcompress.module import MASKS, TracedModule, evaluating, owner, submodule
+from fxcompress.quantization.fake_quantize import AffineFakeQuantize, FakeQuantize, TransformedFakeQuantize
+from fxcompress.quantization.gradients import GradientQuantize
+from fxcompress.quantization.insert import ROLE, calls_of
+from fxcompress.quantization.sites import Site, find_sites
+from fxcompress.quantization.spec import QuantSpec
+from fxcompress.rewrite import Rewriter, rewriting
+
+
+def settle(module: TracedModule, facts: Facts | None = None, author: str = "settle") -> list[str]:
+    """Fold BatchNorm behind quantized layers and give every quantized weight a plain, fixed grid, in place.
+
+    The module computes the same in eval mode. Parameters hold the folded weights; the keys of folded BatchNorms go.
+
+    Args:
+        module: a traced module, masks in its graph or not.
+        facts: its channel analysis; without it, no BatchNorm is folded into a linear layer.
+        author: the pass, for provenance.
+
+    Returns:
+        What was done, a line each; and which rules have no regular grid, so that their layers stay as they are.
+    """
+    said: list[str] = []
+    with rewriting(module, author) as rewriter, evaluating(module), torch.no_grad():
+        _drop_gradients(rewriter)
+        calls = calls_of(module)
+        for site in list(find_sites(module)):
+            if site.quantized:
+                said += _settle(rewriter, site, calls, _ranks(facts))
+        _drop_uncalled(rewriter, calls)
+    return said
+
+
+def _ranks(facts: Facts | None) -> Callable[[fx.Node], int]:
+    def of(node: fx.Node) -> int:
+        labels = None if facts is None else facts.values.get(node.name)
+        return len(labels.shape) if isinstance(labels, Labels) else 0
+
+    return of
+
+
+def _drop_gradients(rewriter: Rewriter) -> None:
+    """What rounds gradients does nothing in eval mode."""
+    for node in list(rewriter.graph.nodes):
+        if node.op == "call_module" and isinstance(submodule(rewriter.module, str(node.target)), GradientQuantize):
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            rewriter.replace(node, source)
+            rewriter.erase(node)
+            rewriter.drop_module(str(node.target))
+
+
+def _drop_uncalled(rewriter: Rewriter, before: Mapping[str, int]) -> None:
+    """Remove the modules, and their masks, that were called ``before`` and no longer are."""
+    rewriter.sweep()
+    for name in before.keys() - calls_of(rewriter.module).keys():
+        for each in (name, f"{MASKS}.{name}"):
+            if rewriter.has_module(each):
+                rewriter.drop_module(each)
+
+
+def _settle(rewriter: Rewriter, site: Site, calls: Mapping[str, int], ranks: Callable[[fx.Node], int]) -> list[str]:
+    """One layer."""
+    module = rewriter.module
+    node = quantized_node(site)
+    quantizer = submodule(module, str(node.target))
+    assert isinstance(quantizer, FakeQuantize)
+    norm = _norm_behind(module, site, calls, ranks)
+    if norm is None and isinstance(quantizer, AffineFakeQuantize):
+        return []
+    source, *factor = (value_of(module, item) for item in node.args)
+    step = _step(quantizer, source)
+    if step is None:
+        kind = type(getattr(quantizer, "rule", quantizer)).__name__
+        return [f"{site.layer} stays as it is: the values of {kind} lie on no regular grid"]
+    if factor:  # the grid is that of the folded weight already
+        values, spec = source * factor[0], quantizer.spec.frozen()
+    else:
+        values = value_of(module, _read(site))
+    if norm is not None:
+        scale, bias = folded(submodule(module, site.layer), submodule(module, str(norm.target)))
+        if not factor:
+            values = scaled(submodule(module, site.layer), values, scale)
+            step = (step * scale.abs()).clamp(min=torch.finfo(scale.dtype).tiny)
+        _fold(rewriter, site, norm, bias)
+    if not factor:
+        spec = _plain_spec(quantizer.spec, values, step, site.axis)
+    made = AffineFakeQuantize(spec, len(step) if step.dim() else 0).to(values)
+    made.scale.copy_(step)
+    rewriter.set_tensor(site.weight, values)
+    rewriter.put_module(str(node.target), made)
+    rewriter.become(node, "call_module", node.target, node.args[:1])
+    return [] if norm is None else [f"{norm.target} into {site.layer}"]
+
+
+def _read(site: Site) -> fx.Node:
+    """What the layer reads as its weight."""
+    read = site.node.args[1] if len(site.node.args) > 1 else site.node.kwargs["weight"]
+    assert isinstance(read, fx.Node)
+    return read
+
+
+def quantized_node(site: Site) -> fx.Node:
+    """The fake-quant node of a site's weight, which a mask may follow."""
+    node = _read(site)
+    while ROLE not in node.meta:
+        (node, *_) = node.all_input_nodes
+    return node
+
+
+def _norm_behind(
+    module: TracedModule, site: Site, calls: Mapping[str, int], ranks: Callable[[fx.Node], int]
+) -> fx.Node | None:
+    """The BatchNorm that can be folded into a site's layer."""
+    if len(site.node.users) != 1 or site.axis is None:
+        return None
+    (reader,) = site.node.users
+    return reader if norm_source(reader, module, calls, ranks) is site.node else None
+
+
+def value_of(module: TracedModule, item: Any) -> Any:
+    """What a node computes from parameters and buffers."""
+    if not isinstance(item, fx.Node):
+        return item
+    if item.op == "get_attr":
+        holder, leaf = owner(module, str(item.target))
+        return getattr(holder, leaf)
+    args = [value_of(module, each) for each in item.args]
+    if item.op == "call_module":
+        return submodule(module, str(item.target))(*args)
+    assert callable(item.target)
+    return item.target(*args, **item.kwargs)
+
+
+def _step(quantizer: FakeQuantize, source: Tensor) -> Tensor | None:
+    """The distance of neighbouring values, 0-d or per channel; None if it is not the same everywhere."""
+    if isinstance(quantizer, TransformedFakeQuantize):
+        return quantizer.rule.step(source, quantizer.spec)
+    grid = quantizer.grid()
+    return None if grid is None or not quantizer.spec.symmetric else grid.scale
+
+
+def _plain_spec(spec: QuantSpec, values: Tensor, step: Tensor, axis: int | None) -> QuantSpec:
+    """The smallest symmetric grid that holds these values."""
+    axis = axis if step.dim() else None
+    along = step if axis is None else step.reshape([-1 if dim == axis else 1 for dim in range(values.dim())])
+    largest = max(1, int((values / along).round().abs().max()))
+    return replace(spec.frozen(), bits=largest.bit_length() + 1, signed=True, symmetric=True, narrow=True, axis=axis)
+
+
+def _fold(rewriter: Rewriter, site: Site, norm: fx.Node, bias: Tensor) -> None:
+    """Give a layer the bias that its BatchNorm becomes, and take that out; the weight is the caller's to scale."""
+    layer = submodule(rewriter.module, site.layer)
+    weight: Tensor = layer.get_parameter("weight")
+    layer.register_parameter("bias", nn.Parameter(bias, requires_grad=weight.requires_grad))
+    read = parameter_node(rewriter, f"{site.layer}.bias", before=site.node)
+    args = [*site.node.args[:2], read, *site.node.args[3:]]
+    kwargs = {key: value for key, value in site.node.kwargs.items() if key != "bias"}
+    rewriter.become(site.node, site.node.op, site.node.target, tuple(args), kwargs)
+    rewriter.replace(norm, site.node)
+    rewriter.erase(norm)

@@ -1,0 +1,122 @@
+"""Where a graph multiplies by weights: convolutions and linear layers, as modules or as functional calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from fxcompress.module import TracedModule, owner, submodule
+
+_CONVOLUTIONS = frozenset("conv1d conv2d conv3d".split())
+_TRANSPOSED = frozenset("convtranspose1d convtranspose2d convtranspose3d".split())
+_LAYERS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Linear,
+    nn.modules.linear.NonDynamicallyQuantizableLinear,  # in nn.MultiheadAttention
+)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One call of a layer that multiplies by weights.
+
+    Attributes:
+        node: the call; of a layer or of a function.
+        layer: name of the module that holds the weight, by which it is selected.
+        weight: the parameter's name.
+        data: what is multiplied.
+        axis: dimension of the weight along which output channels lie; None where it has no such dimension.
+        quantized: whether its weight already has a fake-quant node.
+    """
+
+    node: fx.Node
+    layer: str
+    weight: str
+    data: fx.Node
+    axis: int | None
+    quantized: bool = False
+
+
+def operation(module: nn.Module, node: fx.Node) -> str:
+    """What a node computes, whoever wrote it how: ``relu`` for a module, a function or a method."""
+    if node.op == "call_module":
+        name = type(submodule(module, str(node.target))).__name__
+    elif node.op == "call_function":
+        name = getattr(node.target, "__name__", "")
+    else:
+        name = str(node.target) if node.op == "call_method" else ""
+    return name.lower().replace("_", "")
+
+
+def find_sites(module: TracedModule) -> Iterator[Site]:
+    """Every convolution and linear layer whose weight is a parameter as it is, in the order of the graph."""
+    for node in module.graph.nodes:
+        made = _layer(module, node) if node.op == "call_module" else _function(module, node)
+        if made is not None:
+            yield made
+
+
+def _layer(module: TracedModule, node: fx.Node) -> Site | None:
+    layer = submodule(module, str(node.target))
+    if type(layer) not in _LAYERS or getattr(layer, "padding_mode", "zeros") != "zeros":
+        return None
+    data = node.args[0] if node.args else node.kwargs.get("input")
+    if not isinstance(data, fx.Node) or node.target == "":
+        return None
+    groups = getattr(layer, "groups", 1)
+    return Site(node, str(node.target), f"{node.target}.weight", data, _axis(operation(module, node), groups))
+
+
+def _function(module: TracedModule, node: fx.Node) -> Site | None:
+    name = operation(module, node) if node.op == "call_function" else ""
+    if name not in _CONVOLUTIONS | _TRANSPOSED | {"linear"}:
+        return None
+    given = dict(zip(("input", "weight"), node.args, strict=False)) | node.kwargs
+    data, weight = given.get("input"), given.get("weight")
+    if not isinstance(data, fx.Node) or not isinstance(weight, fx.Node):
+        return None
+    quantized = False
+    while "quant" in weight.meta or "mask" in weight.meta:
+        quantized = quantized or "quant" in weight.meta
+        weight = weight.all_input_nodes[0]
+    if weight.op != "get_attr":
+        return None
+    holder, leaf = owner(module, str(weight.target))
+    if not isinstance(holder._parameters.get(leaf), nn.Parameter):
+        return None
+    groups = node.kwargs.get("groups", node.args[6] if len(node.args) > 6 else 1)
+    layer = str(weight.target).rpartition(".")[0]
+    return Site(node, layer, str(weight.target), data, _axis(name, groups if isinstance(groups, int) else 0), quantized)
+
+
+def ends(module: TracedModule, sites: list[Site]) -> frozenset[str]:
+    """The layers that no other one comes before, or none behind, on any way from the inputs to the outputs."""
+    calls = {site.node: site for site in sites}
+    behind: set[fx.Node] = set()
+    before: set[fx.Node] = set()
+    found = set()
+    for node in module.graph.nodes:
+        if node in calls and calls[node].data not in behind:
+            found.add(calls[node].layer)
+        if node in calls or not behind.isdisjoint(node.all_input_nodes):
+            behind.add(node)
+    for node in reversed(module.graph.nodes):
+        if node in calls and node not in before:
+            found.add(calls[node].layer)
+        if node in calls or node in before:
+            before.update(node.all_input_nodes)
+    return frozenset(found)
+
+
+def _axis(name: str, groups: int) -> int | None:
+    """A transposed convolution holds ``[in, out / groups, ...]``: with groups, no dimension is that of the outputs."""
+    if name not in _TRANSPOSED:
+        return 0
+    return 1 if groups == 1 else None

@@ -1,0 +1,121 @@
+"""Lowering to the kernels that run a model fastest."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from fxcompress.context import Context
+from fxcompress.errors import InputError, VerificationError
+from fxcompress.inputs import other_batch
+from fxcompress.lower.agreement import agreement
+from fxcompress.lower.features import require_bfloat16, require_float, require_int8
+from fxcompress.lower.flat import FLAT
+from fxcompress.lower.float_graph import lower_float
+from fxcompress.lower.int8_graph import lower_int8
+from fxcompress.module import TracedModule, evaluating
+from fxcompress.passes.fold_batch_norm import FoldBatchNorm
+from fxcompress.pipeline import Pass
+from fxcompress.quantization.settle import settle
+from fxcompress.verify import TOLERANCE, tolerance_of, verify
+
+_FLOAT = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Lower(Pass):
+    """Replaces layers by kernels with packed weights, in the same graph. The result is for inference.
+
+    ``dtype="float32"`` and ``"bfloat16"``: BatchNorm is folded; convolutions and linear layers become onednn's
+    (``torch.ops.mkldnn``), with the addition and the activation behind them fused.
+    Layers with mask nodes stay: run ``Speedup`` first.
+
+    ``dtype="int8"`` (or None) reads fake-quant nodes and nothing else: a layer whose weight and input are
+    fake-quantized becomes an integer kernel (``torch.ops.onednn``; Jacob et al. 2018, arXiv 1712.05877, equation 7)
+    that takes over the addition, the activation and the rounding behind it, and what lies between such layers stays
+    uint8: pooling, joins, reshapes, sums, products. Values differ from the simulation by at most one quantization
+    step, node by node.
+
+    Layers that do not pay, or for which there is no kernel, stay, and the notes say which and why. Weights are plain
+    buffers under their layers' names (int8 ones with ``weight_scale``) and are packed when the module first runs, so
+    that it can be saved, copied and loaded. Parameters that lay beside layers are listed under their new names.
+
+    Args:
+        backend: ``"torch"``.
+        dtype: see above.
+    """
+
+    backend: str = "torch"
+    dtype: str | None = None
+
+    preserves: ClassVar[bool] = True
+    rounds: ClassVar[bool] = True
+    needs_inputs: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.backend != "torch":
+            raise InputError(f"backend is {self.backend!r}; expected 'torch'.")
+        if self.dtype not in (None, "int8", *_FLOAT):
+            raise InputError(f"dtype is {self.dtype!r}; expected 'int8' (or None), 'float32' or 'bfloat16'.")
+
+    @property
+    def integer(self) -> bool:
+        """Whether fake-quant nodes are what is lowered."""
+        return self.dtype in (None, "int8")
+
+    def requires(self, module: TracedModule, context: Context) -> None:
+        """The kernels exist, and the processor has their instructions."""
+        super().requires(module, context)
+        if self.integer:
+            require_int8()
+        elif self.dtype == "bfloat16":
+            require_bfloat16()
+        else:
+            require_float()
+
+    def reference(self, module: TracedModule, context: Context) -> TracedModule:
+        """The module as it came, in eval mode."""
+        return copy.deepcopy(module).eval()
+
+    def run(self, module: TracedModule, context: Context) -> TracedModule:
+        """Lower what can be lowered."""
+        assert context.inputs is not None
+        with evaluating(module):
+            if self.integer:
+                context.notes += settle(module, author=self.name)
+                context.notes += lower_int8(module, context.inputs, self.name)
+            else:
+                FoldBatchNorm().run(module, context)
+                context.masking = None
+                context.notes += lower_float(module, context.inputs, _FLOAT[str(self.dtype)], self.name)
+        module.meta[FLAT] = True
+        module.recompile()
+        return module
+
+    def compare(self, reference: TracedModule, result: TracedModule, context: Context) -> float:
+        """Float results to rounding; integers node by node, each from the simulation's values, to one step."""
+        inputs, batched = context.inputs, bool(result.meta["batched"])
+        assert inputs is not None
+        if not self.integer:
+            tolerance, what = tolerance_of(_FLOAT[str(self.dtype)]), f"the result of {self.name}"
+            return verify(
+                reference, result, inputs, batched=batched, tolerance=tolerance, what=what, raised=False
+            ).difference
+        trials = [inputs, inputs.rebatched(other_batch(inputs.batch))] if batched else [inputs]
+        found = [item for trial in trials for item in agreement(reference, result, trial)]
+        for item in found:
+            if (item.steps or 0) > 1 or not item.difference <= TOLERANCE[torch.float32]:
+                away = f"{item.difference:.3g} of its largest value" if item.steps is None else f"{item.steps} steps"
+                raise VerificationError(
+                    f"the result of {self.name} differs from the simulation by {away} at node {item.name}, given "
+                    "the simulation's values there; expected at most one quantization step. This is an error in "
+                    "fxcompress; verify=False skips the check.",
+                    node=item.name,
+                )
+        rounded = [item for item in found if item.steps is not None]
+        share = sum(item.elements * item.share for item in rounded) / max(1, sum(item.elements for item in rounded))
+        context.notes.append(f"node by node, {share:.1e} of all integers are one step from the simulation's")
+        return max((item.difference for item in found), default=0.0)

@@ -1,0 +1,62 @@
+"""Learned step size quantization."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from fxcompress.passes.quantizer import Quantizer
+from fxcompress.quantization.bits import Bits
+from fxcompress.quantization.calibrate import Calibrator
+from fxcompress.quantization.fake_quantize import FakeQuantize, LearnedFakeQuantize
+from fxcompress.quantization.insert import Slot
+from fxcompress.quantization.spec import QuantSpec
+
+
+@dataclass(frozen=True)
+class LSQQuantizer(Quantizer):
+    """Learns the step ``s`` of ``s * round(clamp(x / s, -Q_n, Q_p))`` with the weights (LSQ: Esser et al. 2020, arXiv
+    1902.08153).
+
+    Gradient of ``s`` (equation 3): ``round(x/s) - x/s`` inside, ``-Q_n`` or ``Q_p`` outside, times
+    ``1 / sqrt(numel * Q_p)`` (section 2.2). ``s`` starts at ``2 * mean abs(x) / sqrt(Q_p)``, for activations of what
+    calibration sees. Weights: ``Q_n = 2^(b-1)``, ``Q_p = 2^(b-1) - 1``; activations: ``0`` and ``2^b - 1`` where they
+    are never negative, like weights otherwise. The steps are parameters, ``_quant.<place>.scale``.
+
+    Args:
+        activation_bits: of every value that integer kernels read or write.
+        per_channel: a step for every output channel of a weight; the paper has one for the tensor.
+        learn_offset: LSQ+ (Bhalgat et al. 2020, arXiv 2004.09576): activations are affine, and their offset is learned
+            too, starting at their smallest value.
+
+    See :class:`Quantizer` for the other options.
+    """
+
+    activation_bits: Bits | None = 8
+    per_channel: bool = False
+    learn_offset: bool = False
+
+    needs_inputs: ClassVar[bool] = True
+    kernels: ClassVar[bool] = True
+
+    def weight_spec(self, bits: int) -> QuantSpec:
+        """Signed and symmetric, all integers."""
+        axis = 0 if self.per_channel else None
+        return QuantSpec(bits, "weight", signed=True, symmetric=True, axis=axis, learned=True)
+
+    def activation_spec(self, bits: int) -> QuantSpec:
+        """Unsigned; what is negative decides in :meth:`make`."""
+        return QuantSpec(bits, "activation", signed=False, symmetric=not self.learn_offset, learned=True)
+
+    def make(self, slot: Slot, seen: Calibrator) -> FakeQuantize:
+        """Steps from the mean magnitude, or with an offset from the range."""
+        spec = seen.spec
+        low, high = seen.range()
+        if not spec.symmetric:
+            scale, _ = spec.grid(low, high)
+            return LearnedFakeQuantize(spec, scale, low, calls=slot.calls)
+        if spec.role == "activation" and bool(low < 0):
+            spec = replace(spec, signed=True)
+        scale = 2 * seen.magnitude / math.sqrt(spec.quant_max)
+        return LearnedFakeQuantize(spec, scale.masked_fill(scale == 0, 1.0), calls=slot.calls)

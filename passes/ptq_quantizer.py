@@ -1,0 +1,125 @@
+"""Quantization after training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+from fxcompress.context import Context
+from fxcompress.errors import InputError
+from fxcompress.module import TracedModule
+from fxcompress.passes.fold_batch_norm import FoldBatchNorm
+from fxcompress.passes.quantizer import Quantizer, feed
+from fxcompress.quantization.bits import Bits
+from fxcompress.quantization.calibrate import Calibrator
+from fxcompress.quantization.equalize import equalize
+from fxcompress.quantization.fake_quantize import AffineFakeQuantize, FakeQuantize
+from fxcompress.quantization.insert import Slot
+from fxcompress.quantization.observers import MSE, Entropy, MinMax, MovingAverage, Observer, Percentile
+from fxcompress.quantization.reconstruct import correct_biases, learn_rounding
+from fxcompress.quantization.spec import QuantSpec, activation_spec, weight_spec
+from fxcompress.task import require_count
+
+OBSERVERS: dict[str, type[Observer]] = {
+    "min_max": MinMax,
+    "moving_average": MovingAverage,
+    "percentile": Percentile,
+    "entropy": Entropy,
+    "mse": MSE,
+}
+
+
+@dataclass(frozen=True)
+class PTQQuantizer(Quantizer):
+    """Quantizes a trained model with a few batches to calibrate, without training.
+
+    BatchNorm is folded; then ranges are what ``observer`` makes of what calibration sees. Batches are the task's, or the
+    example inputs alone if there is no task.
+
+    Args:
+        activation_bits: of every value that integer kernels read or write.
+        per_channel: a scale for every output channel of a weight, or one for the tensor.
+        observer: of activations: ``"min_max"``, ``"moving_average"``, ``"percentile"``, ``"entropy"``, ``"mse"``, or an
+            :class:`Observer` with options of its own.
+        weight_observer: likewise of weights.
+        batches: how many of the task's to calibrate with, at most.
+        equalize: make the ranges of neighbouring layers alike first (:func:`equalize`).
+        bias_correction: take the mean error of rounded weights out of the biases (:func:`correct_biases`).
+        adaround: learn for each weight whether to round up or down (:func:`learn_rounding`).
+        iterations: of AdaRound, per layer.
+        samples: kept of what each layer reads, for the last two.
+
+    See :class:`Quantizer` for the other options.
+    """
+
+    activation_bits: Bits | None = 8
+    per_channel: bool = True
+    observer: str | Observer = "min_max"
+    weight_observer: str | Observer = "min_max"
+    batches: int = 16
+    equalize: bool = False
+    bias_correction: bool = False
+    adaround: bool = False
+    iterations: int = 1000
+    samples: int = 256
+
+    needs_inputs: ClassVar[bool] = True
+    kernels: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _parse(self.observer), _parse(self.weight_observer)
+        for name in ("batches", "iterations", "samples"):
+            require_count(name, getattr(self, name))
+
+    def weight_spec(self, bits: int) -> QuantSpec:
+        """Symmetric, per output channel by default."""
+        return weight_spec(bits, axis=0 if self.per_channel else None, observer=_parse(self.weight_observer))
+
+    def activation_spec(self, bits: int) -> QuantSpec:
+        """Affine per tensor."""
+        return activation_spec(bits, _parse(self.observer))
+
+    def calibration(self, context: Context) -> Iterator[Any]:
+        """As many batches as asked for."""
+        return self.first_batches(context, self.batches)
+
+    def prepare(self, module: TracedModule, context: Context) -> TracedModule:
+        """Fold BatchNorm, equalize."""
+        module = FoldBatchNorm().run(module, context)
+        if self.equalize:
+            context.notes.append(f"{equalize(module, self.name)} pairs of layers equalized")
+        return module
+
+    def make(self, slot: Slot, seen: Calibrator) -> FakeQuantize:
+        """A grid over the range, which no longer changes."""
+        made = AffineFakeQuantize(seen.spec.frozen(), slot.channels, calls=slot.calls)
+        made.set_range(*seen.range())
+        return made
+
+    def finish(self, module: TracedModule, context: Context, seen: dict[str, Calibrator]) -> None:
+        """Learn which way to round, correct biases."""
+        run = partial(feed, module, context)
+        if self.adaround:
+            learn_rounding(
+                module,
+                self.calibration(context),
+                run,
+                samples=self.samples,
+                iterations=self.iterations,
+                author=self.name,
+            )
+        if self.bias_correction:
+            correct_biases(module, self.calibration(context), run, self.samples, self.name)
+
+
+def _parse(observer: str | Observer) -> Observer:
+    """An observer by its name, with its defaults, or as it was given."""
+    if isinstance(observer, Observer):
+        return observer
+    if observer not in OBSERVERS:
+        names = ", ".join(map(repr, OBSERVERS))
+        raise InputError(f"observer is {observer!r}; expected one of {names}, or an observer such as Percentile(99.9).")
+    return OBSERVERS[observer]()

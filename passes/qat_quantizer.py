@@ -1,0 +1,74 @@
+"""Quantization-aware training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fxcompress.errors import InputError
+from fxcompress.passes.quantizer import Quantizer
+from fxcompress.quantization.bits import Bits
+from fxcompress.quantization.calibrate import Calibrator
+from fxcompress.quantization.fake_quantize import AffineFakeQuantize, FakeQuantize
+from fxcompress.quantization.insert import Slot
+from fxcompress.quantization.observers import MovingAverage
+from fxcompress.quantization.spec import QuantSpec, activation_spec, weight_spec
+from fxcompress.task import require_count
+
+
+@dataclass(frozen=True)
+class QATQuantizer(Quantizer):
+    """Trains with rounding in the forward and straight-through gradients (Jacob et al. 2018, arXiv 1712.05877).
+
+    Activations: ``scale * (clamp(round(x / scale) + zero_point, 0, 2^bits - 1) - zero_point)`` with a range that holds
+    0, the exponential moving average of each batch's extremes (section 3.1). Weights: symmetric, from their current
+    extremes, on the grid of the weight that BatchNorm is folded into with its running statistics; BatchNorm itself goes
+    on with those of the batch (Krishnamoorthi 2018, arXiv 1806.08342, section 3.2.2).
+
+    Args:
+        activation_bits: of every value that integer kernels read or write.
+        per_channel: a scale for every output channel of a weight, or one for the tensor.
+        momentum: of the moving average.
+        start_step: forwards in train mode before rounding begins; ranges are watched from the first.
+        freeze_step: forwards in train mode after which ranges no longer change; None for never.
+
+    See :class:`Quantizer` for the other options.
+    """
+
+    activation_bits: Bits | None = 8
+    per_channel: bool = True
+    momentum: float = 0.99
+    start_step: int = 0
+    freeze_step: int | None = None
+
+    needs_inputs: ClassVar[bool] = True
+    folds: ClassVar[bool] = True
+    kernels: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        MovingAverage(self.momentum)
+        require_count("start_step", self.start_step, least=0)
+        if self.freeze_step is not None:
+            require_count("freeze_step", self.freeze_step, least=1)
+            if self.freeze_step < self.start_step:
+                raise InputError(
+                    f"freeze_step is {self.freeze_step} and start_step is {self.start_step}; expected ranges to be "
+                    "frozen after rounding began."
+                )
+
+    def weight_spec(self, bits: int) -> QuantSpec:
+        """Symmetric, per output channel by default."""
+        return weight_spec(bits, axis=0 if self.per_channel else None)
+
+    def activation_spec(self, bits: int) -> QuantSpec:
+        """Affine per tensor, with a moving average."""
+        return activation_spec(bits, MovingAverage(self.momentum))
+
+    def make(self, slot: Slot, seen: Calibrator) -> FakeQuantize:
+        """A grid that begins with what calibration saw; the first batch of training sets it anew."""
+        made = AffineFakeQuantize(
+            seen.spec, slot.channels, calls=slot.calls, start_step=self.start_step, freeze_step=self.freeze_step
+        )
+        made.set_range(*seen.range())
+        return made

@@ -1,0 +1,232 @@
+"""Quantization in simulation: what all quantizers share. One of your own is one method, ``quantize(x, spec)``."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fxcompress.context import Context
+from fxcompress.errors import InputError
+from fxcompress.module import TracedModule, submodule
+from fxcompress.pipeline import Pass
+from fxcompress.quantization.bits import BitRules, Bits, require_bits
+from fxcompress.quantization.calibrate import Calibrator, calibrate
+from fxcompress.quantization.edges import LayerSpecs
+from fxcompress.quantization.fake_quantize import FakeQuantize, TransformedFakeQuantize
+from fxcompress.quantization.insert import Slot, insert
+from fxcompress.quantization.sites import ends, find_sites
+from fxcompress.quantization.spec import QuantSpec, activation_spec, weight_spec
+from fxcompress.rewrite import rewriting
+from fxcompress.select import Selection, Selectors
+from fxcompress.task import Need, require_count
+from fxcompress.training import placed
+
+
+@dataclass(frozen=True)
+class Quantizer(Pass):
+    """Rounds the weights of convolutions and linear layers, and what they read, to a few bits, in simulation.
+
+    Puts fake-quant nodes on the edges of the graph; parameters keep their names and values, and what is new in the
+    ``state_dict`` is under ``_quant.``. Masks stay: a masked weight is zero behind its fake-quant node too.
+
+    Args:
+        weight_bits: 2 to 8, or a mapping of name pattern to bits (the last match counts; unmatched layers stay float).
+        activation_bits: likewise, of what a layer reads; None leaves activations in float.
+        include: name patterns, module types or predicates that choose layers; all by default.
+        exclude: layers to leave in float.
+        first_last: what becomes of the first and the last layers: ``"same"``, ``"float"``, or how many bits.
+        epochs: of training on the task, with the nodes in place; 0 leaves the training to you.
+    """
+
+    weight_bits: Bits = 8
+    activation_bits: Bits | None = None
+    include: Selectors | None = None
+    exclude: Selectors | None = None
+    first_last: Literal["same", "float"] | int = "same"
+    epochs: int = 0
+
+    idempotent: ClassVar[bool] = True
+    lifts: ClassVar[bool] = True
+    #: Smallest number of bits.
+    least_bits: ClassVar[int] = 2
+    #: Weights lie on the grid that they have once BatchNorm is folded.
+    folds: ClassVar[bool] = False
+    #: Activations lie on grids wherever integer kernels read or write; without, only where a layer reads.
+    kernels: ClassVar[bool] = False
+    #: ``quantize`` brings its own gradient; without, it is 1.
+    own_gradient: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        Selection(self.include, self.exclude)
+        BitRules.parse("weight_bits", self.weight_bits, self.least_bits)
+        if self.activation_bits is not None:
+            BitRules.parse("activation_bits", self.activation_bits, self.least_bits)
+        if self.first_last not in ("same", "float"):
+            if isinstance(self.first_last, str):
+                raise InputError(f"first_last is {self.first_last!r}; expected 'same', 'float' or a number of bits.")
+            require_bits("first_last", self.first_last, self.least_bits)
+        require_count("epochs", self.epochs, least=0)
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """What training needs, if it trains."""
+        return ("batches", "loss", "optimizer") if self.epochs else ()
+
+    def requires(self, module: TracedModule, context: Context) -> None:
+        """Activations are followed through a run of the model."""
+        super().requires(module, context)
+        if self.activation_bits is not None and context.inputs is None:
+            raise InputError(f"example_inputs is missing: {self.name} follows activations through a run of the model.")
+
+    # ---- what an algorithm says ----------------------------------------------------------------------------------
+
+    def quantize(self, x: Tensor, spec: QuantSpec) -> Tensor:
+        """``x`` on a grid of the spec's bits: by default the nearest of ``spec``'s integers times ``max abs(x)``."""
+        scale, _ = replace(spec, symmetric=True).grid(x.min(), x.max())
+        return (x / scale).round().clamp(spec.quant_min, spec.quant_max) * scale
+
+    def step(self, x: Tensor, spec: QuantSpec) -> Tensor | None:
+        """The distance of neighbouring values of ``quantize(x)``; by default, if they are multiples of its largest
+        value over the largest integer."""
+        values = self.quantize(x, spec).detach()
+        scale = values.abs().max() / spec.quant_max
+        steps = values / scale
+        return scale if bool(((steps - steps.round()).abs() < 1e-3).all()) else None
+
+    def weight_spec(self, bits: int) -> QuantSpec:
+        """The grid of a weight."""
+        return weight_spec(bits, axis=None)
+
+    def activation_spec(self, bits: int) -> QuantSpec:
+        """The grid of an activation."""
+        return replace(activation_spec(bits, None), signed=True, symmetric=True)
+
+    def make(self, slot: Slot, seen: Calibrator) -> FakeQuantize:
+        """The module for a slot, of which ``seen`` saw what goes by there."""
+        plain = replace(self, include=None, exclude=None)  # predicates need not pickle
+        return TransformedFakeQuantize(seen.spec, plain, calls=slot.calls)
+
+    def train(self, module: TracedModule, context: Context) -> None:
+        """Train with the nodes in place."""
+        context.train(module, epochs=self.epochs, title=self.name)
+
+    def prepare(self, module: TracedModule, context: Context) -> TracedModule:
+        """What is done to the clean module before nodes go in."""
+        return module
+
+    def finish(self, module: TracedModule, context: Context, seen: dict[str, Calibrator]) -> None:
+        """What is done with the nodes in place, before training."""
+
+    def calibration(self, context: Context) -> Iterator[Any]:
+        """What to calibrate with: one batch of the task, or the example inputs."""
+        return self.first_batches(context, 1)
+
+    # ---- the work ------------------------------------------------------------------------------------------------
+
+    def run(self, module: TracedModule, context: Context) -> TracedModule:
+        """Insert, calibrate, train."""
+        module = self.prepare(module, context)
+        specs = self._specs(module)
+        wants_facts = self.folds or any(item.data is not None for item in specs.values())
+        facts = context.groups(module).channels.facts if wants_facts and context.inputs is not None else None
+        slots = insert(module, specs, facts, self.name, folds=self.folds, kernels=self.kernels)
+        if not slots:
+            return module
+        with context.laid(module, self.name):
+            self._fill(module, slots, context)
+            if self.epochs:
+                self.train(module, context)
+        context.notes.append(_summary(slots))
+        return module
+
+    def _specs(self, module: TracedModule) -> dict[str, LayerSpecs]:
+        """What is wanted of each layer."""
+        sites = list(find_sites(module))
+        layers = {site.layer: submodule(module, site.layer) for site in sites}
+        chosen = Selection(self.include, self.exclude).chosen(layers)
+        weights = BitRules.parse("weight_bits", self.weight_bits, self.least_bits).of(layers)
+        data: dict[str, int] = {}
+        if self.activation_bits is not None:
+            data = BitRules.parse("activation_bits", self.activation_bits, self.least_bits).of(layers)
+        if self.first_last != "same":
+            for name in ends(module, sites):
+                for bits in (weights, data):
+                    if name in bits and self.first_last != "float":
+                        bits[name] = self.first_last
+                    elif name in bits:
+                        del bits[name]
+        return {
+            name: LayerSpecs(
+                self.weight_spec(weights[name]) if name in weights else None,
+                self.activation_spec(data[name]) if name in data else None,
+            )
+            for name in layers
+            if name in chosen and (name in weights or name in data)
+        }
+
+    def _fill(self, module: TracedModule, slots: list[Slot], context: Context) -> None:
+        """Let calibrators see what goes by, and put in what is made of it."""
+        modules = {slot.name: submodule(module, slot.name) for slot in slots}
+        seen = {name: item for name, item in modules.items() if isinstance(item, Calibrator)}
+        if context.inputs is None:
+            _see_weights(module, seen)
+        else:
+            device = None if context.task is None else context.task.device
+            with placed(module, device):
+                calibrate(module, seen.values(), self.calibration(context), partial(feed, module, context))
+        like = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(()))
+        with rewriting(module, self.name) as rewriter:
+            for slot in slots:
+                made = self.make(slot, seen[slot.name])
+                rewriter.put_module(slot.name, made.to(like.device, like.dtype))
+        self.finish(module, context, seen)
+
+    def first_batches(self, context: Context, count: int) -> Iterator[Any]:
+        """At most ``count`` batches of the task, or the example inputs if there is none."""
+        if context.task is not None and context.task.batches is not None:
+            return itertools.islice(context.task.read(), count)
+        return iter([context.inputs])
+
+
+def feed(module: TracedModule, context: Context, batch: Any) -> None:
+    """Run the model on a batch of the task, or on the example inputs."""
+    if batch is context.inputs:
+        assert context.inputs is not None
+        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        context.inputs.map(lambda tensor: tensor.to(device)).run(module)
+    else:
+        assert context.task is not None
+        context.task.feed(module, batch)
+
+
+def _see_weights(module: TracedModule, seen: dict[str, Calibrator]) -> None:
+    """Show every calibrator its weight, masked as it is; nothing else needs to run."""
+    values: dict[Any, Any] = {}
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            path, _, leaf = str(node.target).rpartition(".")
+            values[node] = getattr(submodule(module, path), leaf)
+        elif node.op == "call_function" and all(source in values for source in node.all_input_nodes):
+            if "mask" in node.meta:
+                values[node] = node.target(*(values.get(item, item) for item in node.args))
+        elif node.op == "call_module" and str(node.target) in seen:
+            with torch.no_grad():
+                seen[str(node.target)].see(values[node.args[0]].detach())
+
+
+def _summary(slots: list[Slot]) -> str:
+    """A line for the notes."""
+    weights = [slot.spec.bits for slot in slots if slot.layer]
+    data = [slot.spec.bits for slot in slots if not slot.layer]
+    parts = []
+    for bits, what in ((weights, "weights"), (data, "activations")):
+        if bits:
+            widths = ", ".join(f"{bits.count(width)} to {width} bits" for width in sorted(set(bits)))
+            parts.append(f"{what}: {widths}")
+    return "; ".join(parts)

@@ -1,0 +1,323 @@
+"""Lower(): fake-quantized graphs on integer kernels, node by node within one quantization step."""
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fake_quantized import ACTIVATION, WEIGHT, fake_quantized
+from model_zoo import build, randomize
+from torch import Tensor, nn
+
+import fxcompress
+from fxcompress.inputs import Inputs
+from fxcompress.lower import integers
+from fxcompress.lower.agreement import GRID, agreement
+from fxcompress.lower.features import has_int8_instructions
+from fxcompress.lower.prepacked import FloatLinear
+from fxcompress.lower.quantized import IntegerWeight, QuantizedConvolution, QuantizedLayer
+from fxcompress.passes import Lower
+from fxcompress.quantization.observers import MinMax
+from fxcompress.quantization.spec import QuantSpec, activation_spec, weight_spec
+from fxcompress.verify import difference
+
+pytestmark = pytest.mark.skipif(not has_int8_instructions(), reason="no 8-bit multiply-accumulate instructions")
+
+
+def lower(simulated: fxcompress.TracedModule, *x: Tensor) -> fxcompress.TracedModule:
+    return fxcompress.compress(simulated, [Lower()], example_inputs=x, progress=False)
+
+
+def notes(module: fxcompress.TracedModule) -> str:
+    return "\n".join(module.meta["history"][-1].notes)
+
+
+def quantized(module: nn.Module) -> set[str]:
+    return {name for name, item in module.named_modules() if isinstance(item, QuantizedLayer)}
+
+
+def assert_within_a_step(simulated: fxcompress.TracedModule, lowered: fxcompress.TracedModule, *x: Tensor) -> None:
+    """Each node on its own; and the outputs of the whole, which were compared by compress only node by node."""
+    found = agreement(simulated, lowered, Inputs.parse(x))
+    rounded = [item for item in found if item.steps is not None]
+    assert rounded
+    assert max(item.steps or 0 for item in rounded) <= 1
+    assert max(item.share for item in rounded) < 0.01
+    assert max(item.difference for item in found) < 1e-5
+
+
+class Layers(nn.Module):
+    """Every kind of layer, and everything that stays integer between them."""
+
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 24, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(24)
+        self.pool = nn.MaxPool2d(3, 2, 1)
+        self.one = nn.Conv2d(24, 40, 3, 2, 1)
+        self.short = nn.Conv2d(24, 40, 1, 2)
+        self.grouped = nn.Conv2d(40, 40, 3, padding=2, dilation=2, groups=4)
+        self.depthwise = nn.Conv2d(40, 80, 3, padding=1, groups=40)
+        self.squeeze, self.excite = nn.Conv2d(80, 12, 1), nn.Conv2d(12, 80, 1)
+        self.point = nn.Conv2d(80, 24, 1)
+        self.line = nn.Conv1d(48, 20, 3, padding=1)
+        self.fc = nn.Linear(20, 11)
+        self.act, self.relu = act, nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(self.act(self.norm(self.stem(x))))
+        y = self.one(x)
+        y += self.short(x)
+        y = self.relu(y)
+        z = self.act(self.grouped(y) + y)
+        z = self.act(self.depthwise(z + y))
+        z = z * torch.sigmoid(self.excite(F.relu(self.squeeze(z.mean((2, 3), keepdim=True)))))
+        point = self.point(z)
+        joined = torch.cat([point, self.act(point)], 1).flatten(2)
+        line = self.act(self.line(joined)).transpose(1, 2)
+        return self.fc(line)
+
+
+def layers(act: nn.Module) -> Layers:
+    model = Layers(act).eval()
+    randomize(model, 1)
+    return model
+
+
+ALL = {"stem", "one", "short", "grouped", "depthwise", "squeeze", "excite", "point", "line", "fc"}
+
+
+@pytest.mark.parametrize("act", [nn.ReLU(), nn.ReLU6(), nn.Hardswish(), nn.SiLU(), nn.GELU(), nn.LeakyReLU()], ids=repr)
+def test_every_layer_and_what_lies_between(act: nn.Module) -> None:
+    x = torch.randn(2, 3, 40, 40)
+    simulated = fake_quantized(layers(act), x)
+    lowered = lower(simulated, x)
+    assert quantized(lowered) == ALL
+    assert "10 of 10 layers run in int8" in notes(lowered)
+    for shape in ((2, 3, 40, 40), (1, 3, 40, 40), (5, 3, 33, 47)):
+        assert_within_a_step(simulated, lowered, torch.randn(shape))
+    kinds = {node.name: GRID in node.meta for node in lowered.graph.nodes if "cat" in node.name or "pool" in node.name}
+    assert kinds
+    assert all(kinds.values())
+
+
+SPECS = {
+    "per tensor": (weight_spec(8, axis=None), ACTIVATION),
+    "symmetric": (WEIGHT, activation_spec(8, MinMax(), symmetric=True, signed=True)),
+    "signed": (WEIGHT, activation_spec(8, MinMax(), signed=True)),
+    "4 bits": (weight_spec(4), activation_spec(4, MinMax())),
+    "weights of 2 bits": (weight_spec(2), activation_spec(6, MinMax(), signed=True)),
+}
+
+
+@pytest.mark.parametrize("weight, activation", SPECS.values(), ids=SPECS)
+def test_specs(weight: QuantSpec, activation: QuantSpec) -> None:
+    x = torch.randn(2, 3, 40, 40)
+    simulated = fake_quantized(layers(nn.Hardswish()), x, weight=weight, activation=activation)
+    lowered = lower(simulated, x)
+    assert quantized(lowered) == ALL
+    assert_within_a_step(simulated, lowered, torch.randn(3, 3, 40, 40))
+
+
+def test_weights_alone() -> None:
+    """Layers run in float and keep their integers."""
+    x = torch.randn(2, 3, 40, 40)
+    simulated = fake_quantized(layers(nn.ReLU()), x, activation=None)
+    lowered = lower(simulated, x)
+    assert quantized(lowered) == set()
+    assert "its input is not quantized" in notes(lowered)
+    assert isinstance(lowered.fc, FloatLinear)
+    assert isinstance(lowered.line, IntegerWeight)
+    state = lowered.state_dict()
+    assert all(state[f"{name}.weight"].dtype == torch.int8 for name in ALL)
+    y = torch.randn(3, 3, 40, 40)
+    with torch.no_grad():
+        assert difference(simulated(y), lowered(y)) < 1e-5
+
+
+def test_layers_that_were_left_out_stay_float() -> None:
+    x = torch.randn(2, 3, 40, 40)
+    simulated = fake_quantized(layers(nn.ReLU()), x, where=lambda name: name not in ("stem", "fc"))
+    lowered = lower(simulated, x)
+    assert quantized(lowered) == ALL - {"stem", "fc"}
+    assert_within_a_step(simulated, lowered, torch.randn(3, 3, 40, 40))
+
+
+def test_copies_pickles_and_threads() -> None:
+    x = torch.randn(2, 3, 40, 40)
+    lowered = lower(fake_quantized(layers(nn.ReLU()), x), x)
+    expected = lowered(x)
+    buffer = io.BytesIO()
+    torch.save(lowered, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    for twin in (copy.deepcopy(lowered), copy.copy(lowered), pickle.loads(pickle.dumps(lowered)), loaded):
+        assert torch.equal(twin(x), expected)
+    fresh = copy.deepcopy(lowered)
+    with ThreadPoolExecutor(8) as pool:
+        assert all(torch.equal(found, expected) for found in pool.map(lambda _: fresh(x), range(32)))
+
+
+def test_a_state_dict_is_small_and_loads() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 200, 3), nn.Flatten(), nn.Linear(3200, 100))
+    x = torch.randn(2, 3, 8, 8)
+    simulated = fake_quantized(model, x)
+    lowered, other = lower(simulated, x), lower(simulated, x)
+    sizes = []
+    for item in (model, lowered):
+        buffer = io.BytesIO()
+        torch.save(item.state_dict(), buffer)
+        sizes.append(buffer.tell())
+    assert sizes[1] <= 0.27 * sizes[0]
+    with torch.no_grad():
+        lowered(x)
+        getattr(other, "2").weight.zero_()
+        other.load_state_dict(torch.load(io.BytesIO(buffer.getvalue()), weights_only=True))
+        assert torch.equal(lowered(x), other(x))
+
+
+class ReadAgain(nn.Module):
+    """What a kernel adds into is read afterwards, also through a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(3))
+        self.left = nn.Conv2d(4, 8, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        a = F.relu(self.one(x))
+        view = a[:, :4]
+        b = F.relu(self.two(a) + a)
+        c = F.relu(self.three(b) + a)
+        return self.left(view), self.one(c), self.two(b)
+
+
+def test_a_kernel_overwrites_only_what_nobody_reads_again() -> None:
+    model = ReadAgain()
+    randomize(model, 2)
+    x = torch.randn(2, 8, 12, 12)
+    simulated = fake_quantized(model, x)
+    lowered = lower(simulated, x)
+    assert "2 fused additions" in notes(lowered)
+    assert {"one", "one_call2", "two", "two_call2"} <= quantized(lowered)
+    y = torch.randn(3, 8, 12, 12)
+    with torch.no_grad():
+        for right, found in zip(simulated(y), lowered(y), strict=True):
+            assert difference(right, found) <= 0.03
+    layer = lowered.two
+    assert isinstance(layer, QuantizedConvolution)
+    assert not layer.spends_other
+
+
+@pytest.mark.parametrize(
+    "kernel, stride, padding", [(3, 2, 1), (2, 2, 0), (3, 1, 1), (2, 3, 1), (5, 3, 2), ((3, 1), (1, 2), (1, 0))]
+)
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (7, 8), (13, 6)])
+def test_max_pooling_of_integers(kernel: object, stride: object, padding: object, size: tuple[int, int]) -> None:
+    q = torch.randint(0, 256, (2, 5, *size), dtype=torch.uint8)
+    pair = integers.pair_of
+    try:
+        expected = F.max_pool2d(q.double(), pair(kernel), pair(stride), pair(padding))
+    except RuntimeError:
+        return  # smaller than the kernel
+    found = integers.max_pool2d(q, pair(kernel), pair(stride), pair(padding))
+    assert torch.equal(found.double(), expected)
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_sums_products_and_changes_of_scale(narrow: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(10, 246, (3, 17, 5, 4), dtype=torch.uint8, generator=generator) for _ in range(2))
+    gate = torch.randint(10, 246, (3, 17, 1, 1), dtype=torch.uint8, generator=generator)
+    low, high = (10, 245) if narrow else (0, 255)
+    left, right = integers.ByteGrid(0.02, 37, low, high), integers.ByteGrid(0.03, 200, low, high)
+    new = integers.ByteGrid(0.05, 101, low, high)
+
+    def values(q: Tensor, grid: integers.ByteGrid) -> Tensor:
+        return (q.double() - grid.zero_point) * grid.scale
+
+    def rounded(x: Tensor) -> Tensor:
+        return ((x / new.scale).round() + new.zero_point).clamp(low, high)
+
+    cases: list[tuple[Tensor, Tensor]] = [
+        (integers.add(a, b, left, right, new, False), values(a, left) + values(b, right)),
+        (integers.add(a, b, left, right, new, True), F.relu(values(a, left) + values(b, right))),
+        (integers.multiply(a, b, left, right, new), values(a, left) * values(b, right)),
+        (integers.multiply(a, gate, left, right, new), values(a, left) * values(gate, right)),
+        (integers.multiply(gate, a, right, left, new), values(a, left) * values(gate, right)),
+        (integers.requantize(a, left, new), values(a, left)),
+        (integers.requantize(a.flatten(), left, new), values(a.flatten(), left)),
+    ]
+    for found, exact in cases:
+        away = (found.double() - rounded(exact)).abs()
+        assert float(away.max()) <= 1
+        assert float((away > 0).double().mean()) < 0.02  # ties
+
+
+def test_top1_agrees_where_the_margin_is_more_than_a_step() -> None:
+    model = layers(nn.ReLU())
+    x = torch.randn(1000, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    simulated = fake_quantized(model, x[:32])
+    lowered = lower(simulated, x[:4])
+    with torch.no_grad():
+        right, found = (torch.cat([item(part).mean(1) for part in x.split(100)]) for item in (simulated, lowered))
+    best = right.topk(2).values
+    clear = best[:, 0] - best[:, 1] > (right.max() - right.min()) / 255
+    assert int(clear.sum()) > 100
+    agree = right.argmax(1)[clear] == found.argmax(1)[clear]
+    assert float(agree.double().mean()) >= 0.995
+
+
+def test_a_wrong_kernel_is_found_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    right: Callable[..., Tensor] = integers.max_pool2d
+
+    def wrong(q: Tensor, *options: tuple[int, int]) -> Tensor:
+        return right(q, *options).clamp(max=100)
+
+    monkeypatch.setattr(integers, "max_pool2d", wrong)
+    x = torch.randn(2, 3, 40, 40)
+    with pytest.raises(fxcompress.VerificationError, match="steps at node pool") as caught:
+        lower(fake_quantized(layers(nn.ReLU()), x), x)
+    assert caught.value.node == "pool"
+
+
+def test_a_graph_without_fake_quant_nodes() -> None:
+    x = torch.randn(2, 3, 40, 40)
+    with pytest.raises(fxcompress.PassError, match="no fake-quant node: there is nothing to lower to int8"):
+        fxcompress.compress(layers(nn.ReLU()), [Lower()], example_inputs=x)
+
+
+def test_a_spec_that_the_kernels_cannot_run() -> None:
+    x = torch.randn(2, 3, 40, 40)
+    simulated = fake_quantized(layers(nn.ReLU()), x, activation=activation_spec(9, MinMax()))
+    with pytest.raises(fxcompress.PassError, match=r"node _quant_activations_x .* 9 bits .* can run at most 8 bits"):
+        lower(simulated, x)
+
+
+def test_a_processor_without_the_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxcompress.lower.features.has_int8_instructions", lambda: False)
+    x = torch.randn(2, 3, 40, 40)
+    with pytest.raises(fxcompress.PassError, match=r"needs 8-bit multiply-accumulate .* this processor .* has none"):
+        lower(fake_quantized(layers(nn.ReLU()), x), x)
+
+
+def test_an_operator_that_torch_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxcompress.lower.features._INT8", ("onednn::qconv_of_tomorrow",))
+    x = torch.randn(2, 3, 40, 40)
+    with pytest.raises(fxcompress.PassError, match="needs the operators onednn::qconv_of_tomorrow, which torch"):
+        lower(fake_quantized(layers(nn.ReLU()), x), x)
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize(
+    "name", ["resnet18", "resnet50", "mobilenet_v2", "densenet121", "shufflenet_v2_x1_0", "efficientnet_b0", "vit_b_16"]
+)
+def test_real_models(name: str) -> None:
+    model, x = build(name)
+    simulated = fake_quantized(model, x)
+    lowered = lower(simulated, x)
+    assert_within_a_step(simulated, lowered, torch.randn(3, *x.shape[1:]))

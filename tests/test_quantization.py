@@ -1,0 +1,432 @@
+"""Each quantizer against its definition in NumPy, forward and gradient; ranges, training, bad input."""
+
+import copy
+import math
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+import fxcompress
+from fxcompress import InputError, Pass, SelectionError, Task, compress
+from fxcompress.passes import (
+    BNNQuantizer,
+    DoReFaQuantizer,
+    L1FilterPruner,
+    LevelPruner,
+    LSQQuantizer,
+    NaiveQuantizer,
+    PTQQuantizer,
+    QATQuantizer,
+    Speedup,
+)
+from fxcompress.quantization.fake_quantize import AffineFakeQuantize, FakeQuantize, LearnedFakeQuantize
+from fxcompress.quantization.gradients import GradientQuantize
+from fxcompress.quantization.observers import MinMax, MovingAverage
+from fxcompress.quantization.settle import settle
+from fxcompress.quantization.spec import activation_spec, weight_spec
+
+Array = NDArray[Any]
+
+
+def values(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale).float()
+
+
+class Network(nn.Module):
+    """Residual, depthwise and grouped convolutions, a concatenation, odd widths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 10, 3, padding=1, bias=False), nn.BatchNorm2d(10)
+        self.depthwise, self.norm1 = nn.Conv2d(10, 10, 3, padding=1, groups=10), nn.BatchNorm2d(10)
+        self.grouped, self.norm2 = nn.Conv2d(10, 10, 1, groups=2), nn.BatchNorm2d(10)
+        self.side = nn.Conv2d(10, 7, 1)
+        self.last = nn.Linear(17, 5)
+        generator = torch.Generator().manual_seed(3)
+        for norm in (self.norm, self.norm1, self.norm2):
+            norm.running_mean = torch.randn(10, generator=generator) * 0.3
+            norm.running_var = torch.rand(10, generator=generator) + 0.5
+            norm.weight.data = torch.rand(10, generator=generator) + 0.5
+            norm.bias.data = torch.randn(10, generator=generator) * 0.3
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x)).relu()
+        y = self.norm1(self.depthwise(x)).relu()
+        x = (self.norm2(self.grouped(y)) + x).relu()
+        return self.last(torch.cat([x, self.side(x).relu()], 1).mean((2, 3)))
+
+
+@pytest.fixture
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return Network().eval()
+
+
+X = values(4, 3, 6, 6)
+
+
+def quantizers(module: nn.Module) -> dict[str, FakeQuantize]:
+    return {name: item for name, item in module.named_modules() if isinstance(item, FakeQuantize)}
+
+
+# ---- definitions -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "low, high, scale, zero_points",
+    [(0.0, 5.0, 5 / 255, {0}), (1.0, 5.0, 5 / 255, {0}), (-1.0, 5.0, 6 / 255, {42, 43}), (-4.0, -1.0, 4 / 255, {255})],
+)
+def test_exact_cases(low: float, high: float, scale: float, zero_points: set[int]) -> None:
+    grid = activation_spec(8, MinMax()).grid(torch.tensor(low), torch.tensor(high))
+    assert float(grid.scale) == pytest.approx(scale, rel=1e-6)
+    assert int(grid.zero_point) in zero_points
+
+
+@pytest.mark.parametrize("low, high", [(0.0, 0.0), (math.inf, -math.inf), (-3e38, 3e38), (0.0, 1e-40)])
+@pytest.mark.parametrize("bits", [2, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_no_range_leaves_nan(low: float, high: float, bits: int, symmetric: bool) -> None:
+    spec = activation_spec(bits, MinMax(), symmetric=symmetric, signed=symmetric)
+    made = AffineFakeQuantize(spec)
+    made.set_range(torch.tensor(low), torch.tensor(high))
+    assert bool(torch.isfinite(made(values(50))).all())
+    assert float(made(torch.zeros(()))) == 0
+
+
+def affine(x: Array, scale: Array, zero: Array, low: int, high: int) -> tuple[Array, Array]:
+    """Value and gradient, from the definition."""
+    steps = x / scale
+    inside = (steps >= low - zero) & (steps <= high - zero)
+    return (np.clip(np.rint(steps) + zero, low, high) - zero) * scale, inside.astype(x.dtype)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_qat_activations(bits: int) -> None:
+    x = values(5, 7, seed=bits, scale=2).requires_grad_()
+    made = AffineFakeQuantize(activation_spec(bits, MovingAverage(0.9)))
+    made.set_range(torch.tensor(-0.7), torch.tensor(2.1))
+    made.eval()
+    y = made(x)
+    y.sum().backward()
+    scale = np.float32(2.1 / (2**bits - 1) + 0.7 / (2**bits - 1))
+    zero = np.rint(np.float32(0.7) / scale)
+    expected, gradient = affine(x.detach().numpy(), scale, zero, 0, 2**bits - 1)
+    np.testing.assert_allclose(y.detach().numpy(), expected, atol=1e-6)
+    assert x.grad is not None
+    np.testing.assert_array_equal(x.grad.numpy(), gradient)
+
+
+@pytest.mark.parametrize("axis", [None, 0])
+def test_weights_are_scaled_by_their_extremes(axis: int | None) -> None:
+    w = values(6, 4, 3, 3).requires_grad_()
+    made = AffineFakeQuantize(weight_spec(4, axis=axis), 0 if axis is None else 6).train()
+    y = made(w)
+    y.sum().backward()
+    flat = np.abs(w.detach().numpy()).reshape(6, -1)
+    largest = flat.max() if axis is None else flat.max(1).reshape(6, 1, 1, 1)
+    expected, _ = affine(w.detach().numpy(), largest / np.float32(7), np.float32(0), -7, 7)
+    np.testing.assert_allclose(y.detach().numpy(), expected, atol=1e-6)
+    assert w.grad is not None
+    assert bool((w.grad == 1).all())  # nothing is clipped, the extremes included
+
+
+@pytest.mark.parametrize("bits, signed", [(2, True), (4, True), (4, False), (8, False)])
+def test_lsq(bits: int, signed: bool) -> None:
+    x, step = values(6, 20, seed=bits).requires_grad_(), 0.21
+    spec = activation_spec(bits, None, symmetric=True, signed=signed)
+    made = LearnedFakeQuantize(spec, torch.tensor(step))
+    y = made(x)
+    upstream = values(6, 20, seed=9)
+    y.backward(upstream)
+    negative, positive = (2 ** (bits - 1), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    v = x.detach().double().numpy() / np.float32(step)
+    inside = (v > -negative) & (v < positive)
+    np.testing.assert_allclose(y.detach().numpy(), np.rint(np.clip(v, -negative, positive)) * step, atol=1e-5)
+    of_step = np.where(inside, np.rint(v) - v, np.where(v <= -negative, -negative, positive))
+    expected = (upstream.numpy() * of_step).sum() / math.sqrt(v.size * positive)
+    assert made.scale.grad is not None
+    assert float(made.scale.grad) == pytest.approx(expected, rel=1e-4)
+    assert x.grad is not None
+    np.testing.assert_allclose(x.grad.numpy(), upstream.numpy() * inside, atol=1e-6)
+
+
+def test_lsq_plus_learns_the_offset() -> None:
+    x = values(6, 20).requires_grad_()
+    made = LearnedFakeQuantize(activation_spec(4, None), torch.tensor(0.2), torch.tensor(-0.8))
+    y = made(x)
+    y.sum().backward()
+    v = x.detach().numpy() / np.float32(0.2) + 4
+    outside = (v <= 0) | (v >= 15)
+    np.testing.assert_allclose(y.detach().numpy(), (np.clip(np.rint(v), 0, 15) - 4) * 0.2, atol=1e-5)
+    assert made.offset is not None
+    assert made.offset.grad is not None
+    assert float(made.offset.grad) == pytest.approx(outside.sum() / math.sqrt(v.size * 15), rel=1e-5)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_dorefa_weights(bits: int) -> None:
+    w = values(5, 4, 3, 3, seed=bits).requires_grad_()
+    rule = DoReFaQuantizer()
+    y = rule.quantize(w, rule.weight_spec(bits))
+    upstream = values(5, 4, 3, 3, seed=7)
+    y.backward(upstream)
+    x, g = w.detach().double().numpy(), upstream.double().numpy()
+    assert w.grad is not None
+    if bits == 1:
+        np.testing.assert_allclose(y.detach().numpy(), np.where(x < 0, -1, 1) * np.abs(x).mean(), rtol=1e-5)
+        return
+    levels, t = 2**bits - 1, np.tanh(x)
+    largest = np.abs(t).max()
+    np.testing.assert_allclose(
+        y.detach().numpy(), 2 * np.rint((t / (2 * largest) + 0.5) * levels) / levels - 1, atol=1e-5
+    )
+    top = np.unravel_index(np.abs(t).argmax(), t.shape)
+    of_t = g / largest
+    of_t[top] -= (g * t).sum() / largest**2 * np.sign(t[top])  # the largest one is in every denominator
+    np.testing.assert_allclose(w.grad.numpy(), of_t * (1 - t**2), rtol=2e-4, atol=1e-5)
+
+
+def test_dorefa_activations(network: nn.Module) -> None:
+    made = compress(network, [DoReFaQuantizer(4, 3)], example_inputs=X)
+    (quantizer, *_) = [q for name, q in quantizers(made).items() if "activations" in name]
+    x = values(4, 30).requires_grad_()
+    y = quantizer(x)
+    y.sum().backward()
+    clipped = np.clip(x.detach().numpy(), 0, 1)
+    np.testing.assert_allclose(y.detach().numpy(), np.rint(clipped * 7) / 7, atol=1e-6)
+    assert x.grad is not None
+    np.testing.assert_array_equal(x.grad.numpy() != 0, (x.detach().numpy() >= 0) & (x.detach().numpy() <= 1))
+
+
+def test_dorefa_gradients_lie_on_a_grid_and_are_right_on_average() -> None:
+    torch.manual_seed(0)
+    layer, x, g = GradientQuantize(3).train(), values(2, 50).requires_grad_(), values(2, 50, seed=4)
+    total = torch.zeros_like(g)
+    for _ in range(400):
+        x.grad = None
+        layer(x).backward(g)
+        assert x.grad is not None
+        total += x.grad
+        steps = (x.grad / (2 * g.abs().amax(1, keepdim=True)) + 0.5) * 7
+        torch.testing.assert_close(steps, steps.round(), atol=1e-4, rtol=0)
+    inner = g.abs() < 0.8 * g.abs().amax(1, keepdim=True)
+    assert float((total / 400 - g)[inner].abs().max()) < 0.15
+    assert layer.eval()(x) is x
+
+
+def test_bnn_signs_and_gradients() -> None:
+    rule = BNNQuantizer()
+    x = torch.tensor([-2.0, -1.0, -0.3, -0.0, 0.0, 0.4, 1.0, 1.5], requires_grad=True)
+    y = rule.quantize(x, rule.weight_spec(1))
+    y.sum().backward()
+    assert y.tolist() == [-1, -1, -1, 1, 1, 1, 1, 1]
+    assert x.grad is not None
+    assert x.grad.tolist() == [0, 1, 1, 1, 1, 1, 1, 0]
+
+
+def test_naive_quantizer_rounds_to_nearest(network: nn.Module) -> None:
+    made = compress(network, [NaiveQuantizer()])
+    weight = made.get_parameter("side.weight").detach().numpy()
+    scale = np.abs(weight).max() / 127
+    found = made.get_submodule("_quant.side.weight")(made.get_parameter("side.weight")).detach().numpy()
+    np.testing.assert_allclose(found, np.rint(weight / scale) * scale, atol=1e-7)
+    assert set(network.state_dict()) <= set(made.state_dict())
+    assert all(key in network.state_dict() or key.startswith("_quant.") for key in made.state_dict())
+
+
+# ---- ranges ----------------------------------------------------------------------------------------------------------
+
+
+def test_moving_average_begins_with_the_first_batch() -> None:
+    made = AffineFakeQuantize(activation_spec(8, MovingAverage(0.9))).train()
+    made(torch.tensor([-1.0, 3.0]))
+    assert (float(made.low), float(made.high)) == (-1, 3)
+    made(torch.tensor([0.0, 5.0]))
+    assert (float(made.low), float(made.high)) == pytest.approx((-0.9, 3.2))
+    made(torch.tensor([math.nan, 5.0]))
+    assert (float(made.low), float(made.high)) == pytest.approx((-0.9, 3.2))
+    assert float(made.scale) == pytest.approx(4.1 / 255, rel=1e-5)
+
+
+def test_eval_and_freeze_leave_ranges_alone(network: nn.Module) -> None:
+    made = compress(network, [QATQuantizer(freeze_step=2, start_step=1)], example_inputs=X)
+    before = {name: tensor.clone() for name, tensor in made.state_dict().items() if name.startswith("_quant.")}
+    made.eval()(X * 3)
+    assert all(torch.equal(made.state_dict()[name], tensor) for name, tensor in before.items())
+    made.train()
+    for step in range(4):
+        made(values(4, 3, 6, 6, seed=step, scale=1 + step))
+        if step == 1:
+            frozen = {n: t.clone() for n, t in made.state_dict().items() if n.startswith("_quant.") and "seen" not in n}
+    assert all(torch.equal(made.state_dict()[name], tensor) for name, tensor in frozen.items())
+    assert not all(torch.equal(before[name], tensor) for name, tensor in frozen.items())
+
+
+def test_rounding_starts_with_start_step(network: nn.Module) -> None:
+    made = compress(network, [QATQuantizer(start_step=1)], example_inputs=X).train()
+    network = copy.deepcopy(network).train()
+    torch.testing.assert_close(made(X), network(X), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(made(X), network(X), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("observer", ["min_max", "moving_average", "percentile", "entropy", "mse"])
+def test_observers(observer: str, network: nn.Module) -> None:
+    of_weights = "min_max" if observer == "entropy" else observer  # a handful of values has no histogram
+    item = PTQQuantizer(observer=observer, weight_observer=of_weights)
+    made = compress(network, [item], example_inputs=X)
+    with torch.no_grad():
+        wanted, found = network(X), made(X)
+    assert float((wanted - found).norm() / wanted.norm()) < 0.05
+    assert all(bool((q.grid().scale > 0).all()) for q in quantizers(made).values())  # type: ignore[union-attr]
+
+
+# ---- the graph -------------------------------------------------------------------------------------------------------
+
+EVERY: list[Pass] = [
+    NaiveQuantizer(),
+    QATQuantizer(),
+    QATQuantizer(4, 4, per_channel=False),
+    LSQQuantizer(4, 4),
+    LSQQuantizer(4, 4, learn_offset=True, per_channel=True),
+    DoReFaQuantizer(gradient_bits=4),
+    DoReFaQuantizer(1, 1),
+    BNNQuantizer(),
+    PTQQuantizer(equalize=True, bias_correction=True, adaround=True, iterations=10),
+]
+every = pytest.mark.parametrize("item", EVERY, ids=lambda item: f"{item.name}-{EVERY.index(item)}")
+
+
+@every
+@pytest.mark.parametrize("pruner", [None, L1FilterPruner(0.5), LevelPruner(0.5)], ids=["dense", "channels", "elements"])
+def test_masked_and_removed_are_equal(item: Pass, pruner: Pass | None, network: nn.Module) -> None:
+    passes = [item] if pruner is None else [pruner, item]
+    made = compress(network, passes, example_inputs=X)
+    for name, mask in fxcompress.masks(made).items():
+        node = next((n for n in made.graph.nodes if n.target == f"_quant.{name}"), None)
+        if node is not None and isinstance(pruner, LevelPruner):
+            reads = made.get_submodule(f"_quant.{name}")(made.get_parameter(name) * mask)
+            assert made.get_submodule(f"_quant.{name}").keeps_zero is False or bool((reads[~mask] == 0).all())
+    if isinstance(pruner, LevelPruner) and isinstance(item, (DoReFaQuantizer, BNNQuantizer)):
+        return  # zero is none of their values: such masks stay in the graph
+    small = compress(made, [Speedup()], example_inputs=X)  # verified in float64
+    assert small.meta["history"][-1].difference is not None
+    if isinstance(pruner, L1FilterPruner):
+        assert sum(p.numel() for p in small.parameters()) < 0.7 * sum(p.numel() for p in made.parameters())
+
+
+def _layer_before(node: torch.fx.Node) -> str:
+    (source,) = node.all_input_nodes
+    return str(source.meta.get("layer", source.target))
+
+
+@every
+def test_settling_changes_nothing(item: Pass, network: nn.Module) -> None:
+    made = compress(network, [item], example_inputs=X).double()
+    settled = copy.deepcopy(made)
+    settle(settled)
+    with torch.no_grad():
+        torch.testing.assert_close(settled(X.double()), made(X.double()), rtol=1e-9, atol=1e-9)
+    behind = [n for n in settled.graph.nodes if n.op == "call_module" and n.target.startswith("norm")]
+    quantized = [n for n in made.graph.nodes if n.op == "call_module" and n.target.endswith(".weight")]
+    assert (
+        len(behind) <= 3 - min(3, len([n for n in quantized if "last" not in n.target and "side" not in n.target])) + 1
+    )
+    for name, quantizer in quantizers(settled).items():
+        assert "activations" in name or isinstance(quantizer, (AffineFakeQuantize, LearnedFakeQuantize))
+
+
+@every
+def test_an_ordinary_module(item: Pass, network: nn.Module) -> None:
+    made = compress(network, [item], example_inputs=X)
+    wanted = made(X)
+    for twin in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        assert torch.equal(twin(X), wanted)
+    assert made(values(7, 3, 6, 6)).shape == (7, 5)
+    made.train()
+    made(X).sum().backward()
+    assert all(p.grad is not None for name, p in made.named_parameters() if "bias" not in name)
+    again = compress(made.eval(), [item], example_inputs=X)
+    assert str(again.graph) == str(made.graph)
+
+
+def test_shared_scale_of_a_concatenation(network: nn.Module) -> None:
+    made = compress(network, [QATQuantizer()], example_inputs=X)
+    cat = next(n for n in made.graph.nodes if n.target is torch.cat)
+    one, two = cat.args[0]
+    assert one.target == two.target
+    assert quantizers(made)[one.target].calls == 2
+
+
+def test_blocks_are_quantized_at_their_end(network: nn.Module) -> None:
+    made = compress(network, [QATQuantizer()], example_inputs=X)
+    places = [str(n.args[0]) for n in made.graph.nodes if "activations" in str(n.target)]
+    assert places == ["x", "relu", "relu_1", "relu_2", "relu_3", "mean"]
+
+
+def test_bits_by_pattern_and_ends(network: nn.Module) -> None:
+    made = compress(
+        network,
+        [QATQuantizer({"*": 4, "grouped": 6}, {"*": 5}, exclude="depthwise", first_last=8)],
+        example_inputs=X,
+    )
+    bits = {name.split(".")[1]: q.spec.bits for name, q in quantizers(made).items() if name.endswith("weight")}
+    assert bits == {"stem": 8, "grouped": 6, "side": 4, "last": 8}
+
+
+def test_training_on_a_task(network: nn.Module) -> None:
+    images = values(48, 3, 6, 6)
+    labels = images.mean((1, 2, 3)).mul(20).long().clamp(0, 4)
+    task = Task(
+        batches=[(images[i : i + 16], labels[i : i + 16]) for i in range(0, 48, 16)],
+        loss=lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1]),
+        optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.01),
+    )
+    for item in (
+        QATQuantizer(epochs=6),
+        LSQQuantizer(4, 4, epochs=6),
+        BNNQuantizer(epochs=6),
+        DoReFaQuantizer(epochs=6),
+    ):
+        untrained = compress(network, [type(item)(epochs=0)], example_inputs=X, task=task)
+        trained = compress(network, [item], example_inputs=X, task=task)
+        losses = [float(nn.functional.cross_entropy(m(images), labels).detach()) for m in (untrained, trained)]
+        assert losses[1] < losses[0]
+    assert float(trained.get_parameter("grouped.weight").detach().abs().max()) > 0
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [0, 1, 9, 4.0, True, "8", {}])
+def test_bits_out_of_range(bits: Any) -> None:
+    with pytest.raises(InputError, match="weight_bits"):
+        QATQuantizer(weight_bits=bits)
+    with pytest.raises(InputError, match="activation_bits"):
+        QATQuantizer(activation_bits=bits)
+
+
+def test_options_that_cannot_be() -> None:
+    with pytest.raises(InputError, match="freeze_step"):
+        QATQuantizer(start_step=5, freeze_step=3)
+    with pytest.raises(InputError, match="observer"):
+        PTQQuantizer(observer="average")
+    with pytest.raises(InputError, match="first_last"):
+        QATQuantizer(first_last="none")  # type: ignore[arg-type]
+
+
+def test_calibration_without_batches_or_with_nan(network: nn.Module) -> None:
+    with pytest.raises(InputError, match="no batch"):
+        compress(network, [PTQQuantizer()], example_inputs=X, task=Task(batches=list))
+    bad = X.clone()
+    bad[0, 0, 0, 0] = math.nan
+    with pytest.raises(InputError, match=r"NaN.*activations"):
+        compress(network, [PTQQuantizer()], example_inputs=X, task=Task(batches=[bad]))
+    with pytest.raises(InputError, match="example_inputs is missing"):
+        compress(network, [PTQQuantizer()])
+    with pytest.raises(SelectionError, match="steem"):
+        compress(network, [PTQQuantizer({"steem": 8})], example_inputs=X)
