@@ -17,11 +17,17 @@ from torch import Tensor, fx, nn
 import fxcompress.passes
 from fxcompress import Pass, PassError, compress, graph_pass
 from fxcompress.passes import (
+    BNNQuantizer,
+    DoReFaQuantizer,
     FoldBatchNorm,
     FPGMPruner,
     L1FilterPruner,
     L2FilterPruner,
     LevelPruner,
+    LSQQuantizer,
+    NaiveQuantizer,
+    PTQQuantizer,
+    QATQuantizer,
     RandomFilterPruner,
     Speedup,
 )
@@ -49,6 +55,13 @@ PASSES: tuple[Pass, ...] = (
     RandomFilterPruner(0.6, seed=3),
     RandomFilterPruner(0.4, seed=4, scope="global"),
     FoldBatchNorm(),
+    NaiveQuantizer(),
+    QATQuantizer(),
+    QATQuantizer(4, {"*": 4}, per_channel=False),
+    LSQQuantizer(4, 4),
+    DoReFaQuantizer(),
+    BNNQuantizer(),
+    PTQQuantizer(equalize=True, bias_correction=True),
     Speedup(),
     Speedup(approximate=True),
     drop_identities,

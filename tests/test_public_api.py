@@ -28,15 +28,17 @@ CORE = {
     "Task",
     # what authors of passes need
     "Pass", "PassResult", "Context", "Rewriter", "graph_pass", "Kept", "Training",
+    # what quantization puts into a graph
+    "FakeQuantize", "QuantSpec",
     # errors
     "FxCompressError", "InputError", "SelectionError", "TraceError", "GraphError", "PassError", "VerificationError",
     "TrainingError", "CheckpointError",
 }  # fmt: skip
 PASSES = {
     "L1FilterPruner", "L2FilterPruner", "FPGMPruner", "RandomFilterPruner", "LevelPruner", "FoldBatchNorm", "FineTune",
-    "Speedup",
+    "Speedup", "NaiveQuantizer", "QATQuantizer", "DoReFaQuantizer", "BNNQuantizer", "LSQQuantizer", "PTQQuantizer",
     # what authors of criteria need
-    "ChannelPruner", "Layer",
+    "ChannelPruner", "Layer", "Quantizer",
 }  # fmt: skip
 
 
