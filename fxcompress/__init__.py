@@ -31,6 +31,8 @@ from fxcompress.module import TracedModule as TracedModule
 from fxcompress.pipeline import Pass as Pass
 from fxcompress.pipeline import PassResult as PassResult
 from fxcompress.pipeline import graph_pass as graph_pass
+from fxcompress.quantization.fake_quantize import FakeQuantize as FakeQuantize
+from fxcompress.quantization.spec import QuantSpec as QuantSpec
 from fxcompress.report import Report as Report
 from fxcompress.report import report as report
 from fxcompress.rewrite import Rewriter as Rewriter

@@ -30,6 +30,7 @@ from fxcompress.generate import Op, Spec, inputs, motifs, network, networks
 from fxcompress.inputs import Inputs, other_batch
 from fxcompress.module import MASKS, TracedModule
 from fxcompress.pipeline import Pass
+from fxcompress.quantization.fake_quantize import QUANT
 from fxcompress.task import Task
 from fxcompress.trace import trace
 from fxcompress.verify import TOLERANCE, precise
@@ -392,8 +393,9 @@ def _preserves(case: Case) -> str:
 
 
 def _keys(case: Case) -> str:
+    own = (f"{MASKS}.", f"{QUANT}.")
     before, after = (
-        {key for key in module.state_dict() if not key.startswith(f"{MASKS}.")} for module in (case.model, case.after)
+        {key for key in module.state_dict() if not key.startswith(own)} for module in (case.model, case.after)
     )
     said = " ".join(case.step.notes)
     unreached = tuple(case.after.meta["unreached"])

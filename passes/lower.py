@@ -52,7 +52,7 @@ class Lower(Pass):
     dtype: str | None = None
 
     preserves: ClassVar[bool] = True
-    rounds: ClassVar[bool] = True
+    rounding: ClassVar[bool] = True
     needs_inputs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

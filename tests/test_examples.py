@@ -144,6 +144,21 @@ def test_pruners_are_measured_one_by_one_and_what_is_finished_is_kept(
     assert not (tmp_path / "page.md").exists()
 
 
+def test_custom_quantizer() -> None:
+    source = (EXAMPLES / "custom_quantizer.py").read_text()
+    (found,) = [n for n in ast.parse(source).body if isinstance(n, ast.ClassDef)]
+    assert found.end_lineno is not None
+    assert found.end_lineno - found.lineno + 1 < 10
+    quantized = runpy.run_path(str(EXAMPLES / "custom_quantizer.py"))["main"]()
+    weight = quantized.get_parameter("3.weight")
+    rounded = quantized.get_submodule("_quant.3.weight")(weight)
+    steps = rounded * 2**7  # weights of 512 inputs are below 0.0443, and 7 steps of 2^-7 reach 0.055
+    assert torch.equal(steps, steps.round())
+    assert len(steps.unique()) == 13
+    rounded.sum().backward()
+    assert bool((weight.grad == 1).all())
+
+
 # ---- documentation ---------------------------------------------------------------------------------------------------
 
 

@@ -28,6 +28,8 @@ CORE = {
     "Task", "Distill", "LightningTask", "TransformersTask",
     # what authors of passes need
     "Pass", "PassResult", "Context", "Rewriter", "graph_pass", "Kept", "Training",
+    # what quantization puts into a graph
+    "FakeQuantize", "QuantSpec",
     # errors
     "FxCompressError", "InputError", "SelectionError", "TraceError", "GraphError", "PassError", "VerificationError",
     "TrainingError", "CheckpointError",
@@ -37,9 +39,9 @@ PASSES = {
     "Speedup", "ActivationAPoZRankFilterPruner", "ActivationMeanRankFilterPruner", "TaylorFOPruner",
     "RecalibrateBatchNorm", "CompensateBias",
     "AGPPruner", "LinearPruner", "LotteryTicketPruner", "ADMMPruner", "SlimPruner", "MovementPruner",
-    "Lower",
-    # what authors of criteria and of schedules need
-    "ChannelPruner", "Layer", "ScheduledPruner",
+    "NaiveQuantizer", "QATQuantizer", "DoReFaQuantizer", "BNNQuantizer", "LSQQuantizer", "PTQQuantizer", "Lower",
+    # what authors of criteria, schedules and quantizers need
+    "ChannelPruner", "Layer", "ScheduledPruner", "Quantizer",
 }  # fmt: skip
 
 

@@ -99,6 +99,7 @@ class _Watch(TorchDispatchMode):
         self.quantized: dict[int, Tensor] = {}
         self.values_only = True
         self.moves_only = True
+        self.finite = False
         self.fixed = False  # the running node reads parameters, buffers and literals alone: no size, no input
         self.asleep = False
 
@@ -292,6 +293,7 @@ class _Interpreter:
         watch.values_only = all(user.target is operator.getitem and user.args[1] == 0 for user in node.users)
         watch.moves_only = True
         watch.fixed = self.fixed.issuperset(node.all_input_nodes)
+        watch.finite = self._is_finite(node)
         recurrence = self._recurrence(node, args, kwargs)
         reason = "" if recurrence else self._closed(node)
         watch.asleep = bool(recurrence or reason)
