@@ -35,8 +35,8 @@ OBSERVERS: dict[str, type[Observer]] = {
 class PTQQuantizer(Quantizer):
     """Quantizes a trained model with a few batches to calibrate, without training.
 
-    BatchNorm is folded; then ranges are what ``observer`` makes of what calibration sees. Batches are the task's, or the
-    example inputs alone if there is no task.
+    BatchNorm is folded; then ranges are what ``observer`` makes of what calibration sees. Batches are the task's, or
+    the example inputs alone if there is no task.
 
     Args:
         activation_bits: of every value that integer kernels read or write.

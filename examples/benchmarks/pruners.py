@@ -264,9 +264,9 @@ def page(rows: Rows) -> str:
         "Mean over seeds. A residual network (33,000 parameters) on the 8x8 digits of scikit-learn;",
         f"accuracy on 500 held-out images, dense: {dense:.1f} %. Fine-tuning takes 20 epochs, as the dense network's",
         "training; those that train themselves take 6 before it, tickets two rounds of 5. Right after: masks alone,",
-        "and with BatchNorm's statistics measured again. MACs, parameters other than zero, and latency (a batch of 64, one",
-        "thread, timed in turns with the dense network) are fractions of the dense network's, after `Speedup`. Written",
-        "by [examples/benchmarks/pruners.py](../examples/benchmarks/pruners.py).",
+        "and with BatchNorm's statistics measured again. MACs, parameters other than zero, and latency (a batch of 64,",
+        "one thread, timed in turns with the dense network) are fractions of the dense network's, after `Speedup`.",
+        "Written by [examples/benchmarks/pruners.py](../examples/benchmarks/pruners.py).",
     ]  # fmt: skip
     for sparsity in SPARSITIES:
         for elements in (False, True):
