@@ -173,7 +173,7 @@ def test_laws_on_generated_networks(item: Pass, spec: Spec, training: bool, mask
     check_generated(item, spec, training, masked)
 
 
-@pytest.mark.zoo
+@pytest.mark.long
 @every_pass
 @settings(max_examples=60)
 @given(spec=networks(), training=st.booleans(), masked=st.booleans())

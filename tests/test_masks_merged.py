@@ -165,9 +165,9 @@ def test_gradients_reach_live_channels_alone() -> None:
     "name, form",
     [
         ("softmax, and back", "masked"),
-        pytest.param("softmax, and back", "removed", marks=pytest.mark.zoo),
-        pytest.param("norm", "masked", marks=pytest.mark.zoo),
-        pytest.param("rows of channels", "masked", marks=pytest.mark.zoo),
+        pytest.param("softmax, and back", "removed", marks=pytest.mark.long),
+        pytest.param("norm", "masked", marks=pytest.mark.long),
+        pytest.param("rows of channels", "masked", marks=pytest.mark.long),
     ],
 )
 def test_exports_with_a_dynamic_resolution(name: str, form: str) -> None:

@@ -34,7 +34,7 @@ DEFAULT = {("cnn", 0.9), ("vit", 0.5), ("gqa", 0.99)}
 some = pytest.mark.parametrize(
     "name, sparsity",
     [
-        pytest.param(name, sparsity, marks=[] if (name, sparsity) in DEFAULT else pytest.mark.zoo)
+        pytest.param(name, sparsity, marks=[] if (name, sparsity) in DEFAULT else pytest.mark.long)
         for name in ("cnn", "vit", "gqa")
         for sparsity in (0.1, 0.5, 0.9, 0.99)
     ],
@@ -85,7 +85,7 @@ def test_every_criterion_meets_a_global_sparsity(name: str, sparsity: float) -> 
         assert sum(gone) == min(int(sum(units) * sparsity), sum(units) - len(units)), kind
 
 
-@pytest.mark.parametrize("name, heads", [("vit", 5), pytest.param("gqa", 6, marks=pytest.mark.zoo)])
+@pytest.mark.parametrize("name, heads", [("vit", 5), pytest.param("gqa", 6, marks=pytest.mark.long)])
 def test_every_criterion_meets_the_sparsity_of_heads(name: str, heads: int) -> None:
     model, x, task = traced(name)
     sets = fxcompress.channel_groups(model, x).row_sets

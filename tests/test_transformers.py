@@ -30,7 +30,7 @@ RATIOS = (0.3, 0.37, 0.61)
 
 
 def marked(*values: Any, quick: bool) -> Any:
-    return pytest.param(*values, marks=() if quick else pytest.mark.zoo)
+    return pytest.param(*values, marks=() if quick else pytest.mark.long)
 
 
 def quietly_traced(sample: Sample) -> TracedModule:
