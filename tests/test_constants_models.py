@@ -105,7 +105,11 @@ LEFT = {"resnet18": left_in_resnet18, "mobilenet_v2": left_in_mobilenet_v2, "vgg
 
 @pytest.mark.parametrize(
     "name",
-    ["resnet18", pytest.param("mobilenet_v2", marks=pytest.mark.long), pytest.param("vgg16_bn", marks=pytest.mark.long)],
+    [
+        "resnet18",
+        pytest.param("mobilenet_v2", marks=pytest.mark.long),
+        pytest.param("vgg16_bn", marks=pytest.mark.long),
+    ],
 )
 def test_masks_of_convolutions_alone(name: str) -> None:
     model, x = build(name)

@@ -50,7 +50,14 @@ def every_token(y: Tensor) -> Tensor:
 
 
 #: What the forward makes, and how many channels its index picks.
-STEPS = {counted: 8, reversed_by_numbers: 8, every_token: 8, shifted: 3, overwritten: 3, written_through_a_view: 3}
+STEPS: dict[Callable[[Tensor], Tensor], int] = {
+    counted: 8,
+    reversed_by_numbers: 8,
+    every_token: 8,
+    shifted: 3,
+    overwritten: 3,
+    written_through_a_view: 3,
+}
 
 
 @pytest.mark.parametrize("step", STEPS)
