@@ -18,7 +18,10 @@ import fxcompress
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES, DOCS = ROOT / "examples", ROOT / "docs"
-PAGES_WITH_CODE = ["README.md", *(f"docs/{name}.md" for name in ("index", "passes", "custom-passes", "groups", "cost", "quantization"))]
+PAGES_WITH_CODE = [
+    "README.md",
+    *(f"docs/{name}.md" for name in ("index", "passes", "custom-passes", "groups", "cost", "quantization")),
+]
 
 
 # ---- quickstart ------------------------------------------------------------------------------------------------------
