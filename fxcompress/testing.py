@@ -29,8 +29,8 @@ from fxcompress.context import Context
 from fxcompress.generate import Op, Spec, inputs, motifs, network, networks
 from fxcompress.inputs import Inputs, other_batch
 from fxcompress.module import MASKS, TracedModule
-from fxcompress.quantization.fake_quantize import QUANT
 from fxcompress.pipeline import Pass
+from fxcompress.quantization.fake_quantize import QUANT
 from fxcompress.trace import trace
 from fxcompress.verify import TOLERANCE, precise
 

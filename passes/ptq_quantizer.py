@@ -35,7 +35,7 @@ OBSERVERS: dict[str, type[Observer]] = {
 class PTQQuantizer(Quantizer):
     """Quantizes a trained model with a few batches to calibrate, without training.
 
-    BatchNorm is folded; then ranges are what ``observer`` makes of what calibration sees. Batches are the task's, or the
+    BatchNorm is folded; then ranges are what ``observer`` makes of what calibration sees: batches of the task, or the
     example inputs alone if there is no task.
 
     Args:
