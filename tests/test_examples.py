@@ -21,7 +21,10 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES, DOCS = ROOT / "examples", ROOT / "docs"
 PAGES_WITH_CODE = [
     "README.md",
-    *(f"docs/{name}.md" for name in ("index", "passes", "training", "custom-passes", "groups", "cost")),
+    *(
+        f"docs/{name}.md"
+        for name in ("index", "passes", "training", "custom-passes", "groups", "cost", "quantization", "lowering")
+    ),
 ]
 
 
