@@ -35,28 +35,23 @@ OBSERVERS: dict[str, type[Observer]] = {
 class PTQQuantizer(Quantizer):
     """Quantizes a trained model with a few batches to calibrate, without training.
 
-    <<<<<<< HEAD
-        BatchNorm is folded; then ranges are what ``observer`` makes of what calibration sees. Batches are the task's, or
-        the example inputs alone if there is no task.
-    =======
-        BatchNorm is folded; then ranges are what ``observer`` makes of what calibration sees: batches of the task, or the
-        example inputs alone if there is no task.
-    >>>>>>> quant
+    BatchNorm is folded; then ranges are what ``observer`` makes of what calibration sees: batches of the task, or the
+    example inputs alone if there is no task.
 
-        Args:
-            activation_bits: of every value that integer kernels read or write.
-            per_channel: a scale for every output channel of a weight, or one for the tensor.
-            observer: of activations: ``"min_max"``, ``"moving_average"``, ``"percentile"``, ``"entropy"``, ``"mse"``, or an
-                :class:`Observer` with options of its own.
-            weight_observer: likewise of weights.
-            batches: how many of the task's to calibrate with, at most.
-            equalize: make the ranges of neighbouring layers alike first (:func:`equalize`).
-            bias_correction: take the mean error of rounded weights out of the biases (:func:`correct_biases`).
-            adaround: learn for each weight whether to round up or down (:func:`learn_rounding`).
-            iterations: of AdaRound, per layer.
-            samples: kept of what each layer reads, for the last two.
+    Args:
+        activation_bits: of every value that integer kernels read or write.
+        per_channel: a scale for every output channel of a weight, or one for the tensor.
+        observer: of activations: ``"min_max"``, ``"moving_average"``, ``"percentile"``, ``"entropy"``, ``"mse"``, or an
+            :class:`Observer` with options of its own.
+        weight_observer: likewise of weights.
+        batches: how many of the task's to calibrate with, at most.
+        equalize: make the ranges of neighbouring layers alike first (:func:`equalize`).
+        bias_correction: take the mean error of rounded weights out of the biases (:func:`correct_biases`).
+        adaround: learn for each weight whether to round up or down (:func:`learn_rounding`).
+        iterations: of AdaRound, per layer.
+        samples: kept of what each layer reads, for the last two.
 
-        See :class:`Quantizer` for the other options.
+    See :class:`Quantizer` for the other options.
     """
 
     activation_bits: Bits | None = 8
