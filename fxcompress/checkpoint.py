@@ -8,10 +8,13 @@ they are stored or resumed.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import random
-from collections.abc import Callable, Iterator
+import re
+import types
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -212,12 +215,27 @@ def seeded(*numbers: int) -> Iterator[None]:
             np.random.set_state(numeric)  # noqa: NPY002
 
 
-def fingerprint(*parts: object, tensors: dict[str, Tensor]) -> str:
-    """A digest of a run's arguments: printed forms, and the values of a model's tensors."""
+def fingerprint(*parts: object) -> str:
+    """A digest of a run's arguments that is the same in another process.
+
+    Dataclasses count with all their fields, tensors with every bit, functions with their code, all else as it prints.
+    """
     digest = hashlib.sha256()
-    for part in parts:
-        digest.update(repr(part).encode())
-    for name, tensor in tensors.items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    waiting: list[object] = [*reversed(parts)]
+    while waiting:
+        part = waiting.pop()
+        digest.update(type(part).__qualname__.encode())
+        if isinstance(part, Tensor):
+            digest.update(f"{part.dtype} {tuple(part.shape)}".encode())
+            digest.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        elif dataclasses.is_dataclass(part) and not isinstance(part, type):
+            waiting += [getattr(part, each.name) for each in dataclasses.fields(part)]
+        elif isinstance(part, Mapping):
+            waiting += [item for pair in part.items() for item in pair]
+        elif isinstance(part, (list, tuple)):
+            waiting += part
+        elif isinstance(part, types.FunctionType):
+            digest.update(f"{part.__module__}.{part.__qualname__}".encode() + part.__code__.co_code)
+        else:
+            digest.update(re.sub(r" at 0x[0-9a-f]+", "", repr(part)).encode())
     return digest.hexdigest()

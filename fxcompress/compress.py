@@ -96,7 +96,7 @@ def compress(
     console = Console(stderr=True, quiet=not (sys.stderr.isatty() if progress is None else progress))
     context = Context(
         inputs=inputs, seed=seed, verify=verify, task=task and task.begun_with(model), dense=model, console=console,
-        checkpoint=_parse_checkpoint(checkpoint, model, pipeline, inputs, seed),
+        checkpoint=_parse_checkpoint(checkpoint, model, pipeline, inputs, task, seed),
     )  # fmt: skip
     for item in pipeline:
         if item.needs:
@@ -168,6 +168,7 @@ def _parse_checkpoint(
     model: nn.Module,
     pipeline: Sequence[Pass],
     inputs: Inputs | None,
+    task: Task | None,
     seed: int,
 ) -> Checkpoint:
     """The file of this run, which can be written.
@@ -180,7 +181,8 @@ def _parse_checkpoint(
     if not Path(path).parent.is_dir():
         raise CheckpointError(f"checkpoint is {os.fspath(path)!r}, whose directory does not exist; create it first.")
     shapes = None if inputs is None else inputs.shapes()
-    return Checkpoint(path, fingerprint(pipeline, shapes, seed, tensors=state_of(model)), seed)
+    plain = [type(task), *(getattr(task, name, None) for name in ("epochs", "clip", "patience", "precision"))]
+    return Checkpoint(path, fingerprint(pipeline, shapes, seed, plain, model, state_of(model)), seed)
 
 
 def _check_trace(model: nn.Module, module: TracedModule, inputs: Inputs) -> None:

@@ -127,11 +127,15 @@ class Distill(Task):
             )
         return self._with(self.task.begun_with(dense), dense)
 
-    def _with(self, task: Task, teacher: nn.Module) -> Distill:
+    def _with(self, task: Task, teacher: nn.Module | None) -> Distill:
         return Distill(
             task, teacher, layers=self.layers, temperature=self.temperature, weight=self.weight,
             layer_weight=self.layer_weight, logits=self.logits,
         )  # fmt: skip
+
+    def without_patience(self) -> Distill:
+        """The same, all epochs of which run."""
+        return self._with(self.task.without_patience(), self.teacher)
 
     def with_loss(self, loss: Callable[[nn.Module, Any], Tensor]) -> Task:
         """What trains as the task within does, on another loss."""

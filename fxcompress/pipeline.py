@@ -52,6 +52,8 @@ class Pass(ABC):
     preserves: ClassVar[bool] = False
     #: It computes new weights, which are rounded to their dtype: the claim holds to that dtype's tolerance.
     rounding: ClassVar[bool] = False
+    #: Its result can be trained, not only run.
+    trainable: ClassVar[bool] = True
     #: Channels are looked at, so example inputs are needed.
     needs_inputs: ClassVar[bool] = False
     #: Running it again changes nothing.

@@ -76,6 +76,11 @@ class Task:
                     "optimizer is an optimizer over one model's parameters; expected a function that makes one for any "
                     "model's, such as lambda p: torch.optim.SGD(p, lr=0.01)."
                 )
+            if isinstance(value, nn.modules.loss._Loss):
+                raise InputError(
+                    f"{name} is {value!r}, which takes outputs and targets; expected a function of model and batch, "
+                    "such as lambda model, batch: F.cross_entropy(model(batch[0]), batch[1])."
+                )
             if value is not None and not callable(value):
                 raise InputError(f"{name} is a {type(value).__name__}; expected {_WHAT.get(name, 'a function')}.")
         given = self.batches
@@ -186,6 +191,10 @@ class Task:
     def with_loss(self, loss: Callable[[nn.Module, Any], Tensor]) -> Task:
         """What trains as this task does, on another loss."""
         return replace(self, loss=loss)
+
+    def without_patience(self) -> Task:
+        """This task, all epochs of which run."""
+        return replace(self, patience=None)
 
     def train(self, model: nn.Module, training: Training) -> tuple[Epoch, ...]:
         """Train a model in place; trainers of other libraries take this method's place."""

@@ -111,7 +111,7 @@ def check_laws(
     - ``copies``: a deep copy and a pickle compute the same, and share no tensor with the result.
     - ``modes``: the result is in the model's mode; ``train()`` and ``eval()`` reach everything, and training for a step
       and coming back gives the same outputs.
-    - ``trains``: every parameter that had a gradient still gets one.
+    - ``trains``: every parameter that had a gradient still gets one, unless the result is not to be trained.
 
     Args:
         pass_: the pass.
@@ -465,6 +465,8 @@ def _trainable(case: Case) -> bool:
 
 
 def _trains(case: Case) -> str:
+    if not case.item.trainable:
+        return ""
     expected, found = _gradients(case.before, case.inputs[0]), _gradients(case.after, case.inputs[0])
     lost = [name for name in found if name in expected and expected[name] and not found[name]]
     return f"{lost[0]} gets no gradient any more" if lost else ""

@@ -28,7 +28,7 @@ from fxcompress.task import Need, require_count
 
 @dataclass(frozen=True)
 class _EnergyPruner(ChannelPruner):
-    """Keeps the channels that hold most of the squared norm: the Euclidean projection on sets of so many channels."""
+    """Keeps the channels that hold most of the squared norm of what produces them."""
 
     @property
     def name(self) -> str:
@@ -86,7 +86,9 @@ class ADMMPruner(Pass):
 
     def __post_init__(self) -> None:
         if self.inner is not None:
-            require_pruner(self.inner, self.name)
+            require_pruner(self.inner, self.name, scaled=False)
+            if "optimizer" in self.inner.needs:
+                raise InputError(f"inner is {self.inner!r}, which trains; expected a pruner that masks at once.")
             if (self.sparsity, self.include, self.exclude, self.scope) != (None, None, None, "layer"):
                 raise InputError("inner decides what is masked; leave sparsity, include, exclude and scope out.")
         elif self.sparsity is None:

@@ -16,8 +16,8 @@ from fxcompress.task import Need
 TRAINING: tuple[Need, ...] = ("batches", "loss", "optimizer")
 
 
-def require_pruner(inner: Any, who: str) -> None:
-    """Raise :class:`InputError` unless ``inner`` is a pruner whose sparsity can be changed."""
+def require_pruner(inner: Any, who: str, *, scaled: bool = True) -> None:
+    """Raise :class:`InputError` unless ``inner`` is a pruner (``scaled``: whose sparsity can be changed)."""
     expected = f"expected a pruner, such as {who}(L1FilterPruner(0.5))"
     if isinstance(inner, type) and issubclass(inner, Pass):
         raise InputError(f"inner is the class {inner.__name__}; {expected}.")
@@ -25,10 +25,11 @@ def require_pruner(inner: Any, who: str) -> None:
         raise InputError(f"inner is {inner!r}, a {type(inner).__name__}; {expected}.")
     if "sparsity" not in {field.name for field in dataclasses.fields(inner)}:
         raise InputError(f"inner is {inner!r}, which has no sparsity; {expected}.")
-    if getattr(inner, "sparsity", None) is None:
+    if scaled and getattr(inner, "sparsity", None) is None:
         raise InputError(
             f"inner is {inner!r}, whose sparsity is not given, so that {who} cannot lead up to it; expected a fraction "
-            "or a mapping of pattern to fraction. A fixed pattern is masked at once: run that pass on its own."
+            "or a mapping of pattern to fraction. A fixed pattern, or an inner pruner's, is masked at once: run that "
+            "pass on its own."
         )
 
 

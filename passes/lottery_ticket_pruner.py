@@ -15,6 +15,7 @@ from fxcompress.errors import InputError
 from fxcompress.module import TracedModule, state_of
 from fxcompress.passes.inner_pruner import needs_of, prune, require_pruner, with_sparsity
 from fxcompress.pipeline import Pass
+from fxcompress.processes import share_statistics
 from fxcompress.task import Need, require_count
 
 
@@ -96,6 +97,7 @@ class LotteryTicketPruner(Pass):
 
     def _after_step(self, module: TracedModule, names: list[str], origin: Kept, step: int) -> None:
         if step == self.reset_to_step:
+            share_statistics(module)  # of several processes each has its own until an epoch ends
             _remember(module, names, origin)
 
 

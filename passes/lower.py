@@ -53,6 +53,7 @@ class Lower(Pass):
 
     preserves: ClassVar[bool] = True
     rounding: ClassVar[bool] = True
+    trainable: ClassVar[bool] = False
     needs_inputs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

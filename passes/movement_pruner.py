@@ -119,7 +119,7 @@ class MovementPruner(Pass):
         batches = context.step(module, partial(self._begin, module, context, task))
         before: Masking = start["masking"] or Masking()
         learned = self._learned(module, context, before)
-        context.task = replace(task, patience=None)  # the best epoch would be the one with the least masked
+        context.task = task.without_patience()  # the best epoch would be the one with the least masked
         try:
             with context.laid(module, self.name):
                 _attach(module, self.name)

@@ -85,7 +85,7 @@ _ARGUMENTS = ("input", "running_mean", "running_var", "weight", "bias", "trainin
 
 
 class _Measuring(TorchFunctionMode):
-    """Has every batch normalisation with running statistics measure its input, whoever calls it."""
+    """Has every batch normalisation with these running statistics measure its input, whoever calls it."""
 
     def __init__(self, buffers: dict[str, Tensor]) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class _Measuring(TorchFunctionMode):
 
     def measured(self) -> list[tuple[str, Tensor]]:
         """The buffers that were measured, by name."""
-        return [(self.names[id(tensor)], tensor) for tensor in self.touched if id(tensor) in self.names]
+        return [(self.names[id(tensor)], tensor) for tensor in self.touched]
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -106,7 +106,7 @@ class _Measuring(TorchFunctionMode):
             return func(*args, **kwargs)
         named = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
         mean, variance = named["running_mean"], named["running_var"]
-        if mean is None or variance is None:
+        if id(mean) not in self.names or id(variance) not in self.names:  # of another model: a teacher's, say
             return func(*args, **kwargs)
         calls = self.calls[id(mean)] = self.calls.get(id(mean), 0) + 1
         if calls == 1:

@@ -1,5 +1,6 @@
 """What follows pruning: BatchNorm's statistics measured again, and biases that hold the mean of what went."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -200,3 +201,14 @@ def test_numbers_that_are_none_are_refused() -> None:
         fxcompress.compress(
             net, [L1FilterPruner(0.5), CompensateBias()], example_inputs=x, task=Task(batches=[x * torch.nan])
         )
+
+
+def test_a_model_that_the_loss_runs_besides_keeps_its_statistics() -> None:
+    teacher = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    before = copy.deepcopy(teacher.state_dict())
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    x = torch.randn(4, 3, 6, 6)
+    task = Task(batches=[x], loss=lambda student, batch: (student(batch) - teacher(batch)).square().mean())
+    measured = fxcompress.compress(model, [RecalibrateBatchNorm()], example_inputs=x, task=task)
+    assert not torch.equal(measured.get_buffer("1.running_mean"), model.get_buffer("1.running_mean"))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 import fxcompress
 from fxcompress import Context, InputError, Task, TracedModule, TrainingError
+from fxcompress.checkpoint import fingerprint
 from fxcompress.passes import FineTune, L1FilterPruner, LevelPruner, Speedup
 from fxcompress.training import Training, _shown
 
@@ -222,6 +223,7 @@ def forever() -> Iterator[Batch]:
     [
         ({"batches": forever()}, "generator, which can be read only once"),
         ({"batches": 3}, "batches is a int"),
+        ({"loss": nn.CrossEntropyLoss()}, r"takes outputs and targets; expected a function of model and batch"),
         ({"loss": "mse"}, r"loss is a str; expected a function loss\(model, batch\)"),
         ({"optimizer": sgd(network().parameters())}, "an optimizer over one model's parameters"),
         ({"epochs": -1}, "epochs is -1"),
@@ -304,6 +306,8 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         fxcompress.compress(network_of(0), [FineTune(2)], example_inputs=X, task=task(), checkpoint=path)
     with pytest.raises(fxcompress.CheckpointError, match="another run"):
         fxcompress.compress(network_of(1), [FineTune(1)], example_inputs=X, task=task(), checkpoint=path)
+    with pytest.raises(fxcompress.CheckpointError, match="another run"):
+        fxcompress.compress(network_of(0), [FineTune(1)], example_inputs=X, task=task(clip=1.0), checkpoint=path)
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(fxcompress.CheckpointError, match="cannot be read"):
         fxcompress.compress(network_of(0), [FineTune(1)], example_inputs=X, task=task(), checkpoint=path)
@@ -351,3 +355,18 @@ def test_a_run_that_is_killed_goes_on_and_ends_the_same_bit_for_bit(tmp_path: Pa
     assert whole.keys() == parts.keys()
     for name, tensor in whole.items():
         assert torch.equal(parts[name], tensor), name
+
+
+def test_a_selector_that_is_a_function_does_not_keep_a_run_from_going_on() -> None:
+    prints = []
+    for _ in range(2):
+        chosen = [L1FilterPruner(0.5, include=lambda name, module: name == "first"), Speedup()]
+        prints.append(fingerprint(chosen, network_of(0)))
+    assert prints[0] == prints[1]
+    other = [L1FilterPruner(0.5, include=lambda name, module: name != "first"), Speedup()]
+    assert fingerprint(other, network_of(0)) != prints[0]
+    masks = [
+        Speedup(masks={"first.weight": torch.ones(7, 1, 3, 3, dtype=torch.bool).index_fill(0, torch.tensor(i), False)})
+        for i in (0, 1)
+    ]
+    assert fingerprint(masks[0]) != fingerprint(masks[1])
