@@ -36,7 +36,7 @@ PRUNERS: tuple[ChannelPruner, ...] = (
 )
 
 
-def scores(pruner: ChannelPruner, model: nn.Module, x: torch.Tensor, task: Task) -> dict[str, list[Any]]:
+def scores(pruner: ChannelPruner, model: nn.Module, x: torch.Tensor, task: Task) -> dict[str, torch.Tensor]:
     """What the criterion gave each layer, batches combined."""
     context = fxcompress.Context(inputs=Inputs.parse(x), task=task)
     module = fxcompress.trace(model, x)

@@ -31,7 +31,9 @@ def reset(model: nn.Module) -> None:
 @pytest.mark.parametrize("batches", [None, 2])
 def test_statistics_are_those_that_pytorch_measures(batches: int | None) -> None:
     model, x, task = case("cnn", torch.float64)
-    model.get_submodule("norm1").eps = 0.3  # not the default
+    norm = model.get_submodule("norm1")
+    assert isinstance(norm, nn.BatchNorm2d)
+    norm.eps = 0.3  # not the default
     model.train()
     found = fxcompress.compress(model, [RecalibrateBatchNorm(batches)], example_inputs=x, task=task)
     assert found.training
@@ -62,8 +64,8 @@ def test_a_masked_model_and_the_removed_one_measure_the_same() -> None:
 
 def test_functional_batch_norm_and_a_layer_used_twice() -> None:
     class Functional(nn.BatchNorm2d):
-        def forward(self, x: Tensor) -> Tensor:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training)
+        def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - as in the base class
+            return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, self.training)
 
     net = Net(lambda n, x: n.twice(n.own(n.twice(x)) * 3 + 1), own=Functional(3), twice=nn.BatchNorm2d(3)).double()
     x = torch.randn(4, 3, 5, 5, dtype=torch.float64) * 2 + 1
@@ -99,8 +101,8 @@ def test_what_cannot_be_measured() -> None:
 # ---- CompensateBias --------------------------------------------------------------------------------------------------
 
 
-def conv(*sizes: int, **options: Any) -> nn.Module:
-    return nn.Conv2d(*sizes, **options)
+def conv(inputs: int, outputs: int, kernel: int, **options: Any) -> nn.Module:
+    return nn.Conv2d(inputs, outputs, kernel, **options)
 
 
 READERS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any, Tensor], Tensor]]] = {

@@ -24,6 +24,7 @@ from fxcompress.passes import (
     L1FilterPruner,
     L2FilterPruner,
     Layer,
+    Speedup,
     TaylorFOPruner,
 )
 
@@ -97,7 +98,8 @@ def test_scores_by_hand(pruner: type[ChannelPruner], expected: list[float]) -> N
             return super()._combined(group, parts)
 
     task = Task(batches=BATCHES, loss=lambda model, batch: model(batch).mean())
-    fxcompress.compress(two_layers(), [Spy(0.4, include="a")], example_inputs=BATCHES[0], task=task)
+    spy = Spy(0.4, include="a")  # pyright: ignore[reportAbstractUsage] - the class that it extends is not
+    fxcompress.compress(two_layers(), [spy], example_inputs=BATCHES[0], task=task)
     np.testing.assert_allclose(found[0], expected, rtol=1e-6)
 
 
@@ -367,7 +369,7 @@ def test_a_masked_model_is_what_is_looked_at() -> None:
     """Scores of the rest are those of the masked model, which the removed model has too."""
     model, x, task = case("cnn", torch.float64)
     masked = fxcompress.compress(model, [L1FilterPruner(0.4)], example_inputs=x)
-    small = fxcompress.compress(masked, [fxcompress.passes.Speedup()], example_inputs=x)
+    small = fxcompress.compress(masked, [Speedup()], example_inputs=x)
     for pruner in (TaylorFOPruner(0.7), ActivationMeanRankFilterPruner(0.7), Live(0.7)):
         more = fxcompress.compress(masked, [pruner], example_inputs=x, task=task)
         left = sorted(set(range(11)) - dead_channels(masked, "conv1.weight"))

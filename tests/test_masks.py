@@ -445,7 +445,7 @@ def test_writes_through_views_behind_live_statistics() -> None:
     zeroed = copy.deepcopy(net)
     for name, mask in fxcompress.masks(masked).items():
         zeroed.get_parameter(name).data.mul_(mask)
-    assert removed.get_submodule("a").weight.shape[0] < 8
+    assert len(removed.get_parameter("a.weight")) < 8
     x = torch.randn(3, 3, 6, 5).double()
     torch.testing.assert_close(masked(x), zeroed(x), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(removed(x), zeroed(x), rtol=1e-9, atol=1e-12)

@@ -96,7 +96,7 @@ def site_of(module: TracedModule, node: fx.Node) -> LayerSite | None:
     weight = item.integers(constant(module, edge.args[0])).to(torch.int8)
     geometry, reason = None, None
     if node.target in _OTHERS or node.target is F.conv3d:
-        reason = f"torch has no int8 kernel for {node.target.__name__}"
+        reason = f"torch has no int8 kernel for {getattr(node.target, '__name__', node.target)}"
     elif node.target is not F.linear:
         geometry = _geometry(node, tuple(weight.shape[2:]))
         reason = "pads unevenly" if geometry is None else None
