@@ -328,7 +328,7 @@ def test_patience_does_not_end_it_and_masks_that_were_there_stay() -> None:
         (lambda: ADMMPruner(0.5, granularity=ROW), "granularity is 'row'"),
         (lambda: ADMMPruner(0.5, inner=LevelPruner(0.5)), "leave sparsity, include, exclude and scope out"),
         (lambda: ADMMPruner(inner=Speedup()), "which has no sparsity"),
-        (lambda: ADMMPruner(inner=LevelPruner(pattern="2:4")), "whose sparsity is not given"),
+        (lambda: ADMMPruner(inner=SlimPruner(0.5)), "which trains; expected a pruner that masks at once"),
         (lambda: SlimPruner(0.5, scale=-1.0), "scale is -1.0"),
         (lambda: SlimPruner({"*": 0.5}), "expected one sparsity, found a mapping"),
         (lambda: SlimPruner(0.5, epochs=0), "epochs is 0"),
@@ -368,3 +368,14 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_a_run_that_is_killed_goes_on_and_ends_the_same_bit_for_bit(name: str, killed: dict[str, Path]) -> None:
     """A step within a step (slimming trains, and is itself one step of its schedule) is taken again."""
     interrupted.check_resumed(LONG[name][0], killed[name])
+
+
+def test_admm_projects_on_a_fixed_pattern() -> None:
+    masked = fxcompress.compress(
+        network_of(0),
+        [ADMMPruner(inner=LevelPruner(pattern="2:4"), iterations=2, epochs=1)],
+        example_inputs=X,
+        task=task(),
+    )
+    keep = fxcompress.masks(masked)["second.weight"].movedim(1, -1)
+    assert (keep[..., : keep.shape[-1] // 4 * 4].unflatten(-1, (-1, 4)).sum(-1) == 2).all()
