@@ -85,7 +85,7 @@ def test_every_criterion_meets_a_global_sparsity(name: str, sparsity: float) -> 
         assert sum(gone) == min(int(sum(units) * sparsity), sum(units) - len(units)), kind
 
 
-@pytest.mark.parametrize("name, heads", [("vit", 5), pytest.param("gqa", 6, marks=pytest.mark.long)])
+@pytest.mark.parametrize("name, heads", [("vit", 5), pytest.param("gqa", 2, marks=pytest.mark.long)])
 def test_every_criterion_meets_the_sparsity_of_heads(name: str, heads: int) -> None:
     model, x, task = traced(name)
     sets = fxcompress.channel_groups(model, x).row_sets
@@ -95,7 +95,8 @@ def test_every_criterion_meets_the_sparsity_of_heads(name: str, heads: int) -> N
         masked = fxcompress.compress(model, [pruner], example_inputs=x, task=task, verify=False)
         small = fxcompress.compress(masked, [Speedup()], example_inputs=x)
         left = [rows.width for rows in fxcompress.channel_groups(small, x).row_sets]
-        assert left == [heads - int(heads * 0.5)] * 2, kind
+        kept = heads - int(heads * 0.5)
+        assert left == ([kept] * 2 if kept > 1 else []), kind  # a single row is no set of rows
 
 
 @pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.9, 0.99])
