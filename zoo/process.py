@@ -47,6 +47,7 @@ def run(measure: Callable[[str], DataclassInstance], name: str, limit: int) -> d
     receiver, sender = _PROCESSES.Pipe(duplex=False)
     with tempfile.TemporaryDirectory() as folder, receiver:
         said = Path(folder, "said.txt")
+        said.touch()
         process = _PROCESSES.Process(target=_send, args=(sender, said, measure, name, limit))
         process.start()
         sender.close()
