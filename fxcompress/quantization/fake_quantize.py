@@ -28,17 +28,16 @@ class FakeQuantize(nn.Module, ABC):
     Attributes:
         spec: the grid and how its range is found.
         calls: at how many nodes the module is called in one forward (more than one where scales are shared).
+        keeps_zero: zero lies on the grid: what is masked in front stays zero behind.
         observing: ranges follow what goes by in train mode. In eval mode they never change.
         quantizing: values are rounded; without, they pass as they are.
     """
-
-    #: Zero lies on the grid: what is masked in front stays zero behind.
-    keeps_zero: ClassVar[bool] = True
 
     def __init__(self, spec: QuantSpec, *, calls: int = 1) -> None:
         super().__init__()
         self.spec = spec
         self.calls = calls
+        self.keeps_zero = True
         self.observing = True
         self.quantizing = True
 
@@ -305,20 +304,21 @@ class Quantizing(Protocol):
 class TransformedFakeQuantize(FakeQuantize):
     """Values from a rule of one's own, ``quantize(x, spec)``. Of a weight, :func:`settle` makes an affine one.
 
-    Masks are laid in front of it and behind it: zero need not be one of its values.
+    Masks are laid in front of it and behind it: zero need not be one of its values. Once a mask was multiplied into
+    the weight (:func:`keep_zeros`), what is zero in front is zero behind.
     """
-
-    keeps_zero: ClassVar[bool] = False
 
     def __init__(self, spec: QuantSpec, rule: Quantizing, *, calls: int = 1) -> None:
         super().__init__(spec, calls=calls)
         self.rule = rule
+        self.keeps_zero = False
 
     def quantize(self, x: Tensor) -> Tensor:
         if self.rule.own_gradient:
-            return self.rule.quantize(x, self.spec)
-        result: Tensor = _StraightThrough.apply(x, self.rule, self.spec)
-        return result
+            made = self.rule.quantize(x, self.spec)
+        else:
+            made = _StraightThrough.apply(x, self.rule, self.spec)
+        return torch.where(x == 0, 0.0, made) if self.keeps_zero else made
 
 
 class _StraightThrough(torch.autograd.Function):
