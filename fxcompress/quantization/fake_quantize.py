@@ -80,7 +80,7 @@ class FakeQuantize(nn.Module, ABC):
         if grid is None:
             raise GraphError(f"the values of {self} lie on no fixed grid, so that there are no integers for them.")
         scale, zero_point = grid
-        scale, zero_point = (_along(item, x, self.spec.axis) for item in (scale, zero_point))
+        scale, zero_point = (along(item, x, self.spec.axis) for item in (scale, zero_point))
         with torch.no_grad():
             return (self.quantize(x) / scale).round().to(torch.int32) + zero_point
 
@@ -186,7 +186,7 @@ class AffineFakeQuantize(FakeQuantize):
             self.high = (self.spec.quant_max - self.zero_point) * self.scale
 
 
-def _along(values: Tensor, x: Tensor, axis: int | None) -> Tensor:
+def along(values: Tensor, x: Tensor, axis: int | None) -> Tensor:
     """One value for each index of a dimension, broadcastable to ``x``."""
     if axis is None:
         return values
@@ -195,8 +195,8 @@ def _along(values: Tensor, x: Tensor, axis: int | None) -> Tensor:
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
     """``x`` on a grid that does not learn; straight-through inside the range, no gradient outside."""
-    scale = _along(scale, x, spec.axis)
-    zero_point = _along(zero_point, x, spec.axis)
+    scale = along(scale, x, spec.axis)
+    zero_point = along(zero_point, x, spec.axis)
     result: Tensor = _Round.apply(x, scale, spec.quant_min - zero_point, spec.quant_max - zero_point)
     return result
 
@@ -249,9 +249,9 @@ class LearnedFakeQuantize(FakeQuantize):
         return Grid(scale, zero_point.to(torch.int32))
 
     def quantize(self, x: Tensor) -> Tensor:
-        scale, zero_point = (_along(item, x, self.spec.axis) for item in self.grid())
-        step = _along(self.scale, x, self.spec.axis)
-        offset = torch.zeros_like(step) if self.offset is None else _along(self.offset, x, self.spec.axis)
+        scale, zero_point = (along(item, x, self.spec.axis) for item in self.grid())
+        step = along(self.scale, x, self.spec.axis)
+        offset = torch.zeros_like(step) if self.offset is None else along(self.offset, x, self.spec.axis)
         result: Tensor = _LearnedRound.apply(x, step, offset, scale, zero_point, self.spec)
         return result
 
