@@ -21,8 +21,9 @@ class LSQQuantizer(Quantizer):
 
     Gradient of ``s`` (equation 3): ``round(x/s) - x/s`` inside, ``-Q_n`` or ``Q_p`` outside, times
     ``1 / sqrt(numel * Q_p)`` (section 2.2). ``s`` starts at ``2 * mean abs(x) / sqrt(Q_p)``, for activations of what
-    calibration sees. Weights: ``Q_n = 2^(b-1)``, ``Q_p = 2^(b-1) - 1``; activations: ``0`` and ``2^b - 1`` where they
-    are never negative, like weights otherwise. The steps are parameters, ``_quant.<place>.scale``.
+    calibration sees. Weights: ``Q_n = 2^(b-1)`` (of 8 bits 127), ``Q_p = 2^(b-1) - 1``; activations: ``0`` and
+    ``2^b - 1`` where they are never negative, ``2^(b-1)`` and ``2^(b-1) - 1`` otherwise. The steps are parameters,
+    ``_quant.<place>.scale``.
 
     Args:
         activation_bits: of every value that integer kernels read or write.
@@ -41,9 +42,9 @@ class LSQQuantizer(Quantizer):
     kernels: ClassVar[bool] = True
 
     def weight_spec(self, bits: int) -> QuantSpec:
-        """Signed and symmetric, all integers."""
+        """Signed and symmetric; of 8 bits without -128, whose negative is needed where BatchNorm's factor is."""
         axis = 0 if self.per_channel else None
-        return QuantSpec(bits, "weight", signed=True, symmetric=True, axis=axis, learned=True)
+        return QuantSpec(bits, "weight", signed=True, symmetric=True, narrow=bits == 8, axis=axis, learned=True)
 
     def activation_spec(self, bits: int) -> QuantSpec:
         """Unsigned; what is negative decides in :meth:`make`."""

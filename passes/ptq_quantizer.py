@@ -106,7 +106,7 @@ class PTQQuantizer(Quantizer):
         if self.adaround:
             learn_rounding(
                 module,
-                self.calibration(context),
+                partial(self.calibration, context),
                 run,
                 samples=self.samples,
                 iterations=self.iterations,
