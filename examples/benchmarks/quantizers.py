@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -124,14 +125,14 @@ class Network:
         epochs: of training in float.
         rate: largest learning rate in float; quantized networks start trained, and take a half of it.
         decay: weight decay of AdamW.
-        longer: how many times the epochs of a row it takes.
+        magnitude: of binary weights; the mean where no BatchNorm follows the layers.
     """
 
     make: Callable[[], nn.Module]
     epochs: int
     rate: float
     decay: float
-    longer: int
+    magnitude: Literal["one", "mean"]
 
 
 @dataclass(frozen=True)
@@ -139,35 +140,41 @@ class Row:
     """One line of the table.
 
     Attributes:
-        passes: given how many epochs each training takes.
+        passes: for a network, given how many epochs each training takes.
         promise: how many points below float the mean may end; or the least accuracy, where above 50.
-        epochs: of each training.
+        epochs: of each training, by network: transformers take longer.
         rate: of the learning rate in float, this much.
         distill: whether the float network teaches.
     """
 
-    passes: Callable[[int], list[Pass]]
+    passes: Callable[[Network, int], list[Pass]]
     promise: float
-    epochs: int
+    epochs: tuple[int, int]
     rate: float = 0.5
     distill: bool = False
 
 
 NETWORKS = {
-    "residual CNN": Network(ResidualCNN, epochs=20, rate=6e-3, decay=0.05, longer=1),
-    "tiny ViT": Network(TinyViT, epochs=60, rate=3e-3, decay=0.5, longer=2),
+    "residual CNN": Network(ResidualCNN, epochs=20, rate=6e-3, decay=0.05, magnitude="one"),
+    "tiny ViT": Network(TinyViT, epochs=60, rate=3e-3, decay=0.5, magnitude="mean"),
 }
 ROWS = {
-    "8-bit PTQ": Row(lambda epochs: [PTQQuantizer()], 0.5, 0),
-    "8-bit QAT": Row(lambda epochs: [QATQuantizer(epochs=epochs)], 0.5, 5, rate=0.1),
-    "4-bit QAT": Row(lambda epochs: [QATQuantizer(4, 4, epochs=epochs)], 1.5, 15),
-    "4-bit LSQ": Row(lambda epochs: [LSQQuantizer(4, 4, epochs=epochs)], 1.5, 15),
-    "DoReFa 4/4": Row(lambda epochs: [DoReFaQuantizer(4, 4, epochs=epochs)], 2.0, 20, rate=1.0, distill=True),
-    "BNN": Row(lambda epochs: [BNNQuantizer(epochs=epochs)], 90.0, 30, rate=1.0, distill=True),
-    "50 % pruned, 8-bit QAT": Row(
-        lambda epochs: [L1FilterPruner(0.5), FineTune(epochs), QATQuantizer(epochs=epochs), Speedup()], 1.5, 10
+    "8-bit PTQ": Row(lambda network, epochs: [PTQQuantizer()], 0.5, (0, 0)),
+    "8-bit QAT": Row(lambda network, epochs: [QATQuantizer(epochs=epochs)], 0.5, (5, 5), rate=0.1),
+    "4-bit QAT": Row(lambda network, epochs: [QATQuantizer(4, 4, epochs=epochs)], 1.5, (15, 25)),
+    "4-bit LSQ": Row(lambda network, epochs: [LSQQuantizer(4, 4, epochs=epochs)], 1.5, (15, 25)),
+    "DoReFa 4/4": Row(
+        lambda network, epochs: [DoReFaQuantizer(4, 4, epochs=epochs)], 2.0, (20, 60), rate=1.0, distill=True
     ),
-}
+    "BNN": Row(
+        lambda network, epochs: [BNNQuantizer(epochs=epochs, magnitude=network.magnitude)],
+        90.0, (30, 80), rate=1.0, distill=True,
+    ),
+    "50 % pruned, 8-bit QAT": Row(
+        lambda network, epochs: [L1FilterPruner(0.5), FineTune(epochs), QATQuantizer(epochs=epochs), Speedup()],
+        1.5, (10, 25),
+    ),
+}  # fmt: skip
 BATCH = 64
 
 
@@ -216,11 +223,11 @@ class Bench:
         made = self.trained(name, seed)
         if row is not None:
             network, entry = NETWORKS[name], ROWS[row]
-            epochs = entry.epochs * network.longer
+            epochs = entry.epochs[list(NETWORKS).index(name)]
             task = self.task(network, epochs, entry.rate * network.rate)
             if entry.distill:
                 task = Distill(task, made, temperature=4.0, weight=0.5)
-            made = self.run(made, entry.passes(epochs), task, seed)
+            made = self.run(made, entry.passes(network, epochs), task, seed)
         with torch.no_grad():
             return 100 * float((made.eval()(self.images).argmax(1) == self.labels).float().mean())
 
@@ -279,7 +286,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="the rows whose names contain this")
     parser.add_argument("--network", default="", help="the networks whose names contain this")
-    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="how many")
+    parser.add_argument("--seeds", type=int, nargs="+", choices=SEEDS, default=SEEDS)
     parser.add_argument("--results", type=Path, default=DOCS / "quantization.json", help="the rows that are finished")
     parser.add_argument("--page", type=Path, default=DOCS / "quantization.md")
     parser.add_argument("--fresh", action="store_true", help="measure everything again")
@@ -288,7 +295,7 @@ def main(arguments: list[str]) -> int:
     torch.set_num_threads(1)
     found: Found = {} if options.fresh or not options.results.exists() else json.loads(options.results.read_text())
     bench = Bench()
-    for seed in () if options.write else SEEDS[: options.seeds]:
+    for seed in () if options.write else options.seeds:
         for name in (name for name in NETWORKS if options.network in name):
             for row in (None, *(row for row in ROWS if options.only in row)):
                 place = key(name, row, seed)

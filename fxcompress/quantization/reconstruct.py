@@ -170,7 +170,7 @@ def learn_rounding(
 
     Nagel et al. 2020, arXiv 2004.10568, equations 20 to 24: ``W_q = s clamp(floor(W / s) + h(V))``, ``h(V) =
     clamp(sigmoid(V) (zeta - gamma) + gamma, 0, 1)``, minimising ``norm(W x - W_q x)^2 + lambda sum(1 - abs(2 h(V) -
-    1)^beta)`` with ``beta`` going from 20 to 2 after a fifth of the steps, over what the quantized model feeds the layer.
+    1)^beta)`` with ``beta`` going from 20 to 2 after a fifth of the steps, over what the quantized model feeds a layer.
 
     The error counts as a fraction of that of rounding to nearest. Instead of whole feature maps, at most 16,384
     positions at random are compared, 256 a step. Layers are learned in the order of the graph, as many together as
