@@ -368,7 +368,9 @@ def test_projections_of_a_multihead_attention_are_quantized() -> None:
 # ---- bad input -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("item", [QATQuantizer(), LSQQuantizer(), PTQQuantizer(adaround=True), BNNQuantizer(first_last="same")])
+@pytest.mark.parametrize(
+    "item", [QATQuantizer(), LSQQuantizer(), PTQQuantizer(adaround=True), BNNQuantizer(first_last="same")]
+)
 @pytest.mark.parametrize("bad", ["none", "nan", "infinite", "weight"])
 def test_a_calibration_that_fails_leaves_the_model(item: Pass, bad: str) -> None:
     model = normed()
