@@ -74,7 +74,8 @@ class DoReFaQuantizer(Quantizer):
     def step(self, x: Tensor, spec: QuantSpec) -> Tensor:
         """Half the distance of neighbours, of which zero lies in the middle; for one bit, the magnitude."""
         if spec.bits == 1:
-            return x.detach().abs().sum() / (x != 0).sum().clamp(min=1)
+            size = x.detach().abs()  # what stands for a kept zero (keep_zeros) counts as little as zero
+            return size.sum() / (size > torch.finfo(x.dtype).tiny).sum().clamp(min=1)
         return torch.ones_like(x[:0].sum()).detach() / ((1 << spec.bits) - 1)
 
     def make(self, slot: Slot, seen: Calibrator) -> FakeQuantize:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from fxcompress.passes.quantizer import Quantizer
-from fxcompress.quantization.bits import Bits
+from fxcompress.quantization.bits import Bits, require_bits
 from fxcompress.quantization.calibrate import Calibrator
 from fxcompress.quantization.fake_quantize import FakeQuantize, LearnedFakeQuantize
 from fxcompress.quantization.insert import Slot
@@ -21,11 +21,14 @@ class LSQQuantizer(Quantizer):
 
     Gradient of ``s`` (equation 3): ``round(x/s) - x/s`` inside, ``-Q_n`` or ``Q_p`` outside, times
     ``1 / sqrt(numel * Q_p)`` (section 2.2). ``s`` starts at ``2 * mean abs(x) / sqrt(Q_p)``, for activations of what
-    calibration sees. Weights: ``Q_n = 2^(b-1)``, ``Q_p = 2^(b-1) - 1``; activations: ``0`` and ``2^b - 1`` where they
-    are never negative, like weights otherwise. The steps are parameters, ``_quant.<place>.scale``.
+    calibration sees. Weights: ``Q_n = 2^(b-1)`` (of 8 bits 127), ``Q_p = 2^(b-1) - 1``; activations: ``0`` and
+    ``2^b - 1`` where they are never negative, ``2^(b-1)`` and ``2^(b-1) - 1`` otherwise. The steps are parameters,
+    ``_quant.<place>.scale``.
 
     Args:
         activation_bits: of every value that integer kernels read or write.
+        product_bits: of what products of two activations read (``matmul``, ``bmm``, scaled-dot-product attention: its
+            queries, keys and values); float by default.
         per_channel: a step for every output channel of a weight; the paper has one for the tensor.
         learn_offset: LSQ+ (Bhalgat et al. 2020, arXiv 2004.09576): activations are affine, and their offset is learned
             too, starting at their smallest value.
@@ -34,20 +37,30 @@ class LSQQuantizer(Quantizer):
     """
 
     activation_bits: Bits | None = 8
+    product_bits: int | None = None
     per_channel: bool = False
     learn_offset: bool = False
 
     needs_inputs: ClassVar[bool] = True
     kernels: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.product_bits is not None:
+            require_bits("product_bits", self.product_bits)
+
     def weight_spec(self, bits: int) -> QuantSpec:
-        """Signed and symmetric, all integers."""
+        """Signed and symmetric; of 8 bits without -128, whose negative is needed where BatchNorm's factor is."""
         axis = 0 if self.per_channel else None
-        return QuantSpec(bits, "weight", signed=True, symmetric=True, axis=axis, learned=True)
+        return QuantSpec(bits, "weight", signed=True, symmetric=True, narrow=bits == 8, axis=axis, learned=True)
 
     def activation_spec(self, bits: int) -> QuantSpec:
         """Unsigned; what is negative decides in :meth:`make`."""
         return QuantSpec(bits, "activation", signed=False, symmetric=not self.learn_offset, learned=True)
+
+    def product_spec(self) -> QuantSpec | None:
+        """Like other activations."""
+        return None if self.product_bits is None else self.activation_spec(self.product_bits)
 
     def make(self, slot: Slot, seen: Calibrator) -> FakeQuantize:
         """Steps from the mean magnitude, or with an offset from the range."""

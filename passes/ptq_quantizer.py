@@ -12,7 +12,7 @@ from fxcompress.errors import InputError
 from fxcompress.module import TracedModule
 from fxcompress.passes.fold_batch_norm import FoldBatchNorm
 from fxcompress.passes.quantizer import Quantizer, feed
-from fxcompress.quantization.bits import Bits
+from fxcompress.quantization.bits import Bits, require_bits
 from fxcompress.quantization.calibrate import Calibrator
 from fxcompress.quantization.equalize import equalize
 from fxcompress.quantization.fake_quantize import AffineFakeQuantize, FakeQuantize
@@ -40,6 +40,8 @@ class PTQQuantizer(Quantizer):
 
     Args:
         activation_bits: of every value that integer kernels read or write.
+        product_bits: of what products of two activations read (``matmul``, ``bmm``, scaled-dot-product attention: its
+            queries, keys and values); float by default.
         per_channel: a scale for every output channel of a weight, or one for the tensor.
         observer: of activations: ``"min_max"``, ``"moving_average"``, ``"percentile"``, ``"entropy"``, ``"mse"``, or an
             :class:`Observer` with options of its own.
@@ -55,6 +57,7 @@ class PTQQuantizer(Quantizer):
     """
 
     activation_bits: Bits | None = 8
+    product_bits: int | None = None
     per_channel: bool = True
     observer: str | Observer = "min_max"
     weight_observer: str | Observer = "min_max"
@@ -70,6 +73,8 @@ class PTQQuantizer(Quantizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.product_bits is not None:
+            require_bits("product_bits", self.product_bits)
         for observer in (self.observer, self.weight_observer):
             _parse(observer)
         for name in ("batches", "iterations", "samples"):
@@ -82,6 +87,10 @@ class PTQQuantizer(Quantizer):
     def activation_spec(self, bits: int) -> QuantSpec:
         """Affine per tensor."""
         return activation_spec(bits, _parse(self.observer))
+
+    def product_spec(self) -> QuantSpec | None:
+        """Like other activations."""
+        return None if self.product_bits is None else self.activation_spec(self.product_bits)
 
     def calibration(self, context: Context) -> Iterator[Any]:
         """As many batches as asked for."""
@@ -106,7 +115,7 @@ class PTQQuantizer(Quantizer):
         if self.adaround:
             learn_rounding(
                 module,
-                self.calibration(context),
+                partial(self.calibration, context),
                 run,
                 samples=self.samples,
                 iterations=self.iterations,

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from fxcompress.errors import InputError
 from fxcompress.passes.quantizer import Quantizer
-from fxcompress.quantization.bits import Bits
+from fxcompress.quantization.bits import Bits, require_bits
 from fxcompress.quantization.calibrate import Calibrator
 from fxcompress.quantization.fake_quantize import AffineFakeQuantize, FakeQuantize
 from fxcompress.quantization.insert import Slot
@@ -27,6 +27,8 @@ class QATQuantizer(Quantizer):
 
     Args:
         activation_bits: of every value that integer kernels read or write.
+        product_bits: of what products of two activations read (``matmul``, ``bmm``, scaled-dot-product attention: its
+            queries, keys and values); float by default.
         per_channel: a scale for every output channel of a weight, or one for the tensor.
         momentum: of the moving average.
         start_step: forwards in train mode before rounding begins; ranges are watched from the first.
@@ -36,6 +38,7 @@ class QATQuantizer(Quantizer):
     """
 
     activation_bits: Bits | None = 8
+    product_bits: int | None = None
     per_channel: bool = True
     momentum: float = 0.99
     start_step: int = 0
@@ -47,6 +50,8 @@ class QATQuantizer(Quantizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.product_bits is not None:
+            require_bits("product_bits", self.product_bits)
         MovingAverage(self.momentum)
         require_count("start_step", self.start_step, least=0)
         if self.freeze_step is not None:
@@ -64,6 +69,10 @@ class QATQuantizer(Quantizer):
     def activation_spec(self, bits: int) -> QuantSpec:
         """Affine per tensor, with a moving average."""
         return activation_spec(bits, MovingAverage(self.momentum))
+
+    def product_spec(self) -> QuantSpec | None:
+        """Like other activations."""
+        return None if self.product_bits is None else self.activation_spec(self.product_bits)
 
     def make(self, slot: Slot, seen: Calibrator) -> FakeQuantize:
         """A grid that begins with what calibration saw; the first batch of training sets it anew."""

@@ -81,7 +81,7 @@ class Quantizer(Pass):
     def requires(self, module: TracedModule, context: Context) -> None:
         """Activations are followed through a run of the model."""
         super().requires(module, context)
-        if self.activation_bits is not None and context.inputs is None:
+        if (self.activation_bits is not None or self.product_spec() is not None) and context.inputs is None:
             raise InputError(f"example_inputs is missing: {self.name} follows activations through a run of the model.")
 
     # ---- what an algorithm says ----------------------------------------------------------------------------------
@@ -106,6 +106,10 @@ class Quantizer(Pass):
     def activation_spec(self, bits: int) -> QuantSpec:
         """The grid of an activation."""
         return replace(activation_spec(bits, None), signed=True, symmetric=True)
+
+    def product_spec(self) -> QuantSpec | None:
+        """The grid of what contractions of two activations read; by default they stay float."""
+        return None
 
     def make(self, slot: Slot, seen: Calibrator) -> FakeQuantize:
         """The module for a slot, of which ``seen`` saw what goes by there."""
@@ -133,9 +137,10 @@ class Quantizer(Pass):
         """Insert, calibrate, train."""
         module = self.prepare(module, context)
         specs = self._specs(module)
-        wants_facts = self.folds or any(item.data is not None for item in specs.values())
+        products = self.product_spec()
+        wants_facts = self.folds or products is not None or any(item.data is not None for item in specs.values())
         facts = context.groups(module).channels.facts if wants_facts and context.inputs is not None else None
-        slots = insert(module, specs, facts, self.name, folds=self.folds, kernels=self.kernels)
+        slots = insert(module, specs, facts, self.name, folds=self.folds, kernels=self.kernels, products=products)
         if not slots:
             return module
         with context.laid(module, self.name):

@@ -22,6 +22,7 @@ from fxcompress.masking import Masking, lay
 from fxcompress.module import MASKS, TracedModule, modules_of
 from fxcompress.pipeline import Pass, check_claim
 from fxcompress.plan import settle
+from fxcompress.quantization.zeros import keep_zeros
 from fxcompress.rewrite import rewriting
 from fxcompress.shrink import shrink
 from fxcompress.verify import verify
@@ -81,6 +82,7 @@ class Speedup(Pass):
             return super().reference(module, context)
         masked, own, groups = copy.deepcopy(module), context.masking or Masking(), context.groups(module)
         dead = self._joined(masked, own, groups).dead
+        keep_zeros(masked, self.masks, self.name)
         _multiply(masked, self.masks, self.name)
         lay(masked, Masking(own.elements, dead), groups, self.name)
         return masked
@@ -114,6 +116,7 @@ class Speedup(Pass):
         groups = context.groups(module)
         masking = self._joined(module, masking, groups)
         live = masking.live(groups.channels)
+        keep_zeros(module, masking.elements, self.name)
         if live.all():
             _multiply(module, masking.elements, self.name)
         else:

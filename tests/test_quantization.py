@@ -312,12 +312,37 @@ def test_masked_and_removed_are_equal(item: Pass, pruner: Pass | None, network: 
         if node is not None and isinstance(pruner, LevelPruner):
             reads = made.get_submodule(f"_quant.{name}")(made.get_parameter(name) * mask)
             assert made.get_submodule(f"_quant.{name}").keeps_zero is False or bool((reads[~mask] == 0).all())
-    if isinstance(pruner, LevelPruner) and isinstance(item, (DoReFaQuantizer, BNNQuantizer)):
-        return  # zero is none of their values: such masks stay in the graph
     small = compress(made, [Speedup()], example_inputs=X)  # verified in float64
     assert small.meta["history"][-1].difference is not None
     if isinstance(pruner, L1FilterPruner):
         assert sum(p.numel() for p in small.parameters()) < 0.7 * sum(p.numel() for p in made.parameters())
+
+
+@pytest.mark.parametrize("item", [DoReFaQuantizer(4, 4), DoReFaQuantizer(1, 1), BNNQuantizer()], ids=lambda i: i.name)
+@pytest.mark.parametrize("given", [False, True], ids=["laid", "given"])
+def test_single_weights_are_removed_where_zero_is_none_of_the_values(
+    item: Pass, given: bool, network: nn.Module
+) -> None:
+    with torch.no_grad():
+        network.get_parameter("grouped.weight")[0, 0] = 0.0  # kept, and sign(0) is +1
+    mask = values(10, 5, 1, 1) > 0
+    mask[0, 0] = True
+    made = compress(network, [item], example_inputs=X)
+    small = compress(made, [Speedup(masks={"grouped.weight": mask})], example_inputs=X)
+    if not given:
+        masked = compress(network, [LevelPruner(0.5), item], example_inputs=X)
+        small = compress(masked, [Speedup()], example_inputs=X)
+        torch.testing.assert_close(small(X), masked(X))
+        mask = fxcompress.masks(masked)["grouped.weight"]
+    quantizer, weight = small.get_submodule("_quant.grouped.weight"), small.get_parameter("grouped.weight")
+    reads = quantizer(weight).detach()
+    assert torch.equal(reads != 0, mask)
+    unmasked = made.get_submodule("_quant.grouped.weight")(made.get_parameter("grouped.weight") * mask).detach()
+    torch.testing.assert_close(reads[mask], unmasked[mask])
+    assert "_masks" not in dict(small.named_modules())
+    settled = copy.deepcopy(small)
+    settle(settled)
+    torch.testing.assert_close(settled(X), small(X), rtol=1e-4, atol=1e-5)
 
 
 def _layer_before(node: torch.fx.Node) -> str:

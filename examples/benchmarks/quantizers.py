@@ -1,23 +1,36 @@
-"""Accuracy of every quantizer on handwritten digits: a residual CNN and a small vision transformer, 3 seeds.
+"""Accuracy of every quantizer on handwritten digits: a residual CNN and a small vision transformer, three seeds.
 
-    PYTHONPATH=. OMP_NUM_THREADS=1 python examples/benchmarks/quantizers.py [seeds] > table.md
+    python examples/benchmarks/quantizers.py                 # what is not measured yet, then the table
+    python examples/benchmarks/quantizers.py --only BNN      # these rows alone
+    python examples/benchmarks/quantizers.py --write         # the table of what is measured so far
+    python examples/benchmarks/quantizers.py --fresh         # forget what was measured
 
-Prints the table of docs/quantization.md. Each network is trained in float, then quantized from there.
+Each network is trained in float, then quantized from there. Every finished row is kept in docs/quantization.json, so
+that a run that was stopped goes on; the table goes into docs/quantization.md, between its two marks. The exit code
+says whether every row keeps its promise. All of it takes about a quarter of an hour on one thread.
 """
 
 from __future__ import annotations
 
-import statistics
+import argparse
+import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import OneCycleLR
+from torch.utils.data import DataLoader, TensorDataset
 
 import fxcompress
-from fxcompress import Pass, Task
+from fxcompress import Distill, Pass, Task
 from fxcompress.passes import (
     BNNQuantizer,
     DoReFaQuantizer,
@@ -28,6 +41,13 @@ from fxcompress.passes import (
     QATQuantizer,
     Speedup,
 )
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+MARKS = "<!-- measured: begin -->", "<!-- measured: end -->"
+SEEDS = 0, 1, 2
+
+
+# ---- the networks ----------------------------------------------------------------------------------------------------
 
 
 class Block(nn.Module):
@@ -51,9 +71,9 @@ class ResidualCNN(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(1, 24, 3, 1, 1, bias=False), nn.BatchNorm2d(24), nn.ReLU())
-        self.block1, self.block2 = Block(24, 32, 1), Block(32, 48, 2)
-        self.head = nn.Linear(48, 10)
+        self.stem = nn.Sequential(nn.Conv2d(1, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+        self.block1, self.block2 = Block(16, 24, 1), Block(24, 40, 2)
+        self.head = nn.Linear(40, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.block2(self.block1(self.stem(x))).mean((2, 3)))
@@ -93,85 +113,200 @@ class TinyViT(nn.Module):
         return self.head(self.norm(self.layers(tokens)).mean(1))
 
 
-#: Name, passes, and how far below float it may end, in points of accuracy (or the least accuracy, where above 50).
-ROWS: list[tuple[str, Callable[[], list[Pass]], float]] = [
-    ("8-bit PTQ", lambda: [PTQQuantizer()], 0.5),
-    ("8-bit QAT", lambda: [QATQuantizer(epochs=5)], 0.5),
-    ("4-bit QAT", lambda: [QATQuantizer(4, 4, epochs=20)], 1.5),
-    ("4-bit LSQ", lambda: [LSQQuantizer(4, 4, epochs=20)], 1.5),
-    ("DoReFa 4/4", lambda: [DoReFaQuantizer(4, 4, epochs=20)], 2.0),
-    ("BNN", lambda: [BNNQuantizer(epochs=40)], 90.0),
-    (
-        "50 % pruned, 8-bit QAT",
-        lambda: [L1FilterPruner(0.5), FineTune(epochs=15), QATQuantizer(epochs=10), Speedup()],
-        1.5,
+# ---- what is measured ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network and how it is trained.
+
+    Attributes:
+        make: builds it.
+        epochs: of training in float.
+        rate: largest learning rate in float; quantized networks start trained, and take a half of it.
+        decay: weight decay of AdamW.
+        magnitude: of binary weights; the mean where no BatchNorm follows the layers.
+    """
+
+    make: Callable[[], nn.Module]
+    epochs: int
+    rate: float
+    decay: float
+    magnitude: Literal["one", "mean"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        passes: for a network, given how many epochs each training takes.
+        promise: how many points below float the mean may end; or the least accuracy, where above 50.
+        epochs: of each training, by network: transformers take longer.
+        rate: of the learning rate in float, this much.
+        distill: whether the float network teaches.
+    """
+
+    passes: Callable[[Network, int], list[Pass]]
+    promise: float
+    epochs: tuple[int, int]
+    rate: float = 0.5
+    distill: bool = False
+
+
+NETWORKS = {
+    "residual CNN": Network(ResidualCNN, epochs=20, rate=6e-3, decay=0.05, magnitude="one"),
+    "tiny ViT": Network(TinyViT, epochs=60, rate=3e-3, decay=0.5, magnitude="mean"),
+}
+ROWS = {
+    "8-bit PTQ": Row(lambda network, epochs: [PTQQuantizer()], 0.5, (0, 0)),
+    "8-bit QAT": Row(lambda network, epochs: [QATQuantizer(epochs=epochs)], 0.5, (5, 5), rate=0.1),
+    "4-bit QAT": Row(lambda network, epochs: [QATQuantizer(4, 4, epochs=epochs)], 1.5, (15, 25)),
+    "4-bit LSQ": Row(lambda network, epochs: [LSQQuantizer(4, 4, epochs=epochs)], 1.5, (15, 25)),
+    "DoReFa 4/4": Row(
+        lambda network, epochs: [DoReFaQuantizer(4, 4, epochs=epochs)], 2.0, (20, 60), rate=1.0, distill=True
     ),
-]
+    "BNN": Row(
+        lambda network, epochs: [BNNQuantizer(epochs=epochs, magnitude=network.magnitude)],
+        90.0, (30, 80), rate=1.0, distill=True,
+    ),
+    "50 % pruned, 8-bit QAT": Row(
+        lambda network, epochs: [L1FilterPruner(0.5), FineTune(epochs), QATQuantizer(epochs=epochs), Speedup()],
+        1.5, (10, 25),
+    ),
+}  # fmt: skip
+BATCH = 64
 
 
-def data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images and labels to train on, and 500 held out."""
-    pixels, answers = load_digits(return_X_y=True)
-    images = torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8) / 8 - 1
-    labels = torch.tensor(answers)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    images, labels = images[order], labels[order]
-    return images[500:], labels[500:], images[:500], labels[:500]
+class Bench:
+    """The data, and the float networks by seed, trained when they are first asked for."""
+
+    def __init__(self) -> None:
+        pixels, answers = load_digits(return_X_y=True)
+        images = torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8) / 8 - 1
+        labels = torch.tensor(answers)
+        train, test = train_test_split(range(len(labels)), test_size=500, random_state=0, stratify=labels)
+        self.data = TensorDataset(images[train], labels[train])
+        self.images, self.labels = images[test], labels[test]
+        self.float: dict[tuple[str, int], nn.Module] = {}
+
+    def task(self, network: Network, epochs: int, rate: float) -> Task:
+        """AdamW; the rate rises for a third of the training and then falls to nothing."""
+        steps = max(1, epochs)
+
+        def optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(parameters, lr=rate, weight_decay=network.decay)
+
+        return Task(
+            batches=DataLoader(self.data, BATCH, shuffle=True, drop_last=True),
+            loss=lambda model, batch: F.cross_entropy(model(batch[0]), batch[1], label_smoothing=0.1),
+            optimizer=optimizer,
+            schedule=lambda made: OneCycleLR(made, rate, total_steps=steps + 1, pct_start=0.3),
+            epochs=epochs,
+        )
+
+    def trained(self, name: str, seed: int) -> nn.Module:
+        """The float network."""
+        if (name, seed) not in self.float:
+            network = NETWORKS[name]
+            torch.manual_seed(seed)
+            made = self.run(network.make(), [FineTune()], self.task(network, network.epochs, network.rate), seed)
+            self.float[name, seed] = made
+        return self.float[name, seed]
+
+    def run(self, model: nn.Module, passes: list[Pass], task: Task, seed: int) -> nn.Module:
+        example = self.images[:2]
+        return fxcompress.compress(model, passes, example_inputs=example, task=task, seed=seed, progress=False)
+
+    def measure(self, name: str, row: str | None, seed: int) -> float:
+        """Accuracy in percent, of a row or (None) in float."""
+        made = self.trained(name, seed)
+        if row is not None:
+            network, entry = NETWORKS[name], ROWS[row]
+            epochs = entry.epochs[list(NETWORKS).index(name)]
+            task = self.task(network, epochs, entry.rate * network.rate)
+            if entry.distill:
+                task = Distill(task, made, temperature=4.0, weight=0.5)
+            made = self.run(made, entry.passes(network, epochs), task, seed)
+        with torch.no_grad():
+            return 100 * float((made.eval()(self.images).argmax(1) == self.labels).float().mean())
 
 
-def task(epochs: int) -> Task:
-    """Digits, with Adam."""
-    images, labels, held, answers = data()
+# ---- the table -------------------------------------------------------------------------------------------------------
 
-    def batches() -> list[tuple[Tensor, Tensor]]:
-        order = torch.randperm(len(images))
-        return [(images[part], labels[part]) for part in order.split(64)]
-
-    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return F.cross_entropy(model(batch[0]), batch[1])
-
-    def score(model: nn.Module) -> float:
-        return float((model(held).argmax(1) == answers).float().mean())
-
-    return Task(
-        batches=batches,
-        loss=loss,
-        score=score,
-        optimizer=lambda parameters: torch.optim.Adam(parameters, lr=2e-3),
-        epochs=epochs,
-        schedule=lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9),
-    )
+Found = dict[str, float]
 
 
-def run(kind: type[nn.Module], seed: int) -> dict[str, float]:
-    """Accuracy in percent, by row."""
-    torch.manual_seed(seed)
-    example = torch.randn(2, 1, 8, 8)
-    training = task(25)
-    dense = fxcompress.compress(kind(), [FineTune()], example_inputs=example, task=training, seed=seed, progress=False)
-    found = {"float": 100 * training.measure(dense)}
-    for name, passes, _ in ROWS:
-        made = fxcompress.compress(dense, passes(), example_inputs=example, task=training, seed=seed, progress=False)
-        found[name] = 100 * training.measure(made)
-        print(f"{kind.__name__} seed {seed} {name}: {found[name]:.1f}", file=sys.stderr, flush=True)
-    return found
+def key(name: str, row: str | None, seed: int) -> str:
+    return f"{name} | {row or 'float'} | {seed}"
 
 
-def main(seeds: int = 3) -> bool:
-    """Print the table; whether every row keeps its promise."""
-    kinds = (ResidualCNN, TinyViT)
-    results = {kind.__name__: [run(kind, seed) for seed in range(seeds)] for kind in kinds}
-    means = {name: {row: statistics.mean(r[row] for r in runs) for row in runs[0]} for name, runs in results.items()}
-    print("| | " + " | ".join(means) + " | promised |\n|---|" + "---|" * (len(means) + 1))
-    print("| float | " + " | ".join(f"{found['float']:.1f}" for found in means.values()) + " | |")
-    kept = True
-    for name, _, bound in ROWS:
-        floors = [bound if bound > 50 else found["float"] - bound for found in means.values()]
-        kept &= all(found[name] >= floor - 1e-6 for found, floor in zip(means.values(), floors, strict=True))
-        promise = f"at least {bound:.0f}" if bound > 50 else f"float - {bound}"
-        print(f"| {name} | " + " | ".join(f"{found[name]:.1f}" for found in means.values()) + f" | {promise} |")
-    return kept
+def runs(found: Found, name: str, row: str | None) -> list[float]:
+    """What the seeds gave."""
+    return [found[key(name, row, seed)] for seed in SEEDS if key(name, row, seed) in found]
+
+
+def holds(found: Found, name: str, row: str) -> bool:
+    """Whether a row keeps its promise; only once it has all its seeds."""
+    made, dense = runs(found, name, row), runs(found, name, None)
+    if len(made) < len(SEEDS) or len(dense) < len(SEEDS):
+        return False
+    promise = ROWS[row].promise
+    return mean(made) >= (promise if promise > 50 else mean(dense) - promise) - 1e-6
+
+
+def table(found: Found) -> str:
+    """In Markdown: the mean of the seeds, and each of them."""
+    lines = ["| | " + " | ".join(NETWORKS) + " | promised |", "|---|" + "---|" * (len(NETWORKS) + 1)]
+    for row in (None, *ROWS):
+        cells = []
+        for name in NETWORKS:
+            made = runs(found, name, row)
+            if not made:
+                cells.append("")
+                continue
+            text = f"{mean(made):.1f} ({', '.join(f'{value:.1f}' for value in made)})"
+            missed = row is not None and len(made) == len(SEEDS) and not holds(found, name, row)
+            cells.append(f"**{text}**, below" if missed else text)
+        promise = "" if row is None else f"float - {ROWS[row].promise}"
+        if row is not None and ROWS[row].promise > 50:
+            promise = f"at least {ROWS[row].promise:.0f}"
+        lines.append(f"| {row or 'float'} | " + " | ".join(cells) + f" | {promise} |")
+    return "\n".join(lines)
+
+
+def write(found: Found, page: Path) -> None:
+    """Put the table into the page."""
+    text = page.read_text()
+    before, rest = text.split(MARKS[0])
+    page.write_text(f"{before}{MARKS[0]}\n{table(found)}\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="the rows whose names contain this")
+    parser.add_argument("--network", default="", help="the networks whose names contain this")
+    parser.add_argument("--seeds", type=int, nargs="+", choices=SEEDS, default=SEEDS)
+    parser.add_argument("--results", type=Path, default=DOCS / "quantization.json", help="the rows that are finished")
+    parser.add_argument("--page", type=Path, default=DOCS / "quantization.md")
+    parser.add_argument("--fresh", action="store_true", help="measure everything again")
+    parser.add_argument("--write", action="store_true", help="measure nothing, write the table of what is there")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    found: Found = {} if options.fresh or not options.results.exists() else json.loads(options.results.read_text())
+    bench = Bench()
+    for seed in () if options.write else options.seeds:
+        for name in (name for name in NETWORKS if options.network in name):
+            for row in (None, *(row for row in ROWS if options.only in row)):
+                place = key(name, row, seed)
+                if place not in found:
+                    found[place] = round(bench.measure(name, row, seed), 2)
+                    print(f"{place}: {found[place]:.1f}", file=sys.stderr, flush=True)
+                    options.results.write_text(json.dumps(found, indent=1) + "\n")
+    write(found, options.page)
+    print(table(found))
+    return not all(holds(found, name, row) for name in NETWORKS for row in ROWS)
 
 
 if __name__ == "__main__":
-    sys.exit(not main(*map(int, sys.argv[1:2])))
+    raise SystemExit(main(sys.argv[1:]))

@@ -25,6 +25,9 @@ _MIXING = _SUMS | frozenset(
     """mul imul mean avgpool1d avgpool2d avgpool3d adaptiveavgpool1d adaptiveavgpool2d adaptiveavgpool3d
     interpolate upsample""".split()
 )
+#: Contractions of two activations, and how many of their arguments they multiply.
+_PRODUCTS = {"matmul": 2, "bmm": 2, "scaleddotproductattention": 3}
+_OPERANDS = ("input", "other", "mat2", "query", "key", "value")
 _JOINS = frozenset("cat concat concatenate stack".split())
 #: Their results are values of their inputs (movement aside, which the channel analysis knows).
 _CLOSED = _NOTHING_IN_EVAL | frozenset(
@@ -156,8 +159,12 @@ class Edges:
                 specs[site.data] = max(spec, specs.get(site.data, spec), key=lambda item: item.bits)
         return [ActivationEdges((value,), specs[value], frozenset(nodes)) for value, nodes in readers.items()]
 
-    def activations(self) -> list[ActivationEdges]:
-        """The values that integer operators read, in groups that share a scale."""
+    def activations(self, products: QuantSpec | None = None) -> list[ActivationEdges]:
+        """The values that integer operators read, in groups that share a scale.
+
+        Args:
+            products: of what contractions of two activations read, such as attention's; None leaves them as they are.
+        """
         wanted: dict[fx.Node, QuantSpec] = {}
         shared: dict[fx.Node, fx.Node] = {}
         fused = {block.end: block for block in self.blocks}
@@ -167,6 +174,9 @@ class Edges:
             spec = self.specs[node].data if node in self.specs else None
             if node in data and spec is not None:
                 self._want(wanted, data[node], spec)
+            if products is not None:
+                for source in self._factors(node):
+                    self._want(wanted, source, products)
             if node not in wanted or node in inside:
                 continue
             spec, name = wanted[node], operation(self.module, node)
@@ -186,6 +196,15 @@ class Edges:
                     if labels is not None and not labels.const:
                         self._want(wanted, source, spec)
         return self._grouped(wanted, shared)
+
+    def _factors(self, node: fx.Node) -> list[fx.Node]:
+        """What a contraction of activations multiplies; empty for other nodes, and where a factor is no activation."""
+        count = _PRODUCTS.get(operation(self.module, node), 0)
+        given = [*node.args, *(node.kwargs[name] for name in _OPERANDS if name in node.kwargs)][:count]
+        factors = [item for item in given if isinstance(item, fx.Node)]
+        labels = [self._labels(item) for item in factors]
+        fine = len(factors) == count and all(item is not None and not item.const for item in labels)
+        return factors if fine else []
 
     def _want(self, wanted: dict[fx.Node, QuantSpec], value: fx.Node, spec: QuantSpec) -> fx.Node:
         """Ask for a value on a grid where it is made; of two wishes the one with more bits counts."""

@@ -28,17 +28,16 @@ class FakeQuantize(nn.Module, ABC):
     Attributes:
         spec: the grid and how its range is found.
         calls: at how many nodes the module is called in one forward (more than one where scales are shared).
+        keeps_zero: zero lies on the grid: what is masked in front stays zero behind.
         observing: ranges follow what goes by in train mode. In eval mode they never change.
         quantizing: values are rounded; without, they pass as they are.
     """
-
-    #: Zero lies on the grid: what is masked in front stays zero behind.
-    keeps_zero: ClassVar[bool] = True
 
     def __init__(self, spec: QuantSpec, *, calls: int = 1) -> None:
         super().__init__()
         self.spec = spec
         self.calls = calls
+        self.keeps_zero = True
         self.observing = True
         self.quantizing = True
 
@@ -81,7 +80,7 @@ class FakeQuantize(nn.Module, ABC):
         if grid is None:
             raise GraphError(f"the values of {self} lie on no fixed grid, so that there are no integers for them.")
         scale, zero_point = grid
-        scale, zero_point = (_along(item, x, self.spec.axis) for item in (scale, zero_point))
+        scale, zero_point = (along(item, x, self.spec.axis) for item in (scale, zero_point))
         with torch.no_grad():
             return (self.quantize(x) / scale).round().to(torch.int32) + zero_point
 
@@ -187,7 +186,7 @@ class AffineFakeQuantize(FakeQuantize):
             self.high = (self.spec.quant_max - self.zero_point) * self.scale
 
 
-def _along(values: Tensor, x: Tensor, axis: int | None) -> Tensor:
+def along(values: Tensor, x: Tensor, axis: int | None) -> Tensor:
     """One value for each index of a dimension, broadcastable to ``x``."""
     if axis is None:
         return values
@@ -196,8 +195,8 @@ def _along(values: Tensor, x: Tensor, axis: int | None) -> Tensor:
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
     """``x`` on a grid that does not learn; straight-through inside the range, no gradient outside."""
-    scale = _along(scale, x, spec.axis)
-    zero_point = _along(zero_point, x, spec.axis)
+    scale = along(scale, x, spec.axis)
+    zero_point = along(zero_point, x, spec.axis)
     result: Tensor = _Round.apply(x, scale, spec.quant_min - zero_point, spec.quant_max - zero_point)
     return result
 
@@ -250,9 +249,9 @@ class LearnedFakeQuantize(FakeQuantize):
         return Grid(scale, zero_point.to(torch.int32))
 
     def quantize(self, x: Tensor) -> Tensor:
-        scale, zero_point = (_along(item, x, self.spec.axis) for item in self.grid())
-        step = _along(self.scale, x, self.spec.axis)
-        offset = torch.zeros_like(step) if self.offset is None else _along(self.offset, x, self.spec.axis)
+        scale, zero_point = (along(item, x, self.spec.axis) for item in self.grid())
+        step = along(self.scale, x, self.spec.axis)
+        offset = torch.zeros_like(step) if self.offset is None else along(self.offset, x, self.spec.axis)
         result: Tensor = _LearnedRound.apply(x, step, offset, scale, zero_point, self.spec)
         return result
 
@@ -305,20 +304,21 @@ class Quantizing(Protocol):
 class TransformedFakeQuantize(FakeQuantize):
     """Values from a rule of one's own, ``quantize(x, spec)``. Of a weight, :func:`settle` makes an affine one.
 
-    Masks are laid in front of it and behind it: zero need not be one of its values.
+    Masks are laid in front of it and behind it: zero need not be one of its values. Once a mask was multiplied into
+    the weight (:func:`keep_zeros`), what is zero in front is zero behind.
     """
-
-    keeps_zero: ClassVar[bool] = False
 
     def __init__(self, spec: QuantSpec, rule: Quantizing, *, calls: int = 1) -> None:
         super().__init__(spec, calls=calls)
         self.rule = rule
+        self.keeps_zero = False
 
     def quantize(self, x: Tensor) -> Tensor:
         if self.rule.own_gradient:
-            return self.rule.quantize(x, self.spec)
-        result: Tensor = _StraightThrough.apply(x, self.rule, self.spec)
-        return result
+            made = self.rule.quantize(x, self.spec)
+        else:
+            made = _StraightThrough.apply(x, self.rule, self.spec)
+        return torch.where(x == 0, 0.0, made) if self.keeps_zero else made
 
 
 class _StraightThrough(torch.autograd.Function):

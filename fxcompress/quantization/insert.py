@@ -51,6 +51,7 @@ def insert(
     *,
     folds: bool,
     kernels: bool,
+    products: QuantSpec | None = None,
 ) -> list[Slot]:
     """Open the layers and put a node on every edge that the specs ask for; the modules are still calibrators.
 
@@ -62,6 +63,7 @@ def insert(
         folds: a weight with a BatchNorm behind it lies on the grid of the folded weight.
         kernels: activations lie on grids wherever integer kernels read or write them; without, only what the layers
             read does, and other readers see it as it was.
+        products: with ``kernels``, of what contractions of two activations read; None leaves them as they are.
     """
     sites = [site for site in find_sites(module) if site.layer in specs and not site.quantized]
     with rewriting(module, author) as rewriter:
@@ -69,7 +71,7 @@ def insert(
         if facts is not None:
             edges = Edges(module, facts, find_sites(module), {site.node: specs[site.layer] for site in sites})
             blocks = {block.site.node: block for block in edges.blocks}
-            activations = edges.activations() if kernels else edges.inputs()
+            activations = edges.activations(products) if kernels else edges.inputs()
         else:
             blocks, activations = {}, []
         inserter.weights(sites, specs, blocks if folds else {})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, fx, nn
 
 from fxcompress.layers import parameter_node
 from fxcompress.module import TracedModule, evaluating, owner, submodule
-from fxcompress.quantization.fake_quantize import AffineFakeQuantize, FakeQuantize
+from fxcompress.quantization.columns import Product
+from fxcompress.quantization.fake_quantize import AffineFakeQuantize, FakeQuantize, along
 from fxcompress.quantization.settle import quantized_node, value_of
 from fxcompress.quantization.sites import Site, find_sites
 from fxcompress.rewrite import rewriting
@@ -18,43 +20,91 @@ from fxcompress.rewrite import rewriting
 _WATCH = "_watch"
 #: Of AdaRound's stretched sigmoid (equation 23).
 _GAMMA, _ZETA = -0.1, 1.1
+#: Columns of one layer, the elements they may have, and the elements of those layers that are learned together.
+_COLUMNS, _OF_A_LAYER, _TOGETHER = 16_384, 1 << 25, 1 << 27
+#: Columns of one step, and its learning rate.
+_BATCH, _RATE = 256, 3e-2
+#: Weight of what makes decisions binary, where the error of rounding to nearest is 1. With less, many of them are still
+#: open at the end of a thousand steps, and then fall at random.
+_BINARY = 30.0
 
 
-class _Watcher(nn.Module):
-    """Keeps what a layer reads."""
+class _Watcher(nn.Module, ABC):
+    """Looks at what a layer reads, at most about ``most`` samples."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, product: Product, most: int) -> None:
         super().__init__()
-        self.most = most
-        self.kept: list[Tensor] = []
+        self.product, self.most = product, most
+        self.samples = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        if sum(len(item) for item in self.kept) < self.most:
-            self.kept.append(x.detach())
+        left = self.most - self.samples
+        if left > 0:
+            batch = self.product.batched(x.detach())[:left]
+            self.samples += len(batch)
+            self.see(batch)
         return x
 
+    @abstractmethod
+    def see(self, x: Tensor) -> None:
+        """A batch of at least one sample."""
 
-def _inputs(
-    module: TracedModule, sites: list[Site], batches: Iterable[Any], run: Callable[[Any], object], most: int
-) -> dict[fx.Node, Tensor]:
-    """What each layer reads, at most about ``most`` samples."""
-    watchers = {site.node: _Watcher(most) for site in sites}
+
+class _Mean(_Watcher):
+    """Keeps the sum over the samples, by their shape: all that a linear function's mean depends on."""
+
+    def __init__(self, product: Product, most: int) -> None:
+        super().__init__(product, most)
+        self.sums: dict[torch.Size, tuple[Tensor, int]] = {}
+
+    def see(self, x: Tensor) -> None:
+        total, count = self.sums.get(x.shape[1:], (torch.zeros_like(x[:1]), 0))
+        self.sums[x.shape[1:]] = total + x.sum(0, keepdim=True), count + len(x)
+
+
+class _Columns(_Watcher):
+    """Keeps what the weight is multiplied with at random positions, as many of every sample."""
+
+    def __init__(self, product: Product, most: int) -> None:
+        super().__init__(product, most)
+        self.kept: list[Tensor] = []
+        self.wanted = columns_of(product)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def see(self, x: Tensor) -> None:
+        count = -(-self.wanted * len(x) // self.most)
+        self.kept.append(self.product.columns(x, count, self.generator))
+
+
+def columns_of(product: Product) -> int:
+    """How many columns are kept of a layer."""
+    return max(1, min(_COLUMNS, _OF_A_LAYER // (product.length * product.groups)))
+
+
+def _watch(
+    module: TracedModule,
+    watchers: Mapping[fx.Node, tuple[Site, _Watcher]],
+    batches: Iterable[Any],
+    run: Callable[[Any], object],
+) -> None:
+    """Let watchers see what their layers read, until they have seen enough."""
     nodes: list[tuple[fx.Node, fx.Node, fx.Node]] = []
     with rewriting(module, "watch") as rewriter:
-        for number, site in enumerate(sites):
-            rewriter.put_module(f"{_WATCH}.w{number}", watchers[site.node])
+        for number, (site, watcher) in enumerate(watchers.values()):
+            rewriter.put_module(f"{_WATCH}.w{number}", watcher)
             node = rewriter.insert_before(site.node, "call_module", f"{_WATCH}.w{number}", (site.data,))
             site.node.args = (node, *site.node.args[1:])
             nodes.append((site.node, node, site.data))
     with evaluating(module), torch.no_grad():
         for batch in batches:
             run(batch)
+            if all(watcher.samples >= watcher.most for _, watcher in watchers.values()):
+                break
     with rewriting(module, "watch") as rewriter:
         for reader, node, data in nodes:
             rewriter.read(reader, node, data)
             rewriter.erase(node)
         rewriter.drop_module(_WATCH)
-    return {node: torch.cat(watcher.kept)[:most] for node, watcher in watchers.items() if watcher.kept}
 
 
 def _open_sites(module: TracedModule) -> list[Site]:
@@ -78,18 +128,18 @@ def correct_biases(
     over what the quantized model feeds the layer. Returns the biases that are new.
     """
     new: list[str] = []
-    sites = _open_sites(module)
-    inputs = _inputs(module, sites, batches, run, samples)
+    watchers: dict[fx.Node, tuple[Site, _Mean]] = {}
+    for site in _open_sites(module):
+        weight = value_of(module, quantized_node(site).args[0])
+        watchers[site.node] = site, _Mean(Product.of(site, weight), samples)
+    _watch(module, watchers, batches, run)
     with rewriting(module, author) as rewriter, evaluating(module), torch.no_grad():
-        for site in sites:
-            if site.node not in inputs:
+        for site, seen in watchers.values():
+            if not seen.sums:
                 continue
             node = quantized_node(site)
             weight, rounded = value_of(module, node.args[0]), value_of(module, node)
-            error = _call(site, inputs[site.node], rounded - weight)
-            linear = site.node.target is torch.nn.functional.linear
-            channels = error.dim() - 1 if linear else 1
-            shift = error.movedim(channels, 0).flatten(1).mean(1)
+            shift = _mean_output(site, seen, rounded - weight)
             read = site.node.args[2]
             if isinstance(read, fx.Node) and read.op == "get_attr":
                 holder, leaf = owner(module, str(read.target))
@@ -109,7 +159,7 @@ def correct_biases(
 
 def learn_rounding(
     module: TracedModule,
-    batches: Iterable[Any],
+    batches: Callable[[], Iterable[Any]],
     run: Callable[[Any], object],
     *,
     samples: int,
@@ -120,48 +170,71 @@ def learn_rounding(
 
     Nagel et al. 2020, arXiv 2004.10568, equations 20 to 24: ``W_q = s clamp(floor(W / s) + h(V))``, ``h(V) =
     clamp(sigmoid(V) (zeta - gamma) + gamma, 0, 1)``, minimising ``norm(W x - W_q x)^2 + lambda sum(1 - abs(2 h(V) -
-    1)^beta)`` with ``beta`` going from 20 to 2 after a fifth of the steps, over what the quantized model feeds
-    the layer.
+    1)^beta)`` with ``beta`` going from 20 to 2 after a fifth of the steps, over what the quantized model feeds a layer.
+
+    The error counts as a fraction of that of rounding to nearest. Instead of whole feature maps, at most 16,384
+    positions at random are compared, 256 a step. Layers are learned in the order of the graph, as many together as
+    memory allows: later ones see the earlier ones' result.
     """
-    sites = _open_sites(module)
-    inputs = _inputs(module, sites, batches, run, samples)
-    with rewriting(module, author) as rewriter, evaluating(module):
-        for site in sites:
-            node = quantized_node(site)
-            quantizer = submodule(module, str(node.target))
-            if site.node in inputs and isinstance(quantizer, AffineFakeQuantize):
-                with torch.no_grad():
-                    weight = value_of(module, node.args[0]).detach()
-                rewriter.set_tensor(site.weight, _rounded(site, weight, quantizer, inputs[site.node], iterations))
+    rest = _open_sites(module)
+    while rest:
+        watchers: dict[fx.Node, tuple[Site, _Columns]] = {}
+        room = _TOGETHER
+        while rest and (room > 0 or not watchers):
+            site = rest.pop(0)
+            seen = _Columns(Product.of(site, value_of(module, quantized_node(site).args[0])), samples)
+            watchers[site.node] = site, seen
+            room -= seen.wanted * seen.product.length * seen.product.groups
+        _watch(module, watchers, batches(), run)
+        with rewriting(module, author) as rewriter, evaluating(module):
+            for site, seen in watchers.values():
+                node = quantized_node(site)
+                quantizer = submodule(module, str(node.target))
+                if seen.kept and isinstance(quantizer, AffineFakeQuantize):
+                    with torch.no_grad():
+                        weight = value_of(module, node.args[0]).detach()
+                    columns, seen.kept = torch.cat(seen.kept, 1), []
+                    rewriter.set_tensor(site.weight, _rounded(weight, quantizer, seen.product, columns, iterations))
 
 
-def _rounded(site: Site, weight: Tensor, quantizer: FakeQuantize, inputs: Tensor, iterations: int) -> Tensor:
+def _mean_output(site: Site, seen: _Mean, weight: Tensor) -> Tensor:
+    """``[channels]``: the mean of what a layer with this weight makes of what was seen."""
+    linear = site.node.target is torch.nn.functional.linear
+    total, positions = torch.zeros(()), 0
+    for inputs, count in seen.sums.values():
+        made = _call(site, inputs, weight)
+        made = made.movedim(made.dim() - 1 if linear else 1, 0).flatten(1)
+        total, positions = total + made.sum(1), positions + count * made.shape[1]
+    return total / positions
+
+
+def _rounded(weight: Tensor, quantizer: FakeQuantize, product: Product, columns: Tensor, iterations: int) -> Tensor:
     """The weight on its grid, every element rounded the way that was learned."""
     grid, spec = quantizer.grid(), quantizer.spec
     assert grid is not None
-    shape = [-1 if dim == spec.axis else 1 for dim in range(weight.dim())]
-    scale = grid.scale if spec.axis is None else grid.scale.reshape(shape)
+    scale = along(grid.scale, weight, spec.axis)
     floor = (weight / scale).floor()
     rest = (weight / scale - floor).clamp(1e-4, 1 - 1e-4)
-    start = torch.logit((rest - _GAMMA) / (_ZETA - _GAMMA))
-    variable = start.clone().requires_grad_()
-    optimizer = torch.optim.Adam([variable], lr=1e-2)
+    variable = torch.logit((rest - _GAMMA) / (_ZETA - _GAMMA)).requires_grad_()
+    optimizer = torch.optim.Adam([variable], lr=_RATE)
     kept = weight != 0  # masked weights stay zero
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        target = _call(site, inputs, weight)
-    size = min(32, len(inputs))
+        nearest = (weight / scale).round().clamp(spec.quant_min, spec.quant_max) * scale
+        first = torch.bmm(columns, product.matrix(nearest - weight)).square().mean()
+    if not bool(first > 0):
+        return nearest
+    count = columns.shape[1]
     for step in range(iterations):
-        chosen = torch.randperm(len(inputs), generator=generator)[:size]
-        up = (torch.sigmoid(variable) * (_ZETA - _GAMMA) + _GAMMA).clamp(0, 1)
-        soft = ((floor + up).clamp(spec.quant_min, spec.quant_max) * scale) * kept
+        chosen = columns[:, torch.randint(count, (min(_BATCH, count),), generator=generator)]
+        progress = step / max(1, iterations)
         with torch.enable_grad():
-            error = (_call(site, inputs[chosen], soft) - target[chosen]).square().mean()
-            progress = step / max(1, iterations)
-            loss = error / target.square().mean().clamp(min=1e-12)
+            up = (torch.sigmoid(variable) * (_ZETA - _GAMMA) + _GAMMA).clamp(0, 1)
+            soft = ((floor + up).clamp(spec.quant_min, spec.quant_max) * scale) * kept
+            loss = torch.bmm(chosen, product.matrix(soft - weight)).square().mean() / first
             if progress > 0.2:
                 beta = 20 - 18 * (progress - 0.2) / 0.8
-                loss = loss + 0.01 * (1 - (2 * up - 1).abs().pow(beta)).mean()
+                loss = loss + _BINARY * (1 - (2 * up - 1).abs().pow(beta)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

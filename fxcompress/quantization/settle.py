@@ -94,9 +94,12 @@ def _settle(rewriter: Rewriter, site: Site, calls: Mapping[str, int], ranks: Cal
         if not factor:
             values = scaled(submodule(module, site.layer), values, scale)
             step = (step * scale.abs()).clamp(min=torch.finfo(scale.dtype).tiny)
-        _fold(rewriter, site, norm, bias)
     # With a factor, the grid is that of the folded weight already.
     spec = quantizer.spec.frozen() if factor else _plain_spec(quantizer.spec, values, step, site.axis)
+    if spec.bits > 8:
+        return [f"{site.layer} stays as it is: around zero its values need {spec.bits} bits"]
+    if norm is not None:
+        _fold(rewriter, site, norm, bias)
     made = AffineFakeQuantize(spec, len(step) if step.dim() else 0).to(values)
     made.scale.copy_(step)
     rewriter.set_tensor(site.weight, values)
