@@ -1,19 +1,17 @@
 """How fast lowered models are: processor time of a forward pass, as a multiple of torch's eager float32.
 
 One thread, 224x224 (64 tokens for the encoder). All columns of a model take turns in every round; each time is divided
-into that of eager float32 in the same round, and the medians of these gains are shown. Columns whose package is not
-installed are left out. Ranges of the fake-quantized model are those of the input: time does not depend on them.
+into that of eager float32 in the same round, and the medians of these gains are shown. A competitor whose package is
+not installed, or that cannot take the model, has a dash and a line below the table. Ranges of the fake-quantized model
+are those of the input: time does not depend on them.
 """
 
 from __future__ import annotations
 
 import gc
-import io
-from collections.abc import Callable
 from importlib.util import find_spec
 from statistics import median
 from time import process_time
-from typing import Any
 
 import model_zoo
 import torch
@@ -25,6 +23,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import fxcompress
+from benchmarks.competitors import COMPETITORS, Call, silently
 from fxcompress.passes import Lower
 
 MODELS = (
@@ -32,14 +31,13 @@ MODELS = (
     "resnet50",
     "mobilenet_v2",
     "mobilenet_v3_large",
-    "vgg11_bn",
-    "densenet121",
-    "shufflenet_v2_x1_0",
     "efficientnet_b0",
-    "vit_b_16",
+    "shufflenet_v2_x1_0",
+    "densenet121",
+    "vgg11_bn",
     "bert, 2 layers",
+    "vit_b_16",
 )
-Call = Callable[[], Any]
 
 
 def prepared(name: str, batch: int) -> tuple[nn.Module, Tensor]:
@@ -55,30 +53,6 @@ def prepared(name: str, batch: int) -> tuple[nn.Module, Tensor]:
     return model, torch.randn(batch, 3, 224, 224)
 
 
-def onnx_runtime(model: nn.Module, x: Tensor) -> Call:
-    """ONNX Runtime on one thread."""
-    import onnxruntime
-
-    file = io.BytesIO()
-    torch.onnx.export(model, (x,), file, dynamo=True, verbose=False)  # pyright: ignore[reportArgumentType] - a file, too
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
-    feed = {session.get_inputs()[0].name: x.numpy()}
-    return lambda: session.run(None, feed)
-
-
-def openvino(model: nn.Module, x: Tensor) -> Call:
-    """OpenVINO, float32, on one thread."""
-    import openvino as ov
-
-    converted = ov.convert_model(model, example_input=x)
-    options = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
-    compiled = ov.compile_model(converted, "CPU", options)
-    array = x.numpy()
-    return lambda: compiled(array)
-
-
 def lowered(model: nn.Module, x: Tensor, dtype: str) -> Call:
     """The model through :class:`Lower`."""
     source = fake_quantized(model, x) if dtype == "int8" else model
@@ -86,17 +60,22 @@ def lowered(model: nn.Module, x: Tensor, dtype: str) -> Call:
     return lambda: made(x)
 
 
-def columns(model: nn.Module, x: Tensor) -> dict[str, Call]:
-    """What is compared, ready to be called."""
-    compiled = torch.compile(model)
-    made: dict[str, Call] = {"eager": lambda: model(x), "torch.compile": lambda: compiled(x)}
-    if find_spec("onnxruntime"):
-        made["ONNX Runtime"] = onnx_runtime(model, x)
-    if find_spec("openvino"):
-        made["OpenVINO"] = openvino(model, x)
+def columns(model: nn.Module, x: Tensor) -> tuple[dict[str, Call], dict[str, str]]:
+    """What is compared, ready to be called, and why the rest is not."""
+    made: dict[str, Call] = {"eager": lambda: model(x)}
+    absent: dict[str, str] = {}
+    for title, packages, make in COMPETITORS:
+        missing = [name for name in packages if find_spec(name) is None]
+        if missing:
+            absent[title] = f"{', '.join(missing)} not installed"
+            continue
+        try:
+            made[title] = silently(make, model, x)
+        except Exception as error:  # noqa: BLE001 - whatever a competitor raises, the others are measured
+            absent[title] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]}"
     for dtype in ("float32", "bfloat16", "int8"):
         made[f"Lower {dtype}"] = lowered(model, x, dtype)
-    return made
+    return made, absent
 
 
 @torch.no_grad()
@@ -117,19 +96,21 @@ def gains(calls: dict[str, Call], rounds: int) -> dict[str, tuple[float, float]]
 
 
 def lowering(rounds: int, names: tuple[str, ...] = MODELS, batches: tuple[int, ...] = (1, 8)) -> Table:
-    """A row for each model and batch size."""
-    table = Table(title="Lowering: times eager float32", box=box.SIMPLE)
-    header: list[str] = []
+    """A row for each model and batch size; a competitor that could not run has a dash, and the caption says why."""
+    titles = [title for title, _, _ in COMPETITORS] + [f"Lower {dtype}" for dtype in ("float32", "bfloat16", "int8")]
+    table = Table(title="Lowering: times eager float32", box=box.SIMPLE, caption_justify="left")
+    for title in ("model", "batch", "eager", *titles):
+        table.add_column(title, justify="right" if title != "model" else "left")
+    why: list[str] = []
     for name in track(names, "lowering", transient=True):
         for batch in batches:
             model, x = prepared(name, batch)
-            found = gains(columns(model, x), max(rounds, 10))
-            if not header:
-                header = ["model", "batch", "eager", *list(found)[1:]]
-                for title in header:
-                    table.add_column(title, justify="right" if title != "model" else "left", no_wrap=True)
-            cells = [f"{gain:.1f}" for key, (_, gain) in found.items() if key != "eager"]
+            calls, absent = columns(model, x)
+            found = gains(calls, max(rounds, 10))
+            cells = [f"{found[title][1]:.1f}" if title in found else "-" for title in titles]
             table.add_row(name, str(batch), f"{found['eager'][0]:.0f} ms", *cells)
+            why += [f"{name}, batch {batch}: {title}: {reason}" for title, reason in absent.items()]
             torch.compiler.reset()
             gc.collect()
+    table.caption = "\n".join(why) or None
     return table

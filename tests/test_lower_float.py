@@ -12,7 +12,7 @@ from model_zoo import build, randomize
 from torch import Tensor, nn
 
 import fxcompress
-from fxcompress.lower.prepacked import FloatConvolution, FloatLinear, Prepacked
+from fxcompress.lower.prepacked import FloatBatchNorm, FloatConvolution, FloatLinear, Prepacked
 from fxcompress.passes import L1FilterPruner, Lower, Speedup
 from fxcompress.verify import difference
 
@@ -139,6 +139,49 @@ def test_bfloat16() -> None:
     assert lowered.get_buffer("one.weight").dtype == torch.bfloat16
     assert lowered(x).dtype == torch.float32
     assert_same(model, lowered, (2, 3, 32, 32), (4, 3, 32, 32), tolerance=0.05)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norms_that_cannot_be_folded(affine: bool) -> None:
+    class Dense(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 24, 3, padding=1)
+            self.first, self.second = (nn.BatchNorm2d(width, affine=affine) for width in (24, 24 + 40))
+            self.one, self.two = nn.Conv2d(24, 40, 1), nn.Conv2d(64, 33, 1)
+            self.rows = nn.BatchNorm1d(33, affine=affine)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = torch.tanh(self.stem(x))
+            x = torch.cat([x, self.one(F.relu(self.first(x)))], 1)
+            y = self.two(F.relu(self.second(x)))
+            return y, self.rows(y.amax((2, 3)))
+
+    model = Dense()
+    randomize(model, 6)
+    x = torch.randn(2, 3, 20, 20)
+    lowered = lower(model, x)
+    assert {name for name, item in packed(lowered).items() if isinstance(item, FloatBatchNorm)} == {
+        "first",
+        "second",
+        "rows",
+    }
+    assert packed(lowered)["first"].relu
+    assert not packed(lowered)["rows"].relu
+    assert not any("relu" in str(node.target) for node in lowered.graph.nodes)
+    for shape in ((2, 3, 20, 20), (5, 3, 31, 8)):
+        x = torch.randn(shape)
+        with torch.no_grad():
+            for right, found in zip(model(x), lowered(x), strict=True):
+                assert difference(right, found) <= 1e-5
+
+
+def test_small_grouped_convolutions_are_packed() -> None:
+    model = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.Conv2d(16, 8, 1)).eval()
+    randomize(model, 7)
+    lowered = lower(model, torch.randn(2, 16, 9, 9))
+    assert set(packed(lowered)) == {"0"}
+    assert_same(model, lowered, (2, 16, 9, 9), (3, 16, 12, 5))
 
 
 class Hazards(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from fxcompress.inputs import Inputs
 from fxcompress.lower.fusion import Chain, Chains
-from fxcompress.lower.prepacked import FloatConvolution, FloatLinear, Geometry, PostOp, Prepacked
+from fxcompress.lower.prepacked import FloatBatchNorm, FloatConvolution, FloatLinear, Geometry, PostOp, Prepacked
 from fxcompress.lower.values import shapes_of
 from fxcompress.module import TracedModule, state_of, submodule
 from fxcompress.rewrite import Rewriter, rewriting
@@ -22,6 +22,7 @@ from fxcompress.rewrite import Rewriter, rewriting
 #: onednn) takes longer than torch's own (8 us and the work).
 SMALLEST = 250_000
 _FUSED = frozenset("none relu hardtanh leaky_relu hardswish hardsigmoid swish sigmoid tanh gelu".split())
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _IDLE = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.Identity)
 
 
@@ -58,6 +59,9 @@ def lower_float(module: TracedModule, inputs: Inputs, dtype: torch.dtype, author
         chains = Chains(module, shapes)
         calls = Counter(str(node.target) for node in module.graph.nodes if node.op == "call_module")
         for node in list(module.graph.nodes):
+            if dtype == torch.float32 and _batch_norm(rewriter, chains, node, calls):
+                fused["BatchNorms"] += 1
+                continue
             layer = _layer_of(module, node)
             if layer is None:
                 continue
@@ -75,7 +79,8 @@ def lower_float(module: TracedModule, inputs: Inputs, dtype: torch.dtype, author
     total = lowered + sum(map(len, left.reasons.values()))
     done = f"{lowered} of {total} convolutions and linear layers have packed weights"
     with_them = f"with {fused['activations']} activations and {fused['additions']} additions fused"
-    return [f"{done}, {with_them}", *moved, *left.notes()]
+    norms = [f"{fused['BatchNorms']} BatchNorms are one multiplication and addition"] if fused["BatchNorms"] else []
+    return [f"{done}, {with_them}", *norms, *moved, *left.notes()]
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,8 @@ def _unsuited(layer: _Layer, shapes: dict[str, tuple[int, ...]], node: fx.Node) 
         return f"{layer.weight.dtype} weights"
     shape = shapes[node.name]
     per_output = layer.weight[0].numel()
-    if math.prod(shape) * per_output < SMALLEST:
+    grouped = layer.geometry is not None and layer.geometry.groups > 1  # torch's own calls onednn as well
+    if math.prod(shape) * per_output < SMALLEST and not grouped:
         return f"fewer than {SMALLEST:,} MACs (calling the packed kernel costs more)"
     if layer.geometry is not None and math.prod(shape[2:]) == 1:
         return "on a single position (a packed weight is read no faster)"
@@ -172,6 +178,24 @@ def _replace(rewriter: Rewriter, layer: _Layer, chain: Chain, dtype: torch.dtype
     rewriter.become(chain.last, "call_module", layer.name, arguments)
     for node in reversed(chain.nodes[:-1]):
         rewriter.erase(node)
+
+
+def _batch_norm(rewriter: Rewriter, chains: Chains, node: fx.Node, calls: Counter[str]) -> bool:
+    """A BatchNorm that could not be folded, with the ReLU behind it."""
+    name = str(node.target)
+    layer = submodule(rewriter.module, name) if node.op == "call_module" and calls[name] == 1 else None
+    if type(layer) not in _BATCH_NORMS or len(node.args) != 1 or node.kwargs:
+        return False
+    assert isinstance(layer, nn.modules.batchnorm._BatchNorm)
+    if layer.running_mean is None or layer.running_mean.dtype != torch.float32:
+        return False
+    chain = chains.behind(node, unary=lambda post: post.name == "relu")
+    rewriter.put_module(name, FloatBatchNorm(layer, relu=chain.last is not node))
+    chain.last.meta.pop("mutates", None)
+    rewriter.become(chain.last, "call_module", name, (node.args[0],))
+    if chain.last is not node:
+        rewriter.erase(node)
+    return True
 
 
 def drop_idle(rewriter: Rewriter) -> None:

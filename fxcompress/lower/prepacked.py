@@ -135,6 +135,43 @@ class FloatConvolution(Prepacked):
         return f"{tuple(self.weight.shape)}, {self.geometry}, {self.post.name}"
 
 
+class FloatBatchNorm(Prepacked):
+    """BatchNorm in eval mode as one multiplication and addition, then a ReLU if asked for, in place.
+
+    ``addcmul`` takes half as long as torch's own BatchNorm, which is not vectorized over channels that lie last.
+
+    Args:
+        norm: what it is made of; its statistics and affine map are kept under their names.
+        relu: a ReLU follows.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, norm: nn.modules.batchnorm._BatchNorm, *, relu: bool) -> None:
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            tensor = getattr(norm, name)
+            self.register_buffer(name, None if tensor is None else tensor.detach())
+        self.eps, self.relu = norm.eps, relu
+
+    def pack(self, x: Tensor) -> Kernel:
+        factor = (self.running_var.double() + self.eps).rsqrt()
+        factor = factor if self.weight is None else factor * self.weight
+        shift = -self.running_mean * factor
+        shift = shift if self.bias is None else shift + self.bias
+        shape = [-1] + [1] * (x.dim() - 2)
+        scale, offset = factor.to(x.dtype).view(shape), shift.to(x.dtype).view(shape)
+        if self.relu:
+            return lambda x: torch.addcmul(offset, x, scale).relu_()
+        return lambda x: torch.addcmul(offset, x, scale)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.running_mean)}, eps={self.eps}, relu={self.relu}"
+
+
 class FloatLinear(Prepacked):
     """``post(x @ weight.T + bias)``.
 

@@ -15,6 +15,17 @@ from fxcompress.lower.prepacked import Geometry, Kernel, PostOp, Prepacked
 _PLAIN = ByteGrid(1.0, 0, 0, 255)
 
 
+def _rounded_anyway(post: PostOp, grid: ByteGrid) -> bool:
+    """Whether saturation at the ends of a grid does all that an activation would have done (ReLU, ReLU6, Hardtanh)."""
+    if post.name == "relu":
+        return grid.starts_at_zero
+    if post.name != "hardtanh":
+        return False
+    scale, zero_point, low, high = grid
+    smallest, largest = (round(limit / scale) + zero_point for limit in post.scalars)
+    return smallest <= low and largest >= high
+
+
 class QuantizedLayer(Prepacked):
     """Weights, and the grids of what enters and leaves.
 
@@ -49,8 +60,7 @@ class QuantizedLayer(Prepacked):
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", weight_scale)
         self.register_buffer("bias", bias)
-        drops = post.name == "relu" and grid is not None and grid.starts_at_zero
-        self.post = PostOp() if drops else post
+        self.post = PostOp() if grid is not None and _rounded_anyway(post, grid) else post
         self.x_grid, self.grid, self.other_grid, self.spends_other = x_grid, grid, other_grid, spends_other
 
     def extra_repr(self) -> str:
