@@ -73,7 +73,8 @@ class Lower(Pass):
             raise InputError(f"dtype is {self.dtype!r}; expected 'int8' (or None), 'float32' or 'bfloat16'.")
         if self.backend != "torch" and self.dtype == "bfloat16":
             raise InputError(
-                f"dtype is 'bfloat16', which backend={self.backend!r} does not run; expected 'int8' (or None) or 'float32'."
+                f"dtype is 'bfloat16', which backend={self.backend!r} does not run; expected 'int8' (or None) or "
+                "'float32'."
             )
 
     @property
@@ -104,8 +105,8 @@ class Lower(Pass):
             )
         if there and not self.integer:
             raise PassError(
-                f"Lower(backend={self.backend!r}, dtype='float32') found fake-quant nodes; expected a float model. Lower it "
-                "with dtype='int8'."
+                f"Lower(backend={self.backend!r}, dtype='float32') found fake-quant nodes; expected a float model. "
+                "Lower it with dtype='int8'."
             )
 
     def reference(self, module: TracedModule, context: Context) -> TracedModule:

@@ -70,7 +70,8 @@ def _require(module: TracedModule, node: fx.Node, item: FakeQuantize) -> None:
         can = "one scale per activation tensor (axis=None)"
     if can is not None:
         raise PassError(
-            f"{describe(node)} has the spec {item.extra_repr()!r}, which the ONNX backends cannot run; they can run {can}."
+            f"{describe(node)} has the spec {item.extra_repr()!r}, which the ONNX backends cannot run; they "
+            f"can run {can}."
         )
 
 

@@ -122,7 +122,10 @@ class _Placer:
         self.count += 1
         tensor = self.ir.tensor(array, name=f"placed_{self.count}")
         value = self.ir.Value(
-            name=tensor.name, shape=tensor.shape, type=self.ir.TensorType(tensor.dtype), const_value=tensor
+            name=tensor.name,
+            shape=self.ir.Shape(array.shape),
+            type=self.ir.TensorType(tensor.dtype),
+            const_value=tensor,
         )
         self.graph.register_initializer(value)
         return value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import itertools
 import os
 import warnings
 from collections.abc import Iterator
@@ -33,6 +34,13 @@ _LARGEST = 2**31 - 1
 
 
 @dataclass(frozen=True)
+class Slot:
+    """The place of an output of the ONNX model in a result; a ``TreeSpec`` cannot be pickled without a warning."""
+
+    index: int
+
+
+@dataclass(frozen=True)
 class Program:
     """An ONNX model and what it takes to call it.
 
@@ -40,13 +48,13 @@ class Program:
         model: the serialized ONNX model.
         given: for each leaf of the positional inputs (``torch.utils._pytree``): None for a tensor, which the model
             takes, else the value that is written into it.
-        result: the structure of what the model returns.
+        result: what the model returns, with a :class:`Slot` for each tensor.
         notes: what was left in float, and why.
     """
 
     model: bytes
     given: tuple[Any, ...]
-    result: pytree.TreeSpec
+    result: Any
     notes: tuple[str, ...]
 
 
@@ -102,25 +110,49 @@ def program_of(module: TracedModule, inputs: Inputs, runtime: Runtime, author: s
     batched = module.meta["batched"]
     values = tuple(positional(module, trial if batched else inputs))
     with torch.no_grad(), evaluating(module):
-        result = pytree.tree_structure(module(*pytree.tree_map_only(Tensor, Tensor.clone, values)))
+        result = module(*pytree.tree_map_only(Tensor, Tensor.clone, values))
     written = _exported(module, values, batched)
     if quantized:
         notes += place_pairs(written, every=runtime == "onnxruntime")
     leaves = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in pytree.tree_leaves(values))
+    numbers = itertools.count()
+    result = pytree.tree_map_only(Tensor, lambda _: Slot(next(numbers)), result)
     return Program(_serialized(written), leaves, result, tuple(notes))
+
+
+class _TensorsOnly(nn.Module):
+    """A module that takes and gives tensors alone, whatever they are nested in: an ONNX model knows nothing else."""
+
+    def __init__(self, module: TracedModule, values: tuple[Any, ...]) -> None:
+        super().__init__()
+        numbers = itertools.count()
+        self.module = module
+        self.values = pytree.tree_map_only(Tensor, lambda _: Slot(next(numbers)), values)
+
+    def forward(self, *tensors: Tensor) -> list[Tensor]:
+        """The tensors of the result, in its order."""
+        values = pytree.tree_map_only(Slot, lambda slot: tensors[slot.index], self.values)
+        return [leaf for leaf in pytree.tree_leaves(self.module(*values)) if isinstance(leaf, Tensor)]
 
 
 def _exported(module: TracedModule, values: tuple[Any, ...], batched: tuple[str, ...]) -> Any:
     """An ``onnx_ir.Model`` by torch's exporter."""
     batch = torch.export.Dim("batch", min=1)
-    names = [node.target for node in module.graph.nodes if node.op == "placeholder"]
-    shapes = tuple(_dynamic(value, name in batched, batch) for name, value in zip(names, values, strict=True))
+    holders = [node.target for node in module.graph.nodes if node.op == "placeholder"]
+    names, tensors, shapes = [], [], []
+    for holder, value in zip(holders, values, strict=True):
+        for path, leaf in pytree.tree_leaves_with_path(value):
+            if isinstance(leaf, Tensor):
+                names.append(f"{holder}{pytree.keystr(path)}")
+                tensors.append(leaf)
+                shapes.append({0: batch} if holder in batched and leaf.dim() else None)
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
-                module,
-                values,
-                dynamic_shapes=shapes if batched else None,
+                _TensorsOnly(module, values).eval(),
+                tuple(tensors),
+                dynamic_shapes={"tensors": tuple(shapes)} if batched else None,
+                input_names=names,
                 custom_translation_table=translations(),
                 opset_version=18,
                 dynamo=True,
@@ -136,13 +168,6 @@ def _exported(module: TracedModule, values: tuple[Any, ...], batched: tuple[str,
     return program.model
 
 
-def _dynamic(value: Any, batched: bool, batch: Any) -> Any:
-    """What of an argument has a size that is not known."""
-    return pytree.tree_map(
-        lambda leaf: {0: batch} if batched and isinstance(leaf, Tensor) and leaf.dim() else None, value
-    )
-
-
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without what the exporter prints and warns of itself."""
@@ -154,6 +179,11 @@ def _quiet() -> Iterator[None]:
 def _serialized(model: Any) -> bytes:
     import onnx_ir
 
+    for item in (model.graph, *model.graph.all_nodes(), *(value for node in model.graph for value in node.outputs)):
+        item.metadata_props.clear()  # the exporter's notes: stack traces, with the paths of this machine
+    for item in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
+        item.metadata_props.clear()
+    model.metadata_props.clear()
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     if size > _LARGEST:
         raise PassError(f"the weights take {size} bytes; an ONNX file holds at most {_LARGEST}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import threading
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.utils import _pytree as pytree
 from fxcompress.errors import InputError, VerificationError
 from fxcompress.export.extras import require
 from fxcompress.export.from_fake_quant import fake_quant_nodes
-from fxcompress.export.program import Program, Runtime, program_of
+from fxcompress.export.program import Program, Runtime, Slot, program_of
 from fxcompress.inputs import Inputs, other_batch
 from fxcompress.module import OwnedGraph, TracedModule, evaluating
 from fxcompress.outputs import tensors_of
@@ -70,7 +71,7 @@ class OnnxModule(nn.Module):
         arrays = [np.ascontiguousarray(tensor.detach().cpu().numpy()) for tensor in tensors]
         found = self._ready()(arrays)
         made = [torch.from_numpy(array).to(tensors[0].device) for array in found]
-        return pytree.tree_unflatten(made, self.result)
+        return pytree.tree_map_only(Slot, lambda slot: made[slot.index], self.result)
 
     def _ready(self) -> Any:
         """The runtime's form of the model as it is now."""
@@ -148,7 +149,7 @@ def _distance(a: Any, b: Any) -> float:
         float((x.double() - right[key].double() if key in right else x.double()).square().sum())
         for key, x in left.items()
     )
-    return total**0.5
+    return math.sqrt(total)
 
 
 class _OnnxRuntime:
