@@ -289,8 +289,8 @@ def _is_nearest(node: Any) -> bool:
 
 def _saturating(function: Callable[[torch.Tensor], torch.Tensor], end: OnnxGrid) -> OnnxGrid:
     """The smallest grid beyond whose ends ``function``, rounded to the grid ``end``, does not change."""
-    reach = 16.0 + 2 * max(abs(end.low), abs(end.high))
-    x = torch.linspace(-reach, reach, 8193, dtype=torch.float64)
+    reach = 16.0 + 128 * max(abs(end.low), abs(end.high))  # a LeakyReLU's slope is a hundredth
+    x = torch.linspace(-reach, reach, 1 + (1 << 17), dtype=torch.float64)
     integers = ((function(x) / end.scale).round() + end.zero_point).clamp(0, 255)
     low = int((integers != integers[0]).int().argmax()) if bool((integers != integers[0]).any()) else 0
     high = int((integers != integers[-1]).nonzero().max()) if bool((integers != integers[-1]).any()) else len(x) - 1
