@@ -51,8 +51,8 @@ class Lower(Pass):
     ``backend="onnx"`` and ``"openvino"``: the model becomes an ONNX model (:func:`fxcompress.export_onnx`) that runs in
     process, in ONNX Runtime or OpenVINO: a graph of one node, a module whose ``state_dict`` is the file. It can be
     copied, pickled, loaded and run in threads. ``dtype="int8"`` (or None) needs fake-quant nodes; float models are
-    ``dtype="float32"``. Checked is the result: float ones to 1e-5; with fake-quant nodes, that it is nearer to the
-    simulation than the simulation to the model without rounding.
+    ``dtype="float32"``. Checked is the result: float ones to 1e-5; with fake-quant nodes, that its distance
+    from the simulation is at most twice the simulation's from the model without rounding.
 
     Args:
         backend: ``"torch"``, ``"onnx"`` or ``"openvino"``.

@@ -165,7 +165,7 @@ def test_attention_agrees_within_a_step(tmp_path: Path) -> None:
             assert float((lowered(x) - simulated(x)).abs().max()) <= output_step(simulated, TOKENS)
     found = optimized(lowered, tmp_path / "optimized.onnx")
     assert found["MatMulIntegerToFloat"] + found["QLinearMatMul"] == 4
-    assert found["MatMul"] == 2, "the two products of attention"
+    assert found["MatMul"] + found["FusedMatMul"] == 2, "the two products of attention"
 
 
 def test_openvino_agrees_within_a_step() -> None:
@@ -250,7 +250,7 @@ def test_a_file_runs_at_any_batch_size(tmp_path: Path) -> None:
     assert (entry.name, entry.shape) == ("x", ["batch", 7, 12])
     for batch in (1, 2, 3):
         (found,) = session.run(None, {"x": TOKENS[:batch].numpy()})
-        assert difference(model(TOKENS[:batch]), torch.from_numpy(found)) < 1e-5
+        assert difference(model(TOKENS[:batch]).detach(), torch.from_numpy(found)) < 1e-5
 
 
 # ---- an ordinary module ----------------------------------------------------------------------------------------

@@ -111,7 +111,7 @@ def program_of(module: TracedModule, inputs: Inputs, runtime: Runtime, author: s
     values = tuple(positional(module, trial if batched else inputs))
     with torch.no_grad(), evaluating(module):
         result = module(*pytree.tree_map_only(Tensor, Tensor.clone, values))
-    written = _exported(module, values, batched)
+    written = _exported(module, values, batched, trial.batch)
     if quantized:
         notes += place_pairs(written, every=runtime == "onnxruntime")
     leaves = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in pytree.tree_leaves(values))
@@ -135,7 +135,7 @@ class _TensorsOnly(nn.Module):
         return [leaf for leaf in pytree.tree_leaves(self.module(*values)) if isinstance(leaf, Tensor)]
 
 
-def _exported(module: TracedModule, values: tuple[Any, ...], batched: tuple[str, ...]) -> Any:
+def _exported(module: TracedModule, values: tuple[Any, ...], batched: tuple[str, ...], size: int) -> Any:
     """An ``onnx_ir.Model`` by torch's exporter."""
     batch = torch.export.Dim("batch", min=1)
     holders = [node.target for node in module.graph.nodes if node.op == "placeholder"]
@@ -145,7 +145,8 @@ def _exported(module: TracedModule, values: tuple[Any, ...], batched: tuple[str,
             if isinstance(leaf, Tensor):
                 names.append(f"{holder}{pytree.keystr(path)}")
                 tensors.append(leaf)
-                shapes.append({0: batch} if holder in batched and leaf.dim() else None)
+                nested = leaf is not value and bool(batched) and leaf.dim() > 0 and len(leaf) == size
+                shapes.append({0: batch} if holder in batched or nested else None)
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(

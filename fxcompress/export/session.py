@@ -113,9 +113,11 @@ def compare_noise(
     One integer that is rounded the other way becomes several on its way through a network, so that no number of steps
     bounds the end of it. What bounds it is what rounding did to the model itself, by the same way.
 
+    A runtime rounds inside fused blocks too, on grids that may be twice as coarse: hence twice as much.
+
     Raises:
-        VerificationError: it is further from the simulation than the simulation from the model without rounding, in
-            root mean square over the outputs.
+        VerificationError: it is further from the simulation than twice the simulation from the model without rounding,
+            in root mean square over the outputs.
     """
     plain = copy.deepcopy(simulated)
     for _, item in fake_quant_nodes(plain):
@@ -127,10 +129,10 @@ def compare_noise(
             right, found, free = (trial.run(item) for item in (simulated, result, plain))
         gap = difference(right, found)
         away, noise, size = _distance(right, found), _distance(right, free), _distance(right, None)
-        if not (away <= noise or gap <= TOLERANCE[torch.float32]):
+        if not (away <= 2 * noise or gap <= TOLERANCE[torch.float32]):
             raise VerificationError(
                 f"{what} differs from the simulation by {away / size:.3g} of its root mean square at batch "
-                f"{trial.batch}; expected no more than rounding makes of the model, {noise / size:.3g}. This is an "
+                f"{trial.batch}; expected at most twice what rounding makes of the model, {noise / size:.3g}. This is an "
                 "error in fxcompress or in the runtime; verify=False skips the check.",
                 difference=gap,
             )
