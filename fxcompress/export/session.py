@@ -132,8 +132,8 @@ def compare_noise(
         if not (away <= 2 * noise or gap <= TOLERANCE[torch.float32]):
             raise VerificationError(
                 f"{what} differs from the simulation by {away / size:.3g} of its root mean square at batch "
-                f"{trial.batch}; expected at most twice what rounding makes of the model, {noise / size:.3g}. This is an "
-                "error in fxcompress or in the runtime; verify=False skips the check.",
+                f"{trial.batch}; expected at most twice what rounding makes of the model, {noise / size:.3g}. This is "
+                "an error in fxcompress or in the runtime; verify=False skips the check.",
                 difference=gap,
             )
         worst = max(worst, gap)
