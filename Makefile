@@ -28,10 +28,10 @@ demo: $(VENV)/.demo
 	$(PY) examples/quickstart.py
 
 test: $(VENV)/.test
-	$(PYTEST) -m "not zoo"
+	$(PYTEST) -m "not long"
 
 long: $(VENV)/.test
-	HYPOTHESIS_PROFILE=long $(PYTEST) -m zoo
+	HYPOTHESIS_PROFILE=long $(PYTEST) -m long
 
 zoo: $(VENV)/.test
 	$(PY) -m zoo --peer --workers $(WORKERS)

@@ -60,7 +60,7 @@ def onnx_runtime(model: nn.Module, x: Tensor) -> Call:
     import onnxruntime
 
     file = io.BytesIO()
-    torch.onnx.export(model, (x,), file, dynamo=True, verbose=False)
+    torch.onnx.export(model, (x,), file, dynamo=True, verbose=False)  # pyright: ignore[reportArgumentType] - a file, too
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])

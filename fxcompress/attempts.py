@@ -45,13 +45,14 @@ class Attempt:
         return sum(any(f"{path}.".startswith(f"{name}.") for name in self.reads) for path in modules_of(work))
 
 
-def best(record: Record, work: nn.Module) -> Attempt:
+def best(record: Record, work: nn.Module, right: Callable[[Attempt], bool]) -> Attempt:
     """Record; where values are read, once more under the flag that libraries ask before they read any.
 
-    What was recorded under the flag is kept if it leaves fewer modules as they are.
+    What was recorded under the flag is kept if it leaves fewer modules as they are, and if it is ``right``: if it
+    computes what the model does when nobody tells it anything.
 
     Raises:
-        TraceError: the forward itself reads values, and does so under the flag too.
+        TraceError: the forward itself reads values, and under the flag it does so too, or computes something else.
     """
     found: Attempt | TraceError
     try:
@@ -66,7 +67,7 @@ def best(record: Record, work: nn.Module) -> Attempt:
     except FxCompressError:
         pass  # the first recording says what is the matter
     else:
-        if isinstance(found, TraceError) or again.hidden(work) < found.hidden(work):
+        if (isinstance(found, TraceError) or again.hidden(work) < found.hidden(work)) and right(again):
             return again
     try:
         if isinstance(found, TraceError):
@@ -92,9 +93,8 @@ def attempt(record: Record, work: nn.Module, asked: Asked) -> Attempt:
                 continue
             if not read.scope or read.scope in reads:
                 raise TraceError(
-                    f"the model's forward cannot be recorded: {read.what}, at {read.line}. What happens next depends "
-                    "on values, which a graph cannot express. Move that line into a submodule (which then stays as "
-                    "it is, unpruned), or compute it outside the model."
+                    f"the model's forward cannot be recorded: {read.what}, at {read.line}. {read.why} Move that line "
+                    "into a submodule (which then stays as it is, unpruned), or compute it outside the model."
                 ) from None
             reads[read.scope] = read.with_traceback(None)  # whose frames would keep the whole forward
 

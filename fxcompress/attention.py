@@ -48,10 +48,11 @@ def multihead_attention(
             weights = weights.mean(dim=1)
     else:
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-    out = mha.out_proj(attended.transpose(1, 2).flatten(2))
+    # Steps first, as torch lays it out: the same seed then drops the same elements of what is made of the result.
+    out = mha.out_proj(attended.permute(2, 0, 1, 3).flatten(2))
     if not batched:
-        return out.squeeze(0), None if weights is None else weights.squeeze(0)
-    return out if mha.batch_first else out.transpose(0, 1), weights
+        return out.squeeze(1), None if weights is None else weights.squeeze(0)
+    return out.transpose(0, 1) if mha.batch_first else out, weights
 
 
 def _project(

@@ -8,10 +8,13 @@ they are stored or resumed.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import random
-from collections.abc import Callable, Iterator
+import re
+import types
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +27,7 @@ from torch import Tensor
 from fxcompress.errors import CheckpointError
 from fxcompress.masking import Masking
 from fxcompress.module import TracedModule
+from fxcompress.processes import first
 from fxcompress.replacing import replacing
 
 Result = TypeVar("Result")
@@ -80,6 +84,7 @@ class Checkpoint:
         self._states: dict[int, Any] = {}
         self._kept: dict[int, Stateful] = {}
         self._keeps = 0
+        self._inside = False
 
     def open(self) -> Position | None:
         """Where the run was interrupted, or None if it was not begun.
@@ -105,18 +110,24 @@ class Checkpoint:
         return found
 
     def step(self, work: Callable[[], Result], position: Callable[[], Position]) -> Result:
-        """What ``work`` returns, now or in the run that was interrupted.
+        """What ``work`` returns, now or in the run that was interrupted. A step within a step is part of it.
 
         Args:
             work: changes what it likes of the module, its masks and what is kept; returns something to be pickled.
             position: of the run afterwards.
         """
+        if self._inside:
+            return work()
         number, self._taken = self._taken, self._taken + 1
         if number < len(self._results):
             known: Result = self._results[number]
             return known
         with seeded(self.seed, self.index, number):
-            result = work()
+            self._inside = True
+            try:
+                result = work()
+            finally:
+                self._inside = False
         self._results.append(result)
         self._write(position)
         return result
@@ -124,9 +135,13 @@ class Checkpoint:
     def keep(self, item: Stateful) -> int:
         """Let the state of ``item`` be stored from now on; in a run that goes on, it is as it was.
 
+        What is kept within a step is not stored: the step is taken again as a whole.
+
         Returns:
             a number to :meth:`release` it with.
         """
+        if self._inside:
+            return -1
         number, self._keeps = self._keeps, self._keeps + 1
         self._kept[number] = item
         if number in self._states:
@@ -146,7 +161,7 @@ class Checkpoint:
         self._write(position)
 
     def _write(self, position: Callable[[], Position]) -> None:
-        if self.path is None:
+        if self.path is None or not first():  # what several processes do is the same in all
             return
         now = position()
         now.run, now.index, now.results = self.run, self.index, self._results
@@ -200,12 +215,27 @@ def seeded(*numbers: int) -> Iterator[None]:
             np.random.set_state(numeric)  # noqa: NPY002
 
 
-def fingerprint(*parts: object, tensors: dict[str, Tensor]) -> str:
-    """A digest of a run's arguments: printed forms, and the values of a model's tensors."""
+def fingerprint(*parts: object) -> str:
+    """A digest of a run's arguments that is the same in another process.
+
+    Dataclasses count with all their fields, tensors with every bit, functions with their code, all else as it prints.
+    """
     digest = hashlib.sha256()
-    for part in parts:
-        digest.update(repr(part).encode())
-    for name, tensor in tensors.items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    waiting: list[object] = [*reversed(parts)]
+    while waiting:
+        part = waiting.pop()
+        digest.update(type(part).__qualname__.encode())
+        if isinstance(part, Tensor):
+            digest.update(f"{part.dtype} {tuple(part.shape)}".encode())
+            digest.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        elif dataclasses.is_dataclass(part) and not isinstance(part, type):
+            waiting += [getattr(part, each.name) for each in dataclasses.fields(part)]
+        elif isinstance(part, Mapping):
+            waiting += [item for pair in part.items() for item in pair]
+        elif isinstance(part, (list, tuple)):
+            waiting += part
+        elif isinstance(part, types.FunctionType):
+            digest.update(f"{part.__module__}.{part.__qualname__}".encode() + part.__code__.co_code)
+        else:
+            digest.update(re.sub(r" at 0x[0-9a-f]+", "", repr(part)).encode())
     return digest.hexdigest()

@@ -28,7 +28,7 @@ from fxcompress.pipeline import Pass, PassResult, parse_passes, run_pass
 from fxcompress.report import report
 from fxcompress.task import Task
 from fxcompress.trace import capture
-from fxcompress.verify import TOLERANCE, difference
+from fxcompress.verify import TOLERANCE, difference, run_seeded
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ def compress(
     inputs = _parse_inputs(model, pipeline, example_inputs)
     console = Console(stderr=True, quiet=not (sys.stderr.isatty() if progress is None else progress))
     context = Context(
-        inputs=inputs, seed=seed, verify=verify, task=task, dense=model, console=console,
-        checkpoint=_parse_checkpoint(checkpoint, model, pipeline, inputs, seed),
+        inputs=inputs, seed=seed, verify=verify, task=task and task.begun_with(model), dense=model, console=console,
+        checkpoint=_parse_checkpoint(checkpoint, model, pipeline, inputs, task, seed),
     )  # fmt: skip
     for item in pipeline:
         if item.needs:
@@ -119,6 +119,9 @@ def _run(model: nn.Module, pipeline: Sequence[Pass], context: Context) -> Traced
             _check_trace(model, module, context.inputs)
     else:
         module, context.masking = known.module, known.masking
+        home = {parameter.device for parameter in model.parameters()}
+        if len(home) == 1:  # a step of a training elsewhere (Task.device) may have been the last
+            module.to(home.pop())
         module.wait()
     begun = context.checkpoint.index
     for item, following in list(itertools.zip_longest(pipeline, pipeline[1:]))[begun:]:
@@ -165,6 +168,7 @@ def _parse_checkpoint(
     model: nn.Module,
     pipeline: Sequence[Pass],
     inputs: Inputs | None,
+    task: Task | None,
     seed: int,
 ) -> Checkpoint:
     """The file of this run, which can be written.
@@ -177,7 +181,8 @@ def _parse_checkpoint(
     if not Path(path).parent.is_dir():
         raise CheckpointError(f"checkpoint is {os.fspath(path)!r}, whose directory does not exist; create it first.")
     shapes = None if inputs is None else inputs.shapes()
-    return Checkpoint(path, fingerprint(pipeline, shapes, seed, tensors=state_of(model)), seed)
+    plain = [type(task), *(getattr(task, name, None) for name in ("epochs", "clip", "patience", "precision"))]
+    return Checkpoint(path, fingerprint(pipeline, shapes, seed, plain, model, state_of(model)), seed)
 
 
 def _check_trace(model: nn.Module, module: TracedModule, inputs: Inputs) -> None:
@@ -206,12 +211,7 @@ def _check_trace(model: nn.Module, module: TracedModule, inputs: Inputs) -> None
 
 def _gap(model: nn.Module, module: TracedModule, inputs: Inputs) -> float:
     """The relative difference of two models that draw the same random numbers, in whatever mode they are in."""
-    results = []
-    for item in (model, module):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            results.append(inputs.run(item))
-    return difference(*results)
+    return difference(run_seeded(model, inputs), run_seeded(module, inputs))
 
 
 def _step(item: Pass, result: PassResult) -> Step:

@@ -110,7 +110,7 @@ def _contradictions(module: TracedModule, intakes: list[Intake]) -> Iterator[Rea
         reader = calls[0].reader
         name = reader.layer or reader.node.name
         shared = bool(reader.bias) and bool(
-            _users(module, reader.bias) - {item.reader.layer or item.reader.node for item in calls}
+            users(module, reader.bias) - {item.reader.layer or item.reader.node for item in calls}
         )
         first = np.nan_to_num(calls[0].values)
         for intake in calls:
@@ -124,7 +124,7 @@ def _contradictions(module: TracedModule, intakes: list[Intake]) -> Iterator[Rea
                     yield Reading(labels, verdicts, intake.values, f"constant {{}} enters {name}, {other}")
 
 
-def _users(module: TracedModule, name: str) -> set[str | fx.Node]:
+def users(module: TracedModule, name: str) -> set[str | fx.Node]:
     """Who reads a parameter, under any of its names: layers by name, other nodes themselves."""
     tensor = module.get_parameter(name)
     names = {other for other, item in module.named_parameters(remove_duplicate=False) if item is tensor}
@@ -182,7 +182,7 @@ def _contribution(module: TracedModule, intake: Intake, gone: BoolArray) -> Tens
     return (by_group * entering.reshape(intake.groups, 1, -1)).sum(-1).reshape(-1)
 
 
-def _live_outputs(labels: Labels, live: BoolArray, dim: int) -> Tensor:
+def live_outputs(labels: Labels, live: BoolArray, dim: int) -> Tensor:
     """Which indices of a dimension stay."""
     kept = torch.ones(labels.shape[dim], dtype=torch.bool)
     for factor in labels.factors:
@@ -191,14 +191,14 @@ def _live_outputs(labels: Labels, live: BoolArray, dim: int) -> Tensor:
     return kept
 
 
-def _output_dim(module: TracedModule, reader: Affine) -> int:
+def output_dim(module: TracedModule, reader: Affine) -> int:
     """The dimension of the output that the bias lies along."""
     name = getattr(reader.node.target, "__name__", "")
     linear = isinstance(module.get_submodule(reader.layer), nn.Linear) if reader.layer else name == "linear"
     return -1 if linear else 1
 
 
-def _fold(rewriter: Rewriter, reader: Affine, amounts: Tensor, ndim: int) -> str:
+def fold(rewriter: Rewriter, reader: Affine, amounts: Tensor, ndim: int) -> str:
     """Let a bias take constants over; the running mean of the BatchNorm behind it where there is none.
 
     Args:
@@ -263,10 +263,10 @@ def remove(module: TracedModule, groups: ChannelGroups, decision: Decision, auth
     with rewriting(module, author) as rewriter:
         for item in decision.folds:
             labels = groups.channels.facts.values[item.reader.node.name]
-            kept = _live_outputs(labels, decision.live, _output_dim(module, item.reader))
+            kept = live_outputs(labels, decision.live, output_dim(module, item.reader))
             amounts = item.amounts[kept.to(item.amounts.device)]
             if amounts.any():
-                told.append(_fold(rewriter, item.reader, amounts, len(labels.shape)))
+                told.append(fold(rewriter, item.reader, amounts, len(labels.shape)))
     return plan.align, told
 
 
@@ -282,7 +282,7 @@ def approximate(module: TracedModule, groups: ChannelGroups, inputs: Inputs, aut
         for intake, *calls in _calls(findings.intakes):
             readers = {item.reader.layer or item.reader.node for item in (intake, *calls)}
             gone = _gone(intake, decision.live)
-            if intake.exact or _users(module, intake.reader.weight) - readers:
+            if intake.exact or users(module, intake.reader.weight) - readers:
                 continue
             if np.nan_to_num(intake.values)[gone].any():
                 _blind(rewriter, intake, gone, len(groups.channels.facts.values[intake.reader.node.name].shape))
@@ -292,7 +292,7 @@ def approximate(module: TracedModule, groups: ChannelGroups, inputs: Inputs, aut
 def _blind(rewriter: Rewriter, intake: Intake, gone: BoolArray, ndim: int) -> None:
     """An affine map no longer sees these columns; its bias holds what they add inside."""
     module, reader = rewriter.module, intake.reader
-    _fold(rewriter, reader, _contribution(module, intake, gone), ndim)
+    fold(rewriter, reader, _contribution(module, intake, gone), ndim)
     weight = module.get_parameter(reader.weight).detach().clone()
     columns = torch.from_numpy(gone).to(weight.device)
     if intake.transposed:

@@ -38,7 +38,7 @@ class Context:
         notes: what the passes had to say, for the history.
         align: set by a pass that changes shapes: what a value of the module before it is in the one after it.
         masking: the module's masks while they are lifted off its graph, else None; see :attr:`Pass.lifts`.
-        rounded: set by a pass that computed new weights in this run although it seldom does; see ``Pass.rounds``.
+        rounded: set by a pass that computed new weights in this run although it seldom does; see ``Pass.rounding``.
         task: what the model is for, or None.
         dense: the model that the run began with, never changed; a teacher for instance.
         checkpoint: where the run's steps are stored.

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from fxcompress.errors import InputError
@@ -40,6 +41,13 @@ class Inputs:
             raise InputError(
                 f"example_inputs is a {type(example_inputs).__name__}; expected a tensor, a tuple of the forward's "
                 "positional arguments, or a dict of its keyword arguments."
+            )
+        values = pytree.tree_leaves((made.args, made.kwargs), is_leaf=lambda item: isinstance(item, PackedSequence))
+        if any(isinstance(value, PackedSequence) for value in values):
+            raise InputError(
+                "example_inputs hold a PackedSequence, whose lengths decide what happens next; expected tensors. Give "
+                "the model padded sequences and their lengths, and let a submodule pack them, run its layers and "
+                "unpack them (pack_padded_sequence, pad_packed_sequence): it stays as it is, unpruned."
             )
         if not any(True for _ in made.tensors()):
             raise InputError("example_inputs holds no tensor; give the model something to run on.")

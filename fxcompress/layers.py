@@ -147,7 +147,8 @@ def agree(layer: nn.Module, *, inputs: tuple[int, ...] | None = None, groups: in
     elif isinstance(layer, nn.Embedding):
         layer.num_embeddings, layer.embedding_dim = layer.weight.shape
     elif isinstance(layer, (nn.modules.batchnorm._NormBase)):
-        found = [t for t in [*layer.parameters(False), *layer.buffers(False)] if t.dim() == 1]
+        tensors = (*layer._parameters.values(), *layer._buffers.values())
+        found = [tensor for tensor in tensors if tensor is not None and tensor.dim() == 1]
         layer.num_features = found[0].shape[0] if found else (inputs or (0, layer.num_features))[1]
     elif isinstance(layer, (nn.LayerNorm, nn.RMSNorm)):
         if inputs is not None:

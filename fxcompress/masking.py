@@ -23,7 +23,7 @@ from fxcompress.errors import GraphError
 from fxcompress.layers import close_layer, closes, open_layer
 from fxcompress.merged import Merged, Step
 from fxcompress.module import MASKS, TracedModule, copy_graph, evaluating, submodule
-from fxcompress.nodes import apply_mask, restore_live, select_live
+from fxcompress.nodes import apply_mask, learned_mask, restore_live, select_live
 from fxcompress.plan import Plan
 from fxcompress.quantization.fake_quantize import QUANT, FakeQuantize
 from fxcompress.rewrite import Rewriter, rewriting
@@ -31,7 +31,7 @@ from fxcompress.rewrite import Rewriter, rewriting
 LIVE = "_live"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # equal by its tensors, and so without a hash
 class Masking:
     """What is masked.
 
@@ -55,15 +55,29 @@ class Masking:
             np.array_equal(flags, other.dead[axis]) for axis, flags in self.dead.items()
         )
 
-    __hash__ = None  # type: ignore[assignment]
-
     def live(self, channels: Channels) -> BoolArray:
-        """For every label of an analysis whether it lives."""
+        """For every label of an analysis whether it lives. What is remembered of an axis that is gone no longer counts.
+
+        Raises:
+            GraphError: an axis has another length than when it was masked.
+        """
         gone: BoolArray = np.zeros(len(channels.component), dtype=bool)
+        lengths: dict[tuple[str, int], list[int]] = {}
         for axis in channels.facts.ledger.axes if self.dead else ():
             flags = self.dead.get((axis.name, axis.dim))
-            if flags is not None and axis.kind != "made" and len(flags) == axis.size:
+            if flags is None or axis.kind == "made":
+                continue
+            lengths.setdefault((axis.name, axis.dim), []).append(axis.size)
+            if len(flags) == axis.size:
                 gone[axis.start : axis.start + axis.size] = flags
+        for (name, dim), found in lengths.items():  # a grouped transposed weight has two, one for all its groups
+            flags = self.dead[name, dim]
+            if len(flags) not in found:
+                raise GraphError(
+                    f"dimension {dim} of {name} has a length of {found[0]}; expected {len(flags)}, of which "
+                    f"{int(flags.sum())} are masked. A pass that changes lengths has to leave masked layers alone, or "
+                    "to run after Speedup."
+                )
         return channels.without(gone)
 
     def joined(self, elements: Mapping[str, Tensor]) -> Masking:
@@ -98,15 +112,6 @@ def masks(module: nn.Module) -> dict[str, Tensor]:
     return {name: buffer.clone() for name, buffer in holder.named_buffers()}
 
 
-def sparsity(module: nn.Module) -> dict[str, float]:
-    """The fraction of every masked parameter that its mask removes, measured, and of all parameters under ``""``."""
-    found = masks(module)
-    fractions = {name: 1 - float(mask.float().mean()) for name, mask in found.items()}
-    total = sum(parameter.numel() for parameter in module.parameters())
-    gone = sum(int((~mask).sum()) for mask in found.values())
-    return {**fractions, "": gone / total if total else 0.0}
-
-
 def clean(module: TracedModule) -> TracedModule:
     """The module without its mask nodes, changed in place."""
     lift(module)
@@ -120,7 +125,7 @@ def lift(module: TracedModule) -> Masking:
         return masking
     with rewriting(module, "lift") as rewriter:
         for node in list(module.graph.nodes):
-            if node.target in (apply_mask, restore_live, select_live) and "mask" in node.meta:
+            if node.target in (apply_mask, learned_mask, restore_live, select_live) and "mask" in node.meta:
                 source = node.args[0]
                 assert isinstance(source, fx.Node)
                 rewriter.replace(node, source)

@@ -21,19 +21,23 @@ from fxcompress.nodes import live_index, select_live
 from fxcompress.plan import Plan
 from fxcompress.rewrite import Rewriter
 
+#: What lays tensors side by side.
+_JOINS = frozenset((torch.cat, torch.concat, torch.concatenate, torch.stack))
 #: A selection along one dimension: the dimension, the node of the index, and the length of one period of it.
 Step = tuple[int, fx.Node, fx.Node | int]
 
 
 def run_length(labels: Labels, dim: int) -> int:
-    """How many equal labels follow each other along a dimension; 1 if not always equally many."""
+    """How many equal labels follow each other along a dimension; 0 if not always equally many."""
     runs = []
     for factor in labels.factors:
         if dim in dims_of(factor):
             same = (factor.diff(dim=dim) == 0).movedim(dim, 0).reshape(factor.shape[dim] - 1, -1)
             breaks = torch.cat((torch.zeros(1, dtype=torch.long), (~same.all(dim=1)).nonzero().reshape(-1) + 1))
             lengths = torch.cat((breaks, torch.tensor([factor.shape[dim]]))).diff()
-            runs.append(int(lengths.min()) if bool((lengths == lengths[0]).all()) else 1)
+            if not bool((lengths == lengths[0]).all()):
+                return 0
+            runs.append(int(lengths[0]))
     return math.gcd(*runs) or 1
 
 
@@ -78,16 +82,19 @@ class Merged:
         steps: list[Step] = []
         for i, dim in enumerate(cut.dims):
             if i != cut.column and len(cut.keep[i]) != labels.shape[dim]:
-                steps.append(self._step(dead, dim, len(cut.keep[i]), labels.shape[dim], ()))
+                steps.append(self._step(dead, labels, dim, len(cut.keep[i]), ()))
                 dead = self._after(steps[-1][1], "call_function", select_live, (dead, *steps[-1]))
         if cut.gather is not None and cut.column is not None:
             dim = cut.dims[cut.column]
             rows = tuple(d for d in cut.dims if d != dim)
-            steps.append(self._step(dead, dim, cut.gather.shape[cut.column], labels.shape[dim], rows))
+            steps.append(self._step(dead, labels, dim, cut.gather.shape[cut.column], rows))
         return steps
 
-    def _step(self, dead: fx.Node, dim: int, kept: int, size: int, rows: tuple[int, ...]) -> Step:
+    def _step(self, dead: fx.Node, labels: Labels, dim: int, kept: int, rows: tuple[int, ...]) -> Step:
         whole = self._after(dead, "call_method", "size", (dead, dim))
+        size = labels.shape[dim]
+        if not run_length(labels, dim):
+            kept = 0  # maps of two resolutions side by side: what fraction lives differs from image to image
         common = math.gcd(kept, size)
         index = self._after(whole, "call_function", live_index, (dead, dim, kept // common, size // common, rows))
         return dim, index, whole
@@ -105,12 +112,29 @@ class Merged:
         if _runs(labels) == 1:
             return self._spread(node, labels, holder)
         node = _unmasked(node)
+        if node.target in _JOINS:
+            return self._joined(node, holder)
         source = self._source(node)
         dead = None if source is None else self._dead_elements(source, holder)
         if dead is None or node.name not in self.plan.channels.facts.moves:
             return dead
         args: Any = fx.map_arg(node.args, lambda item: dead if item is source else item)
         kwargs: Any = fx.map_arg(dict(node.kwargs), lambda item: dead if item is source else item)
+        return self._after(node, node.op, node.target, args, kwargs)
+
+    def _joined(self, node: fx.Node, holder: str) -> fx.Node | None:
+        """The same for a concatenation, of which every piece is told; None if some piece cannot be."""
+        pieces: dict[fx.Node, fx.Node] = {}
+        for source in node.all_input_nodes:
+            labels = self.plan.value(source)
+            if not isinstance(labels, Labels):
+                continue  # a number
+            dead = self._dead_elements(source, holder) if labels.factors else self._spread(source, labels, holder)
+            if dead is None:
+                return None
+            pieces[source] = dead
+        args: Any = fx.map_arg(node.args, lambda item: pieces.get(item, item))
+        kwargs: Any = fx.map_arg(dict(node.kwargs), lambda item: pieces.get(item, item))
         return self._after(node, node.op, node.target, args, kwargs)
 
     def _source(self, node: fx.Node) -> fx.Node | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import inspect
 import operator
 import weakref
 from collections import Counter, OrderedDict
@@ -43,6 +44,17 @@ class OwnedGraph(fx.Graph):
     @owning_module.setter
     def owning_module(self, mod: fx.GraphModule | None) -> None:
         self._owner = None if mod is None else weakref.ref(mod)
+
+    def eliminate_dead_code(self, is_impure_node: Callable[[fx.Node], bool] | None = None) -> bool:
+        """Remove what nobody reads; whether there was anything. Who says what stays says it of a graph in order, which
+        torch.fx checks node by node before it starts (that takes as long as everything else here)."""
+        if is_impure_node is None:
+            return super().eliminate_dead_code()
+        before = len(self.nodes)
+        for node in reversed(self.nodes):
+            if not node.users and not is_impure_node(node):
+                self.erase_node(node)
+        return len(self.nodes) < before
 
 
 class TracedModule(fx.GraphModule):
@@ -84,6 +96,42 @@ class TracedModule(fx.GraphModule):
         for name in _HELD:
             tree.__dict__[name] = copy.copy(self.__dict__[name])
         return TracedModule.build(tree, copy_graph(self.graph), dict(self.meta))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph.
+
+        Raises:
+            InputError: the call has other arguments than the example inputs had, which alone the graph knows.
+        """
+        try:
+            return super().__call__(*args, **kwargs)
+        except TypeError:
+            problem = None if torch.compiler.is_compiling() else self._misfit(args, kwargs)
+            if problem is None:
+                raise
+        raise InputError(problem)
+
+    def _misfit(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """What is wrong with the arguments of a call; None if they are those that the graph has."""
+        nodes = self.graph.find_nodes(op="placeholder")
+        parameters = [
+            inspect.Parameter(
+                str(node.target),
+                inspect.Parameter.POSITIONAL_OR_KEYWORD,
+                default=node.args[0] if node.args else inspect.Parameter.empty,
+            )
+            for node in nodes
+        ]
+        try:
+            inspect.Signature(parameters).bind(*args, **kwargs)
+        except TypeError as error:
+            names = ", ".join(str(node.target) for node in nodes)
+            return (
+                f"the traced model's inputs do not fit the call: {error}; expected {names}, which the example inputs "
+                "held when it was traced. An input that they left out keeps its default and is none of the graph's: "
+                "trace the model again with all of them in example_inputs."
+            )
+        return None
 
     def recompile(self) -> Any:
         """Make code of the graph; while the module is waiting, only when it is called."""
@@ -145,6 +193,8 @@ def _compile_and_run(module: TracedModule, *args: Any, **kwargs: Any) -> Any:
     return type(module).forward(module, *args, **kwargs)
 
 
+#: Kinds of tables that every module has, most of them empty.
+_TABLES = frozenset((dict, OrderedDict, set))
 #: What a copy of a module may share with the original.
 _IMMUTABLE = frozenset((int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size, type))
 
@@ -184,16 +234,17 @@ def _copy_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     if id(module) in memo:
         known: nn.Module = memo[id(module)]
         return known
-    kind = type(module)
-    if hasattr(kind, "__deepcopy__") or kind.__reduce_ex__ is not object.__reduce_ex__ or _keeps_state(kind):  # type: ignore[arg-type]
+    kind: Any = type(module)
+    if hasattr(kind, "__deepcopy__") or kind.__reduce_ex__ is not object.__reduce_ex__ or _keeps_state(kind):
         return copy.deepcopy(module, memo)
-    made = memo[id(module)] = kind.__new__(kind)
+    made: nn.Module = kind.__new__(kind)
+    memo[id(module)] = made
     attributes = vars(made)
     for key, value in vars(module).items():
-        if type(value) in _IMMUTABLE or _is_immutable_tuple(value):
+        if type(value) in _TABLES and not value and key in _STANDARD:  # others may be shared, or known to somebody
+            attributes[key] = type(value)()
+        elif type(value) in _IMMUTABLE or _is_immutable_tuple(value):
             attributes[key] = value
-        elif key in _STANDARD and not value and type(value) in (dict, OrderedDict, set):
-            attributes[key] = type(value)()  # one's own empty dictionary may be shared, or known to somebody else
         elif key in ("_parameters", "_buffers"):
             attributes[key] = type(value)((name, _copy_tensor(tensor, memo)) for name, tensor in value.items())
         elif key == "_modules":
@@ -261,20 +312,24 @@ def modules_of(module: nn.Module, *, every_name: bool = False) -> dict[str, nn.M
         module: the root.
         every_name: a module that has several names is listed under all of them, not only the first.
     """
-    found: dict[str, nn.Module] = {}
-    seen: set[int] = set()
-    # A nested function that calls itself would do, and keep every module that it sees until the next collection.
-    waiting: list[tuple[str, nn.Module]] = [("", module)]
-    while waiting:
-        name, item = waiting.pop()
-        if id(item) in seen and not every_name:
-            continue
-        seen.add(id(item))
-        found[name] = item
-        if item._modules:
-            prefix = f"{name}." if name else ""
-            waiting += [(prefix + key, child) for key, child in reversed(item._modules.items()) if child is not None]
+    found: dict[str, nn.Module] = {"": module}
+    _add_children(module, "", found, None if every_name else {id(module)})
     return found
+
+
+def _add_children(module: nn.Module, prefix: str, found: dict[str, nn.Module], seen: set[int] | None) -> None:
+    """Note every module below one, before its own children; those in ``seen`` not again."""
+    for key, child in module._modules.items():
+        if child is None:
+            continue
+        if seen is not None:
+            if id(child) in seen:
+                continue
+            seen.add(id(child))
+        name = prefix + key
+        found[name] = child
+        if child._modules:
+            _add_children(child, f"{name}.", found, seen)
 
 
 def state_of(module: nn.Module, *, every_name: bool = False) -> dict[str, torch.Tensor]:

@@ -51,7 +51,9 @@ class Pass(ABC):
     #: The result computes the same function in eval mode; the pipeline checks it.
     preserves: ClassVar[bool] = False
     #: It computes new weights, which are rounded to their dtype: the claim holds to that dtype's tolerance.
-    rounds: ClassVar[bool] = False
+    rounding: ClassVar[bool] = False
+    #: Its result can be trained, not only run.
+    trainable: ClassVar[bool] = True
     #: Channels are looked at, so example inputs are needed.
     needs_inputs: ClassVar[bool] = False
     #: Running it again changes nothing.
@@ -267,7 +269,7 @@ def check_claim(item: Pass, reference: TracedModule, result: TracedModule, conte
         result,
         context.inputs,
         batched=bool(result.meta["batched"]),
-        tolerance=_rounding(result) if item.rounds or context.rounded else None,
+        tolerance=_rounding(result) if item.rounding or context.rounded else None,
         what=f"the result of {item.name}",
         align=context.align,
     ).difference

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import operator
 import warnings
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +23,7 @@ from fxcompress.channels.groups import ChannelGroups
 from fxcompress.channels.labels import (
     BoolArray,
     Cut,
+    FloatArray,
     Labels,
     cut_shape,
     cut_tensor,
@@ -31,24 +31,16 @@ from fxcompress.channels.labels import (
     distinct,
     labels_in,
     plan_cuts,
+    plan_line,
 )
 from fxcompress.channels.solve import Channels, source_of
 from fxcompress.errors import GraphError
+from fxcompress.gathers import Gather, selection
 from fxcompress.literals import LITERALS, InexpressibleError, Scaled
 from fxcompress.module import TracedModule, evaluating, submodule
 
 #: Positions are numbered in a dtype that holds what a padding may be filled with.
 _NUMBERS = torch.float64
-
-
-@dataclass(frozen=True)
-class Gather:
-    """A rearrangement written as a selection of positions: ``source`` along ``dim``, of ``size`` live positions."""
-
-    source: fx.Node
-    dim: int
-    index: Tensor
-    size: int
 
 
 @dataclass(frozen=True)
@@ -110,13 +102,18 @@ class Plan:
         return found[1]
 
     def _plan_cuts(self, labels: Labels) -> tuple[Cut, ...] | None:
-        if len(labels.factors) != 1 or len(dims_of(labels.factors[0])) > 1:
+        if len(labels.factors) != 1:
             return plan_cuts(labels, self.live)
         (factor,) = labels.factors  # most often the very one that the node before had
         known = self._simple.get(id(factor))
-        if known is None:
-            known = self._simple[id(factor)] = factor, plan_cuts(labels, self.live)
-        return known[1]
+        if known is not None:
+            return known[1]
+        dims = dims_of(factor)
+        if len(dims) != 1:
+            return plan_cuts(labels, self.live)
+        cut = plan_line(dims, [factor], self.live)
+        self._simple[id(factor)] = factor, () if cut is None else (cut,)
+        return self._simple[id(factor)][1]
 
     def shape(self, labels: Labels) -> tuple[int, ...]:
         """A tensor's live shape."""
@@ -343,53 +340,48 @@ class Plan:
             chain.append(start)
             start = source_of(start, self.channels.facts)
         before, after = self.value(start), self.value(node)
-        dims = {dim for cut in [*(self.cuts(before) or ()), *(self.cuts(after) or ())] for dim in cut.dims}
-        if len(dims) != 1:
-            raise InexpressibleError(node, "rearranges channels over several dimensions")
-        (dim,) = dims
-        rest = [shape[:dim] + shape[dim + 1 :] for shape in (before.shape, after.shape)]
-        if rest[0] != rest[1]:
-            raise InexpressibleError(node, "mixes channels with other dimensions")
-        size = before.shape[dim]
-        positions = torch.arange(math.prod(before.shape), dtype=_NUMBERS).reshape(before.shape)
+        cuts = self.cuts(before)
+        if cuts is None:
+            raise InexpressibleError(node, "rearranges what has no shape of its own")
+        positions = torch.arange(1, math.prod(before.shape) + 1, dtype=_NUMBERS).reshape(before.shape)  # 0: padding
         value: Any = positions
         for item in reversed(chain):
             source = source_of(item, self.channels.facts)
             value = self._run(
                 item, Call(item.op, item.target, item.args, dict(item.kwargs)), {source: value}, live=False
             )
-        stride = math.prod(before.shape[dim + 1 :])
-        order = value.movedim(dim, 0).reshape(value.shape[dim], -1)[:, 0].nan_to_num().long() // stride % size
-        if not torch.equal(value, positions.index_select(dim, order)):
-            raise InexpressibleError(node, "moves channels and other dimensions at once")
-        chosen = _kept(order, self.cuts(after), dim)
-        kept = _kept(torch.arange(size), self.cuts(before), dim)
-        place = torch.full((size,), -1)
-        place[kept] = torch.arange(len(kept))
-        index = place[chosen]
-        if (index < 0).any():
-            raise InexpressibleError(node, "reads a channel that would go")
-        return Gather(start, dim, index, len(kept))
+        given, wanted = cut_tensor(positions, cuts), cut_tensor(value, self.cuts(after) or ())
+        found = selection(given, wanted, before.varying() | after.varying())
+        if found is None:
+            raise InexpressibleError(node, "rearranges channels over several dimensions")
+        dim, index = found
+        return Gather(start, dim, index, given.shape[dim])
 
 
-def _kept(order: Tensor, cuts: Sequence[Cut] | None, dim: int) -> Tensor:
-    for cut in cuts or ():
-        if cut.dims == (dim,):
-            return order[torch.from_numpy(cut.keep[0])]
-    return order
+@dataclass(frozen=True)
+class Settled:
+    """What remains of a wanted live set.
+
+    Attributes:
+        live: for every label whether it lives.
+        repaired: the same as far as constraints alone bring it back.
+        problems: the nodes that could not be rewritten, at which the rest came back, and why.
+    """
+
+    live: BoolArray
+    repaired: BoolArray
+    problems: tuple[str, ...]
 
 
-def settle(
-    module: TracedModule, groups: ChannelGroups, live: BoolArray, rank: Mapping[int, float] | None = None
-) -> BoolArray:
+def settled(module: TracedModule, groups: ChannelGroups, live: BoolArray, rank: FloatArray | None = None) -> Settled:
     """The live set closest to ``live`` whose removal can be written down as a graph.
 
     Constraints are repaired, and channels come back at which a node could not be rewritten (the node is named in the
     warning); best ranked components come back first.
     """
-    channels = groups.channels
+    channels, problems = groups.channels, []
+    live = repaired = channels.repair(live, rank)
     while True:  # every round brings components back, so this ends
-        live = channels.repair(live, rank)
         plan = Plan.of(module, groups, live)
         try:
             plan.steps()
@@ -397,12 +389,18 @@ def settle(
             values = [plan.value(node) for node in (problem.node, *problem.node.all_input_nodes)]
             factors = [factor for labels in labels_in(values) for factor in labels.factors]
             back = channels.revived(live, distinct(np.concatenate([f.numpy().reshape(-1) for f in factors])))
-            warnings.warn(f"{problem}; its channels stay", stacklevel=2)
+            warnings.warn(f"{problem}; its channels stay", stacklevel=3)
             if (back == live).all():
                 raise
-            live = back
+            problems.append(str(problem))
+            live = channels.repair(back, rank)
         else:
-            return live
+            return Settled(live, repaired, tuple(problems))
+
+
+def settle(module: TracedModule, groups: ChannelGroups, live: BoolArray, rank: FloatArray | None = None) -> BoolArray:
+    """The live set alone of :func:`settled`."""
+    return settled(module, groups, live, rank).live
 
 
 def _attribute(module: TracedModule, name: str) -> Any:

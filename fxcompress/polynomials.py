@@ -153,7 +153,7 @@ class Counter:
             self._component[factor.numpy()]
             for constraint in ledger.constraints
             for factor in constraint.labels.factors
-            if constraint.labels.rows == {0} and factor.dim() == 2 and constraint.node in products
+            if constraint.labels.row_dims == {0} and factor.dim() == 2 and constraint.node in products
         ]
 
     def live(self, labels: Labels, repeats: int = 1, where: str = "") -> Product:

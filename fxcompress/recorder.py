@@ -7,13 +7,11 @@ real, and leaves a node behind. Control flow is not its business, because Python
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 import operator
-import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -24,11 +22,14 @@ from torch.overrides import TorchFunctionMode, _pop_mode_temporarily
 from torch.utils import _pytree as pytree
 
 from fxcompress.arguments import leaves, mapped
+from fxcompress.callers import user_line
 from fxcompress.errors import TraceError
+from fxcompress.gradients import Detached, computing
 from fxcompress.inputs import tensors_in
+from fxcompress.modes import TrainingFlag, WhileTraining, with_mode
 from fxcompress.module import OwnedGraph, state_of
 from fxcompress.nodes import require_recorded
-from fxcompress.outputs import items_of
+from fxcompress.outputs import making
 from fxcompress.sizes import TRACED, Expression, TracedInt, plain
 
 #: Calls whose *result* is decided by values, so that what Python does next cannot be recorded.
@@ -50,7 +51,6 @@ _RANDOM = frozenset(
     rand randn randint randperm rand_like randn_like randint_like bernoulli multinomial normal
     """.split()
 )
-_SKIPPED_FOLDERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
 #: Methods of Tensor by the id of their function: ``x ** 2`` comes past as a function called ``pow``, which it is not.
 _METHODS = {id(getattr(Tensor, name)): name for name in dir(Tensor) if callable(getattr(Tensor, name))}
@@ -59,54 +59,18 @@ MODE_HOLDER = "_mode"
 CONSTANTS = "_constants"
 
 
-class TrainingFlag(int):
-    """``module.training`` while recording: a flag to Python, a node when a recorded call takes it."""
-
-    asked: list[str] | None = None
-
-    def __bool__(self) -> bool:
-        if self.asked is not None:
-            self.asked.append(user_line())
-        return int(self) != 0
-
-    def __mul__(self, other: Any) -> Any:
-        return WhileTraining(other, int(self) != 0) if isinstance(other, float) else int(self) * other
-
-    __rmul__ = __mul__
-
-
-class WhileTraining(float):
-    """``p * module.training``: a dropout probability that is p in train mode and 0 in eval mode."""
-
-    probability: float
-
-    def __new__(cls, probability: float, training: bool) -> WhileTraining:
-        self = float.__new__(cls, probability if training else 0.0)
-        self.probability = probability
-        return self
+#: Why a forward cannot be recorded that reads values, or casts in places.
+_VALUES = "What happens next depends on values, which a graph cannot express."
+_DEVICES = ("cpu", "cuda")
+_AUTOCAST = "A graph does not say where its operators cast (autocast around the call of the model works)."
 
 
 class ValueReadError(Exception):
-    """A tensor's value was read: the running submodule cannot be recorded."""
+    """A tensor's value was read, or another thing was done that no graph says: the running submodule stays as it is."""
 
-    def __init__(self, scope: str, what: str, line: str) -> None:
+    def __init__(self, scope: str, what: str, line: str, why: str = _VALUES) -> None:
         super().__init__(f"{what} at {line}")
-        self.scope, self.what, self.line = scope, what, line
-
-
-@functools.cache
-def _skipped(filename: str) -> bool:
-    return filename.startswith(_SKIPPED_FOLDERS)
-
-
-def user_line() -> str:
-    """``file:line`` of the innermost frame that belongs neither to torch nor to fxcompress."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None:
-        if not _skipped(frame.f_code.co_filename):
-            break
-        frame = frame.f_back
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        self.scope, self.what, self.line, self.why = scope, what, line, why
 
 
 def mutates(node: fx.Node) -> bool:
@@ -127,13 +91,17 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.computes = computes
         self.graph: fx.Graph = OwnedGraph()
+        self.detached = Detached(self.graph)
+        self.plain: set[str] = set()  # scopes whose mode is an ordinary bool
         self.constants: dict[str, Tensor] = {}
         self.scopes: list[str] = [""]
         self.reached: set[str] = {""}
         self.quiet = 0
         self.known = known
         self.training = model.training
+        self.cast = _autocast()
         self.branches: list[str] = []
+        self.drawn: set[str] = set()  # generators other than torch's
         self.device: torch.device | None = None
         self._device_node: fx.Node | None = None
         self._first_input: fx.Node | None = None
@@ -157,6 +125,8 @@ class Recorder(TorchFunctionMode):
         if self.quiet:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
+        if name == "_set_grad_enabled":
+            return func(*args, **kwargs)  # what runs there says so itself
         if name in ("__get__", "__set__"):
             return self._property(func, args, is_set=name == "__set__")
         if name in _SIZES and args and isinstance(args[0], Tensor):
@@ -174,6 +144,8 @@ class Recorder(TorchFunctionMode):
             )  # masking and removal change strides; where it can, this is a view
         if name in ("__getitem__", "__setitem__"):
             args = (args[0], self._index(args[1], args[0].device), *args[2:])
+        if self.scopes[-1] in self.plain:
+            args, kwargs = with_mode(func, args, kwargs, self.training)
         tensors = list(tensors_in((args, kwargs)))
         if name in _FROM_DATA and not tensors and not _is_traced((args, kwargs)):
             made = func(*args, **kwargs)
@@ -191,19 +163,20 @@ class Recorder(TorchFunctionMode):
         kwargs: Mapping[str, Any],
         tensors: list[Tensor],
         module: str | None = None,
+        trains: bool = False,
     ) -> Any:
-        """Run one call and leave a node for it (``module``: the call is that of a leaf module)."""
+        """Run one call and leave a node for it (``module``: of a leaf module, which ``trains`` parameters)."""
         self.quiet += 1  # nothing that is read or run from here on is the user's
         try:
+            self.detached.look()
+            if _autocast() != self.cast:
+                raise ValueReadError(self.scopes[-1], "autocast is switched inside the forward", user_line(), _AUTOCAST)
             versions = [tensor._version for tensor in tensors]
             nodes = self.argument(args), self.argument(dict(kwargs))
             if kwargs or not all(isinstance(arg, Tensor) for arg in args):
                 args, kwargs = pytree.tree_map(_concrete, (args, dict(kwargs)), is_leaf=_is_number)
-            if module is None:  # torch has taken this mode off to call it
-                result = func(*args, **kwargs)
-            else:
-                with _pop_mode_temporarily():
-                    result = func(*args, **kwargs)
+            with computing(), _pop_mode_temporarily() if module is not None else nullcontext():
+                result = func(*args, **kwargs)  # where it is a function, torch has taken this mode off
             written = any(tensor._version != version for tensor, version in zip(tensors, versions, strict=True))
             if not written and not _has_tensor(result):
                 return result
@@ -217,6 +190,8 @@ class Recorder(TorchFunctionMode):
             if name in _RANDOM or any(source in self._dynamic for source in node.all_input_nodes):
                 self._dynamic.add(node)
             inputs = {id(tensor) for tensor in tensors}
+            if not trains:
+                self.detached.made(node)
             return self._bind(result, node, inputs, fresh=not written)
         finally:
             self.quiet -= 1
@@ -319,7 +294,7 @@ class Recorder(TorchFunctionMode):
 
     def _argument(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            return self.node(value)
+            return self.detached.entering(self.node(value), value)
         if isinstance(value, TRACED):
             return self._number(value)
         if isinstance(value, TrainingFlag):
@@ -373,11 +348,13 @@ class Recorder(TorchFunctionMode):
     def _bind(self, value: Any, node: fx.Node, inputs: set[int], *, fresh: bool) -> Any:
         """Remember which node stands for every tensor in ``value``; return what the user's code gets."""
         if isinstance(value, Tensor):
+            if not fresh and id(value) in inputs and self.detached.is_outside(self.node(value)):
+                return value  # written into without gradients: it keeps its own
             if fresh and id(value) in inputs:
                 # Handed back as it came (an Identity, or a dropout that is off): another object, so that later uses
                 # of the input are not mistaken for uses of the output.
                 value = value.detach()
-            self._remember(value, node)
+            self._remember(value, self.detached.leaving(node, value))
             return value
         if isinstance(value, Mapping):
             for key, item in value.items():
@@ -396,6 +373,7 @@ class Recorder(TorchFunctionMode):
         child.meta["scope"], child.meta["source"] = node.meta.get("scope", ""), node.meta.get("source", "")
         if node in self._dynamic:
             self._dynamic.add(child)
+        self.detached.part(node, child)
         return self._bind(item, child, inputs, fresh=True)
 
     def _remember(self, tensor: Tensor, node: fx.Node) -> None:
@@ -410,6 +388,7 @@ class Recorder(TorchFunctionMode):
 
     def output(self, value: Any) -> None:
         """Finish the graph with the forward's result and remove what nothing needs."""
+        self.detached.look()
         self.graph.output(self._result(value))
         for tensor, made, version in self._literals.values():
             key = next((key for key, constant in self.constants.items() if constant is made), None)
@@ -430,17 +409,13 @@ class Recorder(TorchFunctionMode):
         constant.replace_all_uses_with(copy, delete_user_cb=lambda user: user is not copy)
 
     def _result(self, value: Any) -> Any:
-        fields = getattr(type(value), "__dataclass_fields__", None)
-        if fields is not None:
-            made = {name: self._field(fields[name], item) for name, item in items_of(value)}
-            kept = {name: item for name, item in made.items() if item is not None}
-            return self.graph.call_function(type(value), (), kept)
+        if hasattr(type(value), "__dataclass_fields__") or (isinstance(value, Mapping) and type(value) is not dict):
+            return self._object(value)
         if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
             items_ = map(self._result, value)
             return type(value)(*items_) if hasattr(value, "_fields") else type(value)(items_)
         if isinstance(value, Mapping):
-            entries = {key: self._result(item) for key, item in value.items()}
-            return entries if type(value) is dict else self.graph.call_function(type(value), (entries,))
+            return {key: self._result(item) for key, item in value.items()}
         try:
             return self.argument(value)
         except ValueReadError:
@@ -449,6 +424,20 @@ class Recorder(TorchFunctionMode):
                 "tuples, lists, dicts or dataclasses of them. Have it left out (a cache of keys and values by "
                 "use_cache=False in the call or the model's config), or return tensors and wrap them outside the model."
             ) from None
+
+    def _object(self, value: Any) -> fx.Node:
+        """A result of a class of its own, made by its class or, where that makes another thing of it, by copying."""
+        made = making(value)
+        if made is None:
+            raise TraceError(
+                f"the model returns a {type(value).__name__}, which neither its class makes of what it holds nor "
+                "copy.copy; expected a class that does. Return a dict or a tuple and wrap it outside the model."
+            )
+        fields = getattr(type(value), "__dataclass_fields__", {})
+        if made.kwargs is None:
+            return self.graph.call_function(made.target, tuple(map(self._result, made.args)))
+        found = {name: self._field(fields[name], item) for name, item in made.kwargs.items()}
+        return self.graph.call_function(made.target, (), {k: item for k, item in found.items() if item is not None})
 
     def _field(self, field: dataclasses.Field[Any], value: Any) -> Any:
         """A field of a result; None, which is as good, for an optional one that a graph cannot hold."""
@@ -466,6 +455,11 @@ def _lists_positions(item: Any) -> bool:
     if isinstance(item, (np.ndarray, range)):
         return True
     return isinstance(item, (list, tuple)) and bool(item) and all(type(number) in (int, bool) for number in item)
+
+
+def _autocast() -> tuple[Any, ...]:
+    """Whether operators cast what they are given, and to which dtype, on each kind of device that is usual."""
+    return tuple((kind, torch.get_autocast_dtype(kind)) for kind in _DEVICES if torch.is_autocast_enabled(kind))
 
 
 def _is_traced(value: Any) -> bool:

@@ -153,4 +153,4 @@ def agree_recurrent(layer: nn.Module) -> None:
     attributes.input_size, attributes.hidden_size = first.shape[1], first.shape[0] // gates_of(operator)
     if isinstance(layer, nn.RNNBase):
         layer.proj_size = second.shape[1] if layer.proj_size else 0
-        layer._init_flat_weights()  # type: ignore[no-untyped-call,unused-ignore]
+        attributes._init_flat_weights()

@@ -122,7 +122,10 @@ class Rewriter:
     def set_tensor(self, name: str, tensor: Tensor) -> None:
         """Replace the tensor of a parameter or buffer, under all its names; parameters stay parameters."""
         holder, leaf = self.owner(name)
-        old = getattr(holder, leaf)
+        self.exchange(getattr(holder, leaf), tensor)
+
+    def exchange(self, old: Tensor, tensor: Tensor) -> None:
+        """:meth:`set_tensor` for who has the parameter or buffer itself in hand."""
         new = tensor
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(tensor.detach(), requires_grad=old.requires_grad)
@@ -152,14 +155,24 @@ class Rewriter:
 
     def add_buffer(self, name: str, tensor: Tensor, *, persistent: bool) -> None:
         """Register a buffer under a dotted name, making the modules on the way."""
+        holder, leaf = self._holder(name)
+        holder.register_buffer(leaf, tensor, persistent=persistent)
+        self.edits += 1
+
+    def add_parameter(self, name: str, tensor: Tensor) -> None:
+        """Register a parameter under a dotted name, making the modules on the way."""
+        holder, leaf = self._holder(name)
+        holder.register_parameter(leaf, nn.Parameter(tensor))
+        self.edits += 1
+
+    def _holder(self, name: str) -> tuple[nn.Module, str]:
         *path, leaf = name.split(".")
         holder: nn.Module = self.module
         for part in path:
             if part not in holder._modules:
                 holder._modules[part] = nn.Module()
             holder = submodule(holder, part)
-        holder.register_buffer(leaf, tensor, persistent=persistent)
-        self.edits += 1
+        return holder, leaf
 
     def has_module(self, name: str) -> bool:
         """Whether there is a submodule of this name."""

@@ -11,11 +11,12 @@ from torch import Tensor, fx, nn
 from fxcompress.arguments import mapped
 from fxcompress.channels.groups import ChannelGroups
 from fxcompress.channels.labels import BoolArray, Labels, cut_tensor
+from fxcompress.gathers import Gather
 from fxcompress.layers import agree
 from fxcompress.literals import Scaled, live_groups
-from fxcompress.module import TracedModule, modules_of, submodule
+from fxcompress.module import TracedModule, modules_of, state_of, submodule
 from fxcompress.nodes import scale_size, select_live
-from fxcompress.plan import Call, Gather, Plan
+from fxcompress.plan import Call, Plan
 from fxcompress.quantization.fake_quantize import FakeQuantize
 from fxcompress.rewrite import Rewriter, rewriting
 
@@ -105,12 +106,12 @@ def _write_gather(rewriter: Rewriter, node: fx.Node, gather: Gather) -> None:
 
 def _cut_tensors(rewriter: Rewriter, plan: Plan, masks: Mapping[str, Tensor]) -> None:
     """Every parameter and buffer without its dead slices, and zero where it is masked."""
+    state = state_of(rewriter.module)
     for name, labels in plan.channels.facts.state.items():
-        cuts, mask = plan.cuts(labels), masks.get(name)
+        cuts, mask, old = plan.cuts(labels), masks.get(name), state.pop(name)
         if not cuts and mask is None:
             continue
-        holder, leaf = rewriter.owner(name)
-        tensor = cut_tensor(getattr(holder, leaf).detach(), cuts or ())
+        tensor = cut_tensor(old.detach(), cuts or ())
         if mask is not None:
             tensor = tensor * cut_tensor(mask, cuts or ()).to(tensor.device)
-        rewriter.set_tensor(name, tensor.contiguous())
+        rewriter.exchange(old, tensor.contiguous())

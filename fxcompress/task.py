@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils import _pytree as pytree
+from torch.utils.data import DistributedSampler
 
 from fxcompress.errors import InputError, TrainingError
 from fxcompress.inputs import Inputs
@@ -41,7 +44,8 @@ class Task:
         score: ``score(model)`` gives a float, higher is better; called in eval mode without gradients.
         optimizer: a function from parameters to an optimizer; called for every training anew.
         epochs: how long a training takes; a pass may say otherwise.
-        schedule: a function from an optimizer to a learning rate schedule, stepped after every epoch.
+        schedule: a function from an optimizer to a learning rate schedule, stepped after every epoch
+            (``ReduceLROnPlateau`` is given the loss, or the score if its mode is ``"max"``).
         device: where to train and to calibrate; by default where the model is. The model comes back afterwards.
         precision: ``torch.bfloat16`` or ``torch.float16`` for automatic mixed precision; gradients are scaled for the
             latter.
@@ -72,6 +76,11 @@ class Task:
                     "optimizer is an optimizer over one model's parameters; expected a function that makes one for any "
                     "model's, such as lambda p: torch.optim.SGD(p, lr=0.01)."
                 )
+            if isinstance(value, nn.modules.loss._Loss):
+                raise InputError(
+                    f"{name} is {value!r}, which takes outputs and targets; expected a function of model and batch, "
+                    "such as lambda model, batch: F.cross_entropy(model(batch[0]), batch[1])."
+                )
             if value is not None and not callable(value):
                 raise InputError(f"{name} is a {type(value).__name__}; expected {_WHAT.get(name, 'a function')}.")
         given = self.batches
@@ -94,8 +103,16 @@ class Task:
         """What of ``needs`` was not given."""
         return [need for need in needs if getattr(self, need) is None]
 
-    def read(self, count: int | None = None) -> Iterator[Any]:
-        """Batches, all or the first ``count``, their tensors on the task's device.
+    @property
+    def length(self) -> int | None:
+        """How many batches there are, if that is known without reading them."""
+        try:
+            return len(self.batches)  # type: ignore[arg-type]
+        except TypeError:
+            return None
+
+    def read(self, count: int | None = None, device: torch.device | None = None) -> Iterator[Any]:
+        """Batches, all or the first ``count``, their tensors on the task's device (by default ``device``).
 
         Raises:
             InputError: there are none, or fewer than ``count``.
@@ -103,23 +120,24 @@ class Task:
         if self.batches is None:
             raise InputError(missing(["batches"], "the task"))
         source = self.batches() if callable(self.batches) else self.batches
-        generator = getattr(source, "generator", None)
-        if isinstance(generator, torch.Generator):  # its order shall follow the seed of the run, like everything else
-            generator.manual_seed(int(torch.randint(2**31, ())))
+        _reshuffle(source)
         number = 0
         for batch in islice(source, count):
             number += 1
-            yield self.placed(batch)
+            yield self.placed(batch, device)
         if not number:
             raise InputError("batches gave no batch; expected at least one each time they are read.")
         if count is not None and number < count:
             raise InputError(f"batches gave {number} batches; expected {count}. Ask for fewer, or give more.")
 
-    def placed(self, batch: Any) -> Any:
-        """A batch with its tensors on the task's device."""
-        if self.device is None:
+    def placed(self, batch: Any, device: torch.device | None = None) -> Any:
+        """A batch with its tensors on the task's device, by default on ``device``."""
+        target = device if self.device is None else torch.device(self.device)
+        if target is None:
             return batch
-        return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(self.device, non_blocking=True), batch)
+        # Towards the host a copy that nobody waits for may be read before it is there.
+        move = partial(Tensor.to, device=target, non_blocking=target.type != "cpu")
+        return pytree.tree_map_only(Tensor, move, batch)
 
     def objective(self, model: nn.Module, batch: Any) -> Tensor:
         """The loss of one batch, in the task's precision: a scalar.
@@ -130,7 +148,8 @@ class Task:
         if self.loss is None:
             raise InputError(missing(["loss"], "the task"))
         device = next((p.device.type for p in model.parameters()), "cpu")
-        with torch.autocast(device, self.precision, enabled=self.precision is not None):
+        # Without a precision of its own it runs in that of whoever calls, such as another library's trainer.
+        with nullcontext() if self.precision is None else torch.autocast(device, self.precision):
             value = self.loss(model, batch)
         if not isinstance(value, Tensor) or value.numel() != 1:
             found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
@@ -165,9 +184,34 @@ class Task:
             raise TrainingError(f"score(model) gave {value}; expected a finite number, higher is better.")
         return value
 
+    def begun_with(self, dense: nn.Module) -> Task:
+        """This task in a run of ``compress`` that begins with the model ``dense``, which stays as it is."""
+        return self
+
+    def with_loss(self, loss: Callable[[nn.Module, Any], Tensor]) -> Task:
+        """What trains as this task does, on another loss."""
+        return replace(self, loss=loss)
+
+    def without_patience(self) -> Task:
+        """This task, all epochs of which run."""
+        return replace(self, patience=None)
+
     def train(self, model: nn.Module, training: Training) -> tuple[Epoch, ...]:
         """Train a model in place; trainers of other libraries take this method's place."""
         return training.run(self, model)
+
+
+def _reshuffle(source: Any) -> None:
+    """Let the order of a DataLoader follow the seed of the run, whatever its samplers drew before."""
+    sampler = getattr(source, "sampler", None)
+    inner = getattr(getattr(source, "batch_sampler", None), "sampler", None)
+    generators = {id(g): g for item in (source, sampler, inner) if (g := getattr(item, "generator", None)) is not None}
+    for generator in generators.values():
+        if isinstance(generator, torch.Generator):
+            generator.manual_seed(int(torch.randint(2**31, ())))
+    for item in {id(item): item for item in (sampler, inner)}.values():
+        if isinstance(item, DistributedSampler):
+            item.set_epoch(int(torch.randint(2**31, ())))
 
 
 def missing(needs: Iterable[Need], who: str) -> str:

@@ -30,10 +30,14 @@ from fxcompress.generate import Op, Spec, inputs, motifs, network, networks
 from fxcompress.inputs import Inputs, other_batch
 from fxcompress.module import MASKS, TracedModule
 from fxcompress.pipeline import Pass
+from fxcompress.quantization.fake_quantize import QUANT
+from fxcompress.task import Task
 from fxcompress.trace import trace
 from fxcompress.verify import TOLERANCE, precise
 
-__all__ = ["LAWS", "Case", "LawBroken", "Op", "Spec", "check_laws", "inputs", "motifs", "network", "networks"]
+__all__ = [
+    "LAWS", "Case", "LawBroken", "Op", "Spec", "check_laws", "inputs", "motifs", "network", "networks", "quiet_task",
+]  # fmt: skip
 
 
 class LawBroken(AssertionError):  # noqa: N818 - it reads as what it is
@@ -86,7 +90,13 @@ class Case:
 
 
 def check_laws(
-    pass_: Pass, model: nn.Module, inputs: Any, *, seed: int = 0, laws: Sequence[str] | None = None
+    pass_: Pass,
+    model: nn.Module,
+    inputs: Any,
+    *,
+    task: Task | None = None,
+    seed: int = 0,
+    laws: Sequence[str] | None = None,
 ) -> TracedModule:
     """Run a pass on a model and check the laws that every pass obeys.
 
@@ -101,12 +111,13 @@ def check_laws(
     - ``copies``: a deep copy and a pickle compute the same, and share no tensor with the result.
     - ``modes``: the result is in the model's mode; ``train()`` and ``eval()`` reach everything, and training for a step
       and coming back gives the same outputs.
-    - ``trains``: every parameter that had a gradient still gets one.
+    - ``trains``: every parameter that had a gradient still gets one, unless the result is not to be trained.
 
     Args:
         pass_: the pass.
         model: any module, or what fxcompress made.
         inputs: what ``compress`` takes as ``example_inputs``.
+        task: what a pass trains on; :func:`quiet_task` by default.
         seed: for whatever is random.
         laws: names of the laws to check; all by default.
 
@@ -120,7 +131,8 @@ def check_laws(
     unknown = [name for name in chosen if name not in LAWS]
     if unknown:
         raise ValueError(f"laws has {unknown[0]!r}; expected names from {', '.join(LAWS)}.")
-    case = _run_case(pass_, model, Inputs.parse(inputs), seed)
+    example = Inputs.parse(inputs)
+    case = _run_case(pass_, model, example, quiet_task(example) if task is None else task, seed)
     for name in chosen:
         problem = LAWS[name](case)
         if problem:
@@ -128,7 +140,31 @@ def check_laws(
     return case.after
 
 
-def _run_case(item: Pass, model: nn.Module, example: Inputs, seed: int) -> Case:
+def quiet_task(inputs: Inputs) -> Task:
+    """A task for any model: its batches are the inputs, twice; its outputs shall be small."""
+    return Task(
+        batches=[inputs, inputs],
+        loss=_mean_square,
+        score=lambda model: -float(_mean_square(model, inputs)),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e-4),
+    )
+
+
+def _mean_square(model: nn.Module, batch: Inputs) -> Tensor:
+    floating = [
+        out for out in pytree.tree_leaves(batch.run(model)) if isinstance(out, Tensor) and out.is_floating_point()
+    ]
+    scale = max((float(out.detach().abs().max()) for out in floating if out.numel()), default=1.0) or 1.0
+    total = torch.zeros((), requires_grad=True)
+    for out in floating:
+        total = total + (out.float() / scale).square().mean()
+    return total
+
+
+def _run_case(item: Pass, model: nn.Module, example: Inputs, task: Task, seed: int) -> Case:
+    run = functools.partial(
+        compress, passes=[item], example_inputs=example, task=task, verify=False, seed=seed, progress=False
+    )
     before = trace(model, example)
     portraits = {"model": (model, portrait(model)), "inputs": (example, portrait(example))}
     random = torch.get_rng_state()
@@ -143,14 +179,9 @@ def _run_case(item: Pass, model: nn.Module, example: Inputs, seed: int) -> Case:
         )
 
     try:
-        after = compress(model, [item], example_inputs=example, verify=False, seed=seed, progress=False)
+        after = run(model)
         portraits["result"] = (after, portrait(after))
-        run_twice = item.idempotent
-        again = (
-            compress(after, [item], example_inputs=example, verify=False, seed=seed, progress=False)
-            if run_twice
-            else None
-        )
+        again = run(after) if item.idempotent else None
     except Exception as error:
         changed = touched()
         if changed:  # also a run that fails leaves the caller's model alone
@@ -351,7 +382,7 @@ def _preserves(case: Case) -> str:
         return ""
     context = Context(inputs=case.inputs[0], seed=case.seed, verify=False)
     reference = case.item.reference(copy.deepcopy(case.before), context)
-    bound = TOLERANCE[torch.float32 if case.item.rounds else torch.float64]
+    bound = TOLERANCE[torch.float32 if case.item.rounding else torch.float64]
     one, two = precise(reference).eval(), precise(case.after).eval()
     for trial in case.inputs:
         wide = trial.map(lambda t: t.double() if t.is_floating_point() else t)
@@ -362,8 +393,9 @@ def _preserves(case: Case) -> str:
 
 
 def _keys(case: Case) -> str:
+    own = (f"{MASKS}.", f"{QUANT}.")
     before, after = (
-        {key for key in module.state_dict() if not key.startswith(f"{MASKS}.")} for module in (case.model, case.after)
+        {key for key in module.state_dict() if not key.startswith(own)} for module in (case.model, case.after)
     )
     said = " ".join(case.step.notes)
     unreached = tuple(case.after.meta["unreached"])
@@ -433,6 +465,8 @@ def _trainable(case: Case) -> bool:
 
 
 def _trains(case: Case) -> str:
+    if not case.item.trainable:
+        return ""
     expected, found = _gradients(case.before, case.inputs[0]), _gradients(case.after, case.inputs[0])
     lost = [name for name in found if name in expected and expected[name] and not found[name]]
     return f"{lost[0]} gets no gradient any more" if lost else ""

@@ -5,26 +5,29 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fxcompress import attempts, dtypes
-from fxcompress.arguments import leaves, mapped
 from fxcompress.attention import multihead_attention
+from fxcompress.batch import looks_like_batch, replace_scaled
+from fxcompress.callers import user_line
+from fxcompress.chance import foreign_draws
 from fxcompress.errors import FxCompressError, InputError
 from fxcompress.exclusive import exclusive
+from fxcompress.gradients import differentiating
 from fxcompress.inputs import Inputs, check_devices, other_batch, tensors_in
+from fxcompress.modes import PlainFlagNeeded, TrainingFlag
 from fxcompress.module import TracedModule, copied, copy_graph, modules_of, owner, state_of
-from fxcompress.nodes import scale_size
-from fxcompress.recorder import CONSTANTS, MODE_HOLDER, Recorder, TrainingFlag, ValueReadError, user_line
+from fxcompress.recorder import CONSTANTS, MODE_HOLDER, Recorder, ValueReadError
 from fxcompress.valueless import Valueless
+from fxcompress.verify import difference, run_seeded, tolerance_of
 
 #: Modules of torch.nn that are written out or traced through: channels, or sizes that change with them, live inside.
 _OPENED = (
@@ -36,17 +39,6 @@ _OPENED = (
     nn.TransformerDecoderLayer,
     nn.Unflatten,
 )
-#: Functions whose integers are sizes, where a literal may stand for the batch.
-_SHAPED = frozenset(
-    """
-    view reshape expand repeat tile unflatten split narrow arange zeros ones full empty rand randn new_zeros
-    new_ones new_full new_empty broadcast_to
-    """.split()
-)
-
-
-#: Functions that take a dimension apart, over which Python may then have looped.
-_TAKEN_APART = frozenset(("unbind", "select", "chunk", "split", "tensor_split"))
 
 
 @exclusive
@@ -75,19 +67,22 @@ def capture(model: nn.Module, example_inputs: Any, *, waiting: bool = False) -> 
         return copy.deepcopy(model)
     if not isinstance(model, nn.Module):
         raise InputError(f"model is a {type(model).__name__}; expected a torch.nn.Module.")
-    if example_inputs is None:
-        return _trace_symbolically(model)
-    inputs = Inputs.parse(example_inputs)
-    if inputs is not example_inputs:  # whoever parsed them has checked them
-        check_devices(model, inputs)
-    if isinstance(model, TracedModule):
-        return _trace_again(model, inputs)
-    return _trace(model, inputs, waiting)
+    with differentiating():  # what is made in inference mode has no versions, by which writes are seen
+        if example_inputs is None:
+            return _trace_symbolically(model)
+        inputs = Inputs.parse(example_inputs)
+        if inputs is not example_inputs:  # whoever parsed them has checked them
+            check_devices(model, inputs)
+        if isinstance(model, TracedModule):
+            return _trace_again(model, inputs)
+        return _trace(model, inputs, waiting)
 
 
 def _trace(model: nn.Module, inputs: Inputs, waiting: bool = False) -> TracedModule:
     work = copied(model)
-    attempt = attempts.best(functools.partial(_record, model, work, inputs), work)
+    attempt = attempts.best(
+        functools.partial(_record, model, work, inputs), work, functools.partial(_is_right, model, work, inputs)
+    )
     recorder, opaque = attempt.recorder, attempt.opaque
     for scope, read in attempt.reads.items():
         warnings.warn(
@@ -100,6 +95,13 @@ def _trace(model: nn.Module, inputs: Inputs, waiting: bool = False) -> TracedMod
             "use_cache=False); if you do, return its tensors.",
             stacklevel=3,
         )
+    if recorder.drawn:
+        warnings.warn(
+            f"the forward draws numbers from {' and '.join(sorted(recorder.drawn))}, which no graph does: the result "
+            "keeps what they were when it was recorded. Draw from torch (torch.rand, Tensor.bernoulli_), in the size "
+            "of the batch if it is a path that is dropped.",
+            stacklevel=3,
+        )
     if recorder.branches:
         warnings.warn(
             f"the forward asks for self.training, at {recorder.branches[0]}, and the model is in train mode: the path "
@@ -109,10 +111,23 @@ def _trace(model: nn.Module, inputs: Inputs, waiting: bool = False) -> TracedMod
     found = _dtype_followers(model, inputs, attempt)
     with attempt.asked():
         batched = _settle_batch(model, work, inputs, recorder, opaque)
-    if found:
-        recorder.constants[dtypes.MARKER] = torch.zeros((), dtype=dtypes.dtype_of(work), device=recorder.device)
-        dtypes.follow(recorder.graph, found, f"{CONSTANTS}.{dtypes.MARKER}")
+    for index, (dtype, followers) in enumerate(found):
+        marker = f"{dtypes.MARKER}{index or ''}"
+        recorder.constants[marker] = torch.zeros((), dtype=dtype, device=recorder.device)
+        dtypes.follow(recorder.graph, followers, f"{CONSTANTS}.{marker}")
     return _assemble(work, recorder, opaque, batched, waiting)
+
+
+def _is_right(model: nn.Module, work: nn.Module, inputs: Inputs, attempt: attempts.Attempt) -> bool:
+    """Whether a recording computes what the model does, which is told nothing about being captured."""
+    made = copy.deepcopy(_assemble(work, attempt.recorder, attempt.opaque, ()))
+    bounds = [tolerance_of(tensor.dtype) for tensor in model.parameters() if tensor.is_floating_point()]
+    with torch.no_grad():
+        expected = run_seeded(copied(model), inputs)
+        try:
+            return difference(expected, run_seeded(made, inputs)) <= max(bounds, default=tolerance_of(torch.float32))
+        except Exception:  # noqa: BLE001 - what a recording raises where the model does not
+            return False
 
 
 def _trace_again(model: TracedModule, inputs: Inputs) -> TracedModule:
@@ -132,6 +147,11 @@ class _StandIns(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return is_leaf(m) or isinstance(m, nn.MultiheadAttention)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if not torch.is_grad_enabled():
+            raise NotImplementedError("a part that runs without gradients can only be recorded")
+        return super().create_node(*args, **kwargs)
 
 
 def _trace_symbolically(model: nn.Module) -> TracedModule:
@@ -160,29 +180,42 @@ def _trace_symbolically(model: nn.Module) -> TracedModule:
 
 def _record(model: nn.Module, work: nn.Module, inputs: Inputs, opaque: set[str], known: frozenset[int]) -> Recorder:
     """Record the forward without computing what layers make of activations; with it, where that is not possible."""
-    if not opaque:  # an opaque module is the user's code, and looks at values
+    computes = bool(opaque)  # an opaque module is the user's code, and looks at values
+    plain: set[str] = set()
+    while True:  # every round adds a module, or is the last but one
         try:
-            return _record_with(model, work, inputs, opaque, known, computes=False)
+            return _record_with(model, work, inputs, opaque, known, plain, computes=computes)
+        except PlainFlagNeeded as needed:
+            plain.add(needed.path)
         except InputError:
-            pass
-    return _record_with(model, work, inputs, opaque, known, computes=True)
+            if computes:
+                raise
+            computes = True
 
 
 def _record_with(
-    model: nn.Module, work: nn.Module, inputs: Inputs, opaque: set[str], known: frozenset[int], *, computes: bool
+    model: nn.Module,
+    work: nn.Module,
+    inputs: Inputs,
+    opaque: set[str],
+    known: frozenset[int],
+    plain: set[str],
+    *,
+    computes: bool,
 ) -> Recorder:
     recorder = Recorder(work, known, computes=computes)
-    inputs = inputs.map(Tensor.clone)
+    recorder.plain = plain
+    inputs = inputs.map(lambda tensor: tensor.detach().clone())
     bound = _bind(work, inputs)
     originals = {name: t for name, t in state_of(model).items() if not isinstance(t, nn.Parameter)}
     buffers = {name: (owner(work, name), t) for name, t in recorder.state.items() if name in originals}
-    with _instrumented(work, recorder, opaque), torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with _instrumented(work, recorder, opaque), torch.random.fork_rng(devices=[]):
         for name, (value, optional) in bound.items():
             recorder.placeholder(name, value, optional)
         try:
-            with recorder:
+            with foreign_draws(recorder.drawn), recorder:
                 result = work(*inputs.args, **inputs.kwargs)
-        except (ValueReadError, FxCompressError):
+        except (ValueReadError, PlainFlagNeeded, FxCompressError):
             raise
         except Exception as error:
             raise InputError(
@@ -192,7 +225,7 @@ def _record_with(
         finally:
             held = {name: getattr(*place) for name, (place, _) in buffers.items()}
             for name, buffer in held.items():
-                buffer.copy_(originals[name])
+                buffer.detach().copy_(originals[name])
         replaced = sorted(name for name, (_, buffer) in buffers.items() if held[name] is not buffer)
         if replaced:
             warnings.warn(
@@ -233,7 +266,8 @@ def is_leaf(module: nn.Module) -> bool:
     hooked = module._forward_hooks or module._forward_pre_hooks
     if isinstance(module, nn.modules.conv._ConvNd) and module.padding_mode != "zeros":
         return False  # a pad and a convolution
-    return plain and not hooked and not any(True for _ in module.children()) and type(module) is not nn.Module
+    childless = all(child is None for child in module._modules.values())
+    return plain and not hooked and childless and type(module) is not nn.Module
 
 
 @contextmanager
@@ -246,13 +280,14 @@ def _instrumented(model: nn.Module, recorder: Recorder, opaque: set[str]) -> Ite
     try:
         for path, module in modules:
             if path in opaque or (path and is_leaf(module)):  # the model itself is always written out
-                module.__dict__["forward"] = _leaf_forward(recorder, path, module.forward)
+                module.__dict__["forward"] = _leaf_forward(recorder, path, module)
                 continue
             forward = module.forward
             if isinstance(module, nn.MultiheadAttention):
                 forward = functools.partial(multihead_attention, module)
             module.__dict__["forward"] = _scoped_forward(recorder, path, forward)
-            if not is_leaf(module) and not any(path.startswith(f"{name}.") for name in opaque):
+            inside = path in recorder.plain or any(path.startswith(f"{name}.") for name in opaque)
+            if not is_leaf(module) and not inside:
                 flag = module.__dict__["training"] = TrainingFlag(module.training)
                 flag.asked = recorder.branches if module.training else None
         yield
@@ -265,7 +300,9 @@ def _instrumented(model: nn.Module, recorder: Recorder, opaque: set[str]) -> Ite
                     module.__dict__[key] = before[key]
 
 
-def _leaf_forward(recorder: Recorder, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+def _leaf_forward(recorder: Recorder, path: str, module: nn.Module) -> Callable[..., Any]:
+    forward = module.forward
+
     def run(*args: Any, **kwargs: Any) -> Any:
         if recorder.quiet:
             return forward(*args, **kwargs)
@@ -275,7 +312,8 @@ def _leaf_forward(recorder: Recorder, path: str, forward: Callable[..., Any]) ->
             raise ValueReadError(recorder.scopes[-1], what, user_line())
         tensors = list(tensors_in((args, kwargs)))
         call = forward if recorder.computes or not recorder.depends_on_inputs(tensors) else valueless
-        return recorder.record(call, "", args, kwargs, tensors, module=path)
+        trains = not torch.is_grad_enabled() and any(each.requires_grad for each in module.parameters())
+        return recorder.record(call, "", args, kwargs, tensors, module=path, trains=trains)
 
     def valueless(*args: Any, **kwargs: Any) -> Any:
         with Valueless():
@@ -290,6 +328,10 @@ def _scoped_forward(recorder: Recorder, path: str, forward: Callable[..., Any]) 
         recorder.scopes.append(path)
         try:
             return forward(*args, **kwargs)
+        except TypeError as error:
+            if PlainFlagNeeded.is_behind(error) and path not in recorder.plain:
+                raise PlainFlagNeeded(path) from None
+            raise
         finally:
             recorder.scopes.pop()
 
@@ -299,21 +341,32 @@ def _scoped_forward(recorder: Recorder, path: str, forward: Callable[..., Any]) 
 # ---- the dtype and the batch dimension -----------------------------------------------------------------------------
 
 
-def _dtype_followers(model: nn.Module, inputs: Inputs, attempt: attempts.Attempt) -> dtypes.Followers:
-    """The literals that are the model's own dtype, found by recording it in another where there could be any."""
-    dtype = dtypes.dtype_of(model)
-    if dtype is None or not dtypes.names_dtype(attempt.recorder.graph, dtype):
-        return []
-    other = dtypes.other_dtype(dtype)
-    twin = copied(model).to(other)
-    moved = inputs.map(lambda tensor: tensor.to(other) if tensor.is_floating_point() else tensor)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            again = attempts.attempt(functools.partial(_record, twin, twin, moved), twin, attempt.asked)
-    except FxCompressError:
-        return []
-    return dtypes.followers(attempt.recorder.graph, again.recorder.graph, dtype, other)
+def _dtype_followers(
+    model: nn.Module, inputs: Inputs, attempt: attempts.Attempt
+) -> list[tuple[torch.dtype, dtypes.Followers]]:
+    """The literals that are a dtype of the model's, found by recording it in another where there could be any."""
+    found = []
+    present = dtypes.dtypes_of(model)
+    for dtype in present:
+        if not dtypes.names_dtype(attempt.recorder.graph, dtype):
+            continue
+        other = dtypes.other_dtype(present)
+        twin = dtypes.moved(copied(model), dtype, other)
+        moves = [each for each in (tensor.dtype for tensor in inputs.tensors()) if each.is_floating_point]
+        given = _moved(inputs, [dtype] if len(present) > 1 else moves, other)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                again = attempts.attempt(functools.partial(_record, twin, twin, given), twin, attempt.asked)
+        except FxCompressError:
+            continue
+        followers = dtypes.followers(attempt.recorder.graph, again.recorder.graph, dtype, other)
+        found += [(dtype, followers)] if followers else []
+    return found
+
+
+def _moved(inputs: Inputs, dtypes_: list[torch.dtype], other: torch.dtype) -> Inputs:
+    return inputs.map(lambda tensor: tensor.to(other) if tensor.dtype in dtypes_ else tensor)
 
 
 def _settle_batch(
@@ -329,7 +382,7 @@ def _settle_batch(
     batched = tuple(name for name, value in recorder.inputs.items() if value.dim() and len(value) == batch)
     if not batched:
         return ()
-    if not recorder.literals and not any(_looks_like_batch(node, batch) for node in recorder.graph.nodes):
+    if not recorder.literals and not any(looks_like_batch(node, batch) for node in recorder.graph.nodes):
         return batched
     other = other_batch(batch)
     try:
@@ -342,71 +395,7 @@ def _settle_batch(
     if not all(torch.equal(one, two) for one, two in pairs):
         return ()  # numbers in the code count the batch
     source = next(node for node in recorder.graph.nodes if node.name in batched)
-    return batched if _replace_scaled(recorder.graph, again.graph, batch, other, source) else ()
-
-
-def _looks_like_batch(node: fx.Node, batch: int) -> bool:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if node.op not in ("call_function", "call_method"):
-        return False
-    if name in _TAKEN_APART or (name == "getitem" and _first_index(node.args[1])):
-        return True
-    if name not in _SHAPED:
-        return False
-    return any(type(leaf) is int and leaf > 0 and leaf % batch == 0 for leaf in leaves((node.args, node.kwargs)))
-
-
-def _first_index(index: Any) -> bool:
-    """Whether an index picks one element, or a fixed range, of dimension 0."""
-    first = index[0] if isinstance(index, (tuple, list)) and index else index
-    if isinstance(first, slice):
-        return any(type(bound) is int for bound in (first.start, first.stop))
-    return type(first) is int
-
-
-def _replace_scaled(first: fx.Graph, second: fx.Graph, batch: int, other: int, source: fx.Node) -> bool:
-    """Turn the literals that scale with the batch into sizes of ``source``; False if the graphs do not correspond."""
-    pairs = list(zip(first.nodes, second.nodes, strict=False))
-    if len(first.nodes) != len(second.nodes):
-        return False
-    scaled: list[tuple[fx.Node, set[int]]] = []
-    for node, twin in pairs:
-        if (node.op, node.target) != (twin.op, twin.target):
-            return False
-        here, there = leaves((node.args, node.kwargs)), leaves((twin.args, twin.kwargs))
-        if len(here) != len(there):
-            return False
-        found = set()
-        for index, (a, b) in enumerate(zip(here, there, strict=True)):
-            if isinstance(a, (fx.Node, Tensor)) or a == b:
-                continue
-            if type(a) is not int or type(b) is not int or a * other != b * batch:
-                return False
-            found.add(index)
-        if found:
-            scaled.append((node, found))
-    if scaled:
-        _write_sizes(first, scaled, batch, source)
-    return True
-
-
-def _write_sizes(graph: fx.Graph, scaled: list[tuple[fx.Node, set[int]]], batch: int, source: fx.Node) -> None:
-    with graph.inserting_after(source):
-        size = graph.call_method("size", (source, 0))
-    for node, indices in scaled:
-        places = itertools.count()
-
-        def rewrite(
-            value: Any, node: fx.Node = node, indices: set[int] = indices, places: Iterator[int] = places
-        ) -> Any:
-            if next(places) not in indices:
-                return value
-            if value == batch:
-                return size
-            with graph.inserting_before(node):
-                return graph.call_function(scale_size, (size, value, batch))
-
-        node.args, node.kwargs = mapped(rewrite, node.args), mapped(rewrite, dict(node.kwargs))
+    return batched if replace_scaled(recorder.graph, again.graph, batch, other, source) else ()
 
 
 # ---- the module that runs the graph --------------------------------------------------------------------------

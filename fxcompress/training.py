@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -12,13 +13,14 @@ from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from fxcompress.checkpoint import Kept, Stateful
 from fxcompress.errors import InputError, TrainingError
+from fxcompress.processes import averaging, mean, share_statistics
 from fxcompress.task import Task
 
 Result = TypeVar("Result")
@@ -29,10 +31,10 @@ class Epoch:
     """One pass over the batches.
 
     Attributes:
-        loss: mean over the batches, penalty left out.
+        loss: mean over the batches and the processes, penalty left out.
         penalty: mean over the batches.
         score: the task's, or None if it has none.
-        steps: of the optimizer, this epoch's.
+        steps: this epoch's, one for each batch; one whose gradients overflowed in float16 counts, and changes nothing.
         seconds: how long it took.
     """
 
@@ -52,7 +54,7 @@ class Training:
         step: takes a step of the run: ``step(work)`` is ``work()``, once (:mod:`fxcompress.checkpoint`).
         keep: has the state of an optimizer, or the like, stored with every step; returns what takes it out again.
         penalty: an algorithm's addition to the loss, a scalar tensor.
-        after_step: called after every step of the optimizer with the number of steps so far, from 1.
+        after_step: called without gradients after every step with the number of steps so far, from 1.
         console: where progress is shown.
         title: what is trained, for progress and messages.
     """
@@ -89,6 +91,7 @@ class _Loop:
         parameters = [p for p in model.parameters() if p.requires_grad]
         if not parameters:
             raise InputError("no parameter of the model requires gradients; there is nothing to train.")
+        self.device = parameters[0].device
         assert task.optimizer is not None
         self.optimizer = task.optimizer(parameters)
         if not isinstance(self.optimizer, Optimizer):
@@ -97,25 +100,29 @@ class _Loop:
             )
         self.schedule = None if task.schedule is None else task.schedule(self.optimizer)
         scaled = task.precision is torch.float16
-        self.scaler = torch.amp.GradScaler(parameters[0].device.type, enabled=scaled)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
         self.best = Kept(value=-math.inf, state=None, waited=0)
+        self.runner: Callable[..., Any] = averaging(model)
         kept: list[Any] = [self.optimizer, self.best, *([self.schedule] if self.schedule else [])]
         self.releases = [training.keep(item) for item in [*kept, *([self.scaler] if scaled else [])]]
-        self.runner: Callable[..., Any] = distributed(model)
 
     def close(self) -> None:
         """Nothing of this training stays: neither what it kept nor gradients."""
         for release in self.releases:
             release()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._forget_gradients()
+
+    def _forget_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)  # it may have parameters besides the model's, and not all of these
+        self.model.zero_grad(set_to_none=True)
 
     def run(self) -> tuple[Epoch, ...]:
         done: list[Epoch] = []
         patience = self.task.patience
-        with _progress(self.training) as advance:
+        with _shown(self.training, self.task.length) as bar:
             for number in range(self.training.epochs):
                 before = sum(epoch.steps for epoch in done)
-                epoch, waited = self.training.step(partial(self._epoch, number, before, advance))
+                epoch, waited = self.training.step(partial(self._epoch, number, before, bar))
                 done.append(epoch)
                 if patience is not None and waited >= patience:
                     break
@@ -123,44 +130,79 @@ class _Loop:
             self.training.step(self._restore_best)
         return tuple(done)
 
-    def _epoch(self, number: int, before: int, advance: Callable[..., None]) -> tuple[Epoch, int]:
+    def _epoch(self, number: int, before: int, bar: _Bar) -> tuple[Epoch, int]:
         start = time.perf_counter()
+        bar.begin(number)
         losses, penalties = [], []
-        for step, batch in enumerate(self.task.read(), 1):
-            loss, penalty = self._step(batch, f"epoch {number + 1}, step {step}")
+        updated = False
+        for step, batch in enumerate(self._batches(number), 1):
+            loss, penalty, stepped = self._step(batch, f"epoch {number + 1}, step {step}")
             losses.append(loss)
             penalties.append(penalty)
+            updated |= stepped
             if self.training.after_step is not None:
                 with torch.no_grad():
                     self.training.after_step(before + step)
-            advance(number, step, loss)
-        if self.schedule is not None:
-            self.schedule.step()
-        score = None if self.task.score is None else self.task.measure(self.model)
+            bar.advance(number, step, loss)
+        bar.end(number, len(losses))
+        self._check_weights(number)
+        share_statistics(self.model)
+        score = None
+        if self.task.score is not None:
+            (score,) = mean([self.task.measure(self.model)], self.device)
         loss = math.fsum(losses) / len(losses)
+        if updated:  # else float16 overflowed in all steps, and the optimizer has not begun
+            self._adjust_rate(loss, score)
         waited = self._judge(-loss if score is None else score)
         seconds = time.perf_counter() - start
         return Epoch(loss, math.fsum(penalties) / len(penalties), score, len(losses), seconds), waited
 
-    def _step(self, batch: Any, place: str) -> tuple[float, float]:
-        self.optimizer.zero_grad(set_to_none=True)
+    def _batches(self, number: int) -> Iterator[Any]:
+        """The task's batches, as many in every process: one that has none left would leave the others waiting."""
+        source = self.task.read(device=self.device)
+        for step in itertools.count(1):
+            batch = next(source, _END)
+            (having,) = mean([float(batch is not _END)], self.device)
+            if having == 0:
+                return
+            if having < 1:
+                raise InputError(
+                    f"batches ended before step {step} of epoch {number + 1} in {1 - having:.0%} of the processes; "
+                    "expected as many in each, such as a DistributedSampler gives."
+                )
+            yield batch
+
+    def _step(self, batch: Any, place: str) -> tuple[float, float, bool]:
+        """Loss and penalty, each the mean over the processes, and whether the optimizer took its step."""
+        self._forget_gradients()
         loss = self.task.objective(self.runner, batch)  # type: ignore[arg-type]  # DDP around the module
         penalty = loss.new_zeros(()) if self.training.penalty is None else self.training.penalty()
-        total = loss + penalty
-        if not bool(torch.isfinite(total)):
-            raise TrainingError(
-                f"the loss is {float(total.detach())} at {place} of {self.training.title}; expected a finite one. Lower "
-                "the learning rate, clip gradients (Task(clip=1.0)), or look at that batch."
-            )
-        self.scaler.scale(total).backward()
+        found, added = mean([float(loss.detach()), float(penalty.detach())], self.device)
+        require_finite(found + added, place, self.training.title)
+        self.scaler.scale(loss + penalty).backward()
         if self.task.clip is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(
                 [p for group in self.optimizer.param_groups for p in group["params"]], self.task.clip
             )
+        scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return float(loss.detach()), float(penalty.detach())
+        return found, added, self.scaler.get_scale() >= scale  # it is lowered where a step was left out
+
+    def _check_weights(self, number: int) -> None:
+        """A gradient may be no number although the loss was one; such weights are not stored."""
+        if not math.isfinite(nn.utils.get_total_norm(self.model.parameters())):
+            raise TrainingError(
+                f"weights became NaN or infinite in epoch {number + 1} of {self.training.title}, at finite losses; "
+                "expected finite ones. Look for a gradient that does not exist (sqrt at 0), or lower the learning rate."
+            )
+
+    def _adjust_rate(self, loss: float, score: float | None) -> None:
+        if isinstance(self.schedule, ReduceLROnPlateau):
+            self.schedule.step(score if self.schedule.mode == "max" and score is not None else loss)
+        elif self.schedule is not None:
+            self.schedule.step()
 
     def _judge(self, value: float) -> int:
         """How many epochs there have been since the best one."""
@@ -180,11 +222,16 @@ class _Loop:
             self.model.load_state_dict(state)
 
 
-def distributed(model: nn.Module) -> Callable[..., Any]:
-    """The model as one of several processes trains it: gradients are averaged; alone, the model itself."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return model
-    return DistributedDataParallel(model)
+_END = object()
+
+
+def require_finite(total: float, place: str, title: str) -> None:
+    """Raise :class:`TrainingError` unless a loss, penalty included, is a finite number."""
+    if not math.isfinite(total):
+        raise TrainingError(
+            f"the loss is {total} at {place} of {title}; expected a finite one. Lower the learning rate, clip "
+            "gradients (Task(clip=1.0)), or look at that batch."
+        )
 
 
 @contextmanager
@@ -213,20 +260,44 @@ def training_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@dataclass
+class _Bar:
+    """The epochs done, the loss and the time left.
+
+    Attributes:
+        progress: the display.
+        row: its one row, counted in epochs.
+        title: what is trained.
+        length: steps in an epoch; 0 until that is known.
+    """
+
+    progress: Progress
+    row: TaskID
+    title: str
+    length: int
+
+    def begin(self, epoch: int) -> None:
+        """Where a run goes on, the epochs before took no time of this one."""
+        if epoch and not self.progress.tasks[0].completed:
+            self.progress.reset(self.row, completed=epoch)
+
+    def advance(self, epoch: int, step: int, loss: float) -> None:
+        """One step was taken."""
+        shown = min(step / self.length, 1.0) if self.length else 0.0
+        self.progress.update(self.row, completed=epoch + shown, description=f"{self.title}: loss {loss:.4g}")
+
+    def end(self, epoch: int, steps: int) -> None:
+        """An epoch was as long as this."""
+        self.length = steps
+        self.progress.update(self.row, completed=epoch + 1)
+
+
 @contextmanager
-def _progress(training: Training) -> Iterator[Callable[..., None]]:
-    """A bar with the epochs done, the loss and the time left; yields what moves it on."""
+def _shown(training: Training, length: int | None) -> Iterator[_Bar]:
+    """A bar on the console; ``length``: steps in an epoch, if that is known before the first has ended."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=training.console, transient=True, disable=training.console.quiet) as progress:
-        bar = progress.add_task(training.title, total=training.epochs)
-        longest = [1]
-
-        def advance(epoch: int, step: int, loss: float) -> None:
-            longest[0] = max(longest[0], step)
-            shown = min(step / longest[0], 1.0) if epoch else 0.0  # how long an epoch is shows after the first
-            progress.update(bar, completed=epoch + shown, description=f"{training.title}: loss {loss:.4g}")
-
-        yield advance
+        yield _Bar(progress, progress.add_task(training.title, total=training.epochs), training.title, length or 0)
 
 
 def summary(epochs: tuple[Epoch, ...]) -> str:

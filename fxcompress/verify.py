@@ -67,6 +67,13 @@ def difference(expected: Any, found: Any) -> float:
     return worst
 
 
+def run_seeded(model: Callable[..., Any], inputs: Inputs) -> Any:
+    """``model`` applied to ``inputs``, drawing the random numbers that every model here draws."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return inputs.run(model)
+
+
 def precise(model: nn.Module) -> nn.Module:
     """A float64 copy of a model, dtype literals in its graph included, so that two copies differ by rounding alone."""
     made = copy.deepcopy(model).double()
@@ -143,7 +150,7 @@ def verify(
     trials = [inputs] + ([inputs.rebatched(other_batch(inputs.batch))] if batched else [])
     with torch.no_grad(), evaluating(expected), evaluating(found), default_dtype(dtype):
         for trial in trials:
-            gap = difference(trial.run(expected), trial.run(found))
+            gap = difference(run_seeded(expected, trial), run_seeded(found, trial))
             worst = max(worst, gap)
             if not gap <= bound:
                 node = _first_difference(expected, found, trial, bound, align)
@@ -183,7 +190,9 @@ def _first_difference(
     for recording, module in ((right, expected), (left, found)):
         fresh = inputs.map(Tensor.clone)
         try:
-            recording.run(*positional(module, fresh))
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                recording.run(*positional(module, fresh))
         except RuntimeError:
             break  # what ran before the failure is compared all the same
     for node in found.graph.nodes:

@@ -81,13 +81,13 @@ class _Sign(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(x.abs() <= 1)  # not x, which a ReLU in place may be about to change
         return torch.where(x < 0, -1.0, 1.0).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        (x,) = ctx.saved_tensors
-        return gradients[0] * (x.abs() <= 1)
+        (inside,) = ctx.saved_tensors
+        return gradients[0] * inside
 
 
 def clip_weights(module: TracedModule) -> None:

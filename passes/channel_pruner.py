@@ -4,46 +4,30 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fxcompress.channels.groups import ChannelGroups, Group, Slices
-from fxcompress.channels.labels import BoolArray
+from fxcompress.channels.groups import ChannelGroups, Group
+from fxcompress.channels.labels import BoolArray, FloatArray, IntArray
 from fxcompress.channels.propagate import OUTPUT
 from fxcompress.channels.row_sets import RowSet
 from fxcompress.channels.solve import Channels
 from fxcompress.context import Context
-from fxcompress.errors import InputError, PassError
+from fxcompress.errors import InputError
 from fxcompress.masking import Masking, complete
-from fxcompress.module import TracedModule, modules_of, submodule
-from fxcompress.passes.removable_units import FloatArray, Units, channel_units, row_units
+from fxcompress.module import TracedModule, modules_of
+from fxcompress.passes.removable_units import Units, channel_units, row_units
+from fxcompress.passes.scoring import NEEDS, Criterion, Layer, Reads, elements, normalised
 from fxcompress.pipeline import Pass
-from fxcompress.plan import settle
+from fxcompress.plan import settled
 from fxcompress.select import Selection, Selectors, Sparsity
+from fxcompress.task import Need, require_count
 
 _NONE = np.empty(0, dtype=np.int64)
-
-
-@dataclass(frozen=True)
-class Layer:
-    """What a criterion sees of a layer that produces channels.
-
-    Attributes:
-        name: dotted name of the module that holds the weight.
-        module: that module.
-        weight: its producing slices, shape (channels, ...): dimension 0 is the channel, whatever the layer's own
-            layout; masked elements are zero. Of a recurrent layer they are the rows of ``weight_ih`` and then those
-            of ``weight_hh``, one for each gate of a hidden unit, whose scores are combined as coupled layers' are.
-    """
-
-    name: str
-    module: nn.Module
-    weight: Tensor
 
 
 @dataclass(frozen=True)
@@ -75,7 +59,13 @@ class ChannelPruner(Pass):
     round_to: int = 1
     reduce: Literal["sum", "mean", "max"] = "sum"
     granularity: Literal["channel", "head_dim", "head"] = "channel"
+    norm_by: Literal["none", "size", "layer"] = "none"
+    max_sparsity_per_group: float | None = None
+    batches: int | None = None
 
+    #: What the criterion looks at: :attr:`Layer.weight` alone, or :attr:`Layer.activation` or :attr:`Layer.gradient`
+    #: too, which are measured on the task's batches.
+    reads: ClassVar[Reads] = "weight"
     needs_inputs: ClassVar[bool] = True
     idempotent: ClassVar[bool] = True
     lifts: ClassVar[bool] = True
@@ -94,10 +84,29 @@ class ChannelPruner(Pass):
             raise InputError(f"reduce is {self.reduce!r}; expected 'sum', 'mean' or 'max'.")
         if self.granularity not in ("channel", "head_dim", "head"):
             raise InputError(f"granularity is {self.granularity!r}; expected 'channel', 'head_dim' or 'head'.")
+        if self.norm_by not in ("none", "size", "layer"):
+            raise InputError(f"norm_by is {self.norm_by!r}; expected 'none', 'size' or 'layer'.")
+        cap = self.max_sparsity_per_group
+        if cap is not None and (isinstance(cap, bool) or not isinstance(cap, (int, float)) or not 0 <= cap < 1):
+            raise InputError(f"max_sparsity_per_group is {cap!r}; expected a fraction in [0, 1).")
+        if self.reads not in NEEDS:
+            raise InputError(f"{self.name}.reads is {self.reads!r}; expected 'weight', 'activation' or 'gradient'.")
+        if self.batches is not None:
+            require_count("batches", self.batches)
+            if self.reads == "weight":
+                raise InputError(f"batches is {self.batches}, and {self.name} looks at weights alone; leave it out.")
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """What the criterion looks at must come from somewhere."""
+        return NEEDS[self.reads]
 
     @abstractmethod
     def score(self, layer: Layer) -> Tensor:
-        """How much each channel of a layer matters: shape (channels,), higher is kept."""
+        """How much each channel of a layer matters: shape (channels,), higher is kept.
+
+        Where :attr:`reads` says that it looks at data, it is asked once for each batch, and the scores are averaged.
+        """
 
     def run(self, module: TracedModule, context: Context) -> TracedModule:
         """Score, choose, and mask."""
@@ -106,16 +115,18 @@ class ChannelPruner(Pass):
         chosen = self._choose(groups, module, context)
         while True:  # what had to come back leaves room for others: every further round masks more, so this ends
             live = masking.live(groups.channels)
-            kept, back = self._settled(chosen, module, groups, masking, live)
+            kept, uneven, stuck, problems = self._settled(chosen, module, groups, masking, live, context)
             if (kept == live).all():
                 break
             context.masking = masking.with_live(groups.channels, kept)
-            if not back:
+            if not uneven and not stuck:
                 break
             masking = complete(module, context.masking, groups.channels)
-        if back:
-            what = "heads" if self.granularity == "head" else "channels"
-            context.notes.append(f"{back} {what} stay so that coupled rows keep equal numbers")
+        what = "heads" if self.granularity == "head" else "channels"
+        if uneven:
+            context.notes.append(f"{uneven} {what} stay so that coupled rows keep equal numbers")
+        if stuck:
+            context.notes.append(f"{stuck} {what} stay: {'; '.join(problems)}")
         context.notes += _reasons(groups)
         return module
 
@@ -126,31 +137,53 @@ class ChannelPruner(Pass):
         groups: ChannelGroups,
         masking: Masking,
         live: BoolArray,
-    ) -> tuple[BoolArray, int]:
-        """For every label whether it lives once the lowest have gone, and how many had to come back."""
+        context: Context,
+    ) -> tuple[BoolArray, int, int, tuple[str, ...]]:
+        """For every label whether it lives once the lowest have gone, how many had to come back for the sake of rows,
+        and how many at nodes that could not be rewritten, with those."""
         channels = groups.channels
-        tables = [self._units(item, module, channels, masking, live) for item, _ in chosen]
+        components, whole, rank = self._lowest(chosen, module, groups, masking, live, context)
+        found = settled(module, groups, live & channels.live(components, whole), rank)
+        uneven, back = (
+            int(channels.alive(kept)[components].sum()) + int(channels.rows.living(kept)[whole].sum())
+            for kept in (found.repaired, found.live)
+        )
+        return found.live, uneven, back - uneven, found.problems
+
+    def _lowest(
+        self,
+        chosen: list[tuple[Group | RowSet, float]],
+        module: TracedModule,
+        groups: ChannelGroups,
+        masking: Masking,
+        live: BoolArray,
+        context: Context,
+    ) -> tuple[IntArray, IntArray, FloatArray]:
+        """The components and the rows that score lowest, as many as are to go, and what components score."""
+        channels = groups.channels
+        alive, rows = channels.alive(live), channels.rows.living(live)
+        scores = self._scores([item for item, _ in chosen], module, groups, masking, context)
+        tables = [
+            self._units(item, score, channels, alive, rows) for (item, _), score in zip(chosen, scores, strict=True)
+        ]
         counts = self._counts(tables, [sparsity for _, sparsity in chosen])
-        rank: dict[int, float] = {}
+        rank = np.zeros(len(channels.component))
         for units in tables:
-            rank.update(units.rank)
+            rank[units.ranked] = units.importance
         gone = [units.lowest(count) for units, count in zip(tables, counts, strict=True)]
-        components, rows = (
+        components, whole = (
             np.concatenate([_NONE, *parts]) for parts in (zip(*gone, strict=True) if gone else ((), ()))
         )
-        kept = settle(module, groups, live & channels.live(components, rows), rank)
-        back = int(channels.alive(kept)[components].sum()) + int(channels.rows.living(kept)[rows].sum())
-        return kept, back
+        return components, whole, rank
 
     def _units(
-        self, item: Group | RowSet, module: TracedModule, channels: Channels, masking: Masking, live: BoolArray
+        self, item: Group | RowSet, scores: FloatArray, channels: Channels, alive: BoolArray, rows: BoolArray
     ) -> Units:
-        """What may go of a group, or of a set of rows, with scores."""
-        scores = self._scores(item, module, masking)
+        """What may go of a group, or of a set of rows; for every component and row whether it lives."""
         if isinstance(item, RowSet):
-            return row_units(item, scores, channels.rows.living(live)[item.numbers])
-        alive, row = channels.alive(live)[item.components], channels.rows.row[item.components]
-        return channel_units(item, scores, alive, row, aligned=self.granularity == "head_dim")
+            return row_units(item, scores, rows[item.numbers])
+        row = channels.rows.row[item.components]
+        return channel_units(item, scores, alive[item.components], row, aligned=self.granularity == "head_dim")
 
     # ---- which groups ------------------------------------------------------------------------------------------
 
@@ -183,52 +216,56 @@ class ChannelPruner(Pass):
 
     # ---- scores ------------------------------------------------------------------------------------------------
 
-    def _scores(self, group: Group | RowSet, module: TracedModule, masking: Masking) -> FloatArray:
-        """Scores of a group's channels (a set's rows), those of its layers combined: shape (width,)."""
+    def _scores(
+        self,
+        items: Sequence[Group | RowSet],
+        module: TracedModule,
+        groups: ChannelGroups,
+        masking: Masking,
+        context: Context,
+    ) -> list[FloatArray]:
+        """For every group (set of rows) the scores of its channels (rows), those of its layers combined: (width,)."""
+        slices = [item for group in items for item in group.slices]
+        criterion = Criterion(self.name, self.score, self.reads, self.batches)
+        found = iter(criterion.scores(slices, module, masking, groups, context))
+        made = []
+        for group in items:
+            parts = [next(found) for _ in group.slices]
+            if self.norm_by != "none":
+                sizes = [elements(item, module) for item in group.slices]
+                parts = [normalised(part, self.norm_by, size) for part, size in zip(parts, sizes, strict=True)]
+            made.append(self._combined(group, parts))
+        return made
+
+    def _combined(self, group: Group | RowSet, parts: Sequence[FloatArray]) -> FloatArray:
         total = np.full(group.width, -np.inf) if self.reduce == "max" else np.zeros(group.width)
-        seen = np.zeros(group.width)
-        for item in group.slices:
-            layer = _layer(item, module, masking)
-            with torch.no_grad():
-                score = self.score(layer)
-            if not isinstance(score, Tensor) or score.shape != (len(item.rows),):
-                found = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
-                raise PassError(f"{self.name}.score({layer.name}) gave {found}; expected shape ({len(item.rows)},).")
-            values = score.detach().double().cpu().numpy()
-            if np.isnan(values).any():
-                raise PassError(f"{self.name}.score({layer.name}) gave NaN; expected finite scores.")
+        for item, values in zip(group.slices, parts, strict=True):
             if self.reduce == "max":
                 np.maximum.at(total, item.channels, values)
             else:
                 total += np.bincount(item.channels, values, group.width)
-                seen += np.bincount(item.channels, minlength=group.width)
-        return total / seen if self.reduce == "mean" else total
+        if self.reduce != "mean":
+            return total
+        return total / sum(np.bincount(item.channels, minlength=group.width) for item in group.slices)
 
     # ---- how many ----------------------------------------------------------------------------------------------
 
     def _counts(self, tables: list[Units], sparsities: list[float]) -> list[int]:
         """How many units each group loses."""
+        most = [len(t.scores) for t in tables]  # the last unit of a group is not among them
+        if self.max_sparsity_per_group is not None:
+            cap = self.max_sparsity_per_group
+            most = [min(n, max(int(t.number * cap), t.gone)) for n, t in zip(most, tables, strict=True)]
         if self.scope == "layer":
-            counts = [min(int(t.number * s), len(t.scores)) for t, s in zip(tables, sparsities, strict=True)]
+            counts = [min(int(t.number * s), n) for t, s, n in zip(tables, sparsities, most, strict=True)]
         else:
-            counts = _global_counts(tables, sparsities[0] if sparsities else 0.0)
+            counts = _global_counts(tables, most, sparsities[0] if sparsities else 0.0)
         return [units.rounded(count, self.round_to) for units, count in zip(tables, counts, strict=True)]
 
 
-def _layer(item: Slices, module: TracedModule, masking: Masking) -> Layer:
-    weight = module.get_parameter(item.parameter).detach()
-    mask = masking.elements.get(item.parameter)
-    if mask is not None:
-        weight = weight * mask
-    weight, rows = item.lines(weight), torch.from_numpy(item.rows).to(weight.device)
-    if len(rows) != len(weight) or (item.rows[:-1] > item.rows[1:]).any():
-        weight = weight.index_select(0, rows)
-    return Layer(item.layer, submodule(module, item.layer), weight)
-
-
-def _global_counts(tables: list[Units], sparsity: float) -> list[int]:
-    """The ``int(N * s)`` lowest units of all groups; a group's last one is skipped and replaced by the next lowest."""
-    entries = [(score, g) for g, units in enumerate(tables) for score in units.scores]
+def _global_counts(tables: list[Units], most: list[int], sparsity: float) -> list[int]:
+    """The ``int(N * s)`` lowest units of all groups; those that a group must keep are replaced by the next lowest."""
+    entries = [(score, g) for g, units in enumerate(tables) for score in units.scores[: most[g]]]
     entries.sort(key=lambda entry: entry[0])  # stable: ties by order in the graph, then index
     counts = [0] * len(tables)
     for _, g in entries[: int(sum(units.number for units in tables) * sparsity)]:

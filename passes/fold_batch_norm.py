@@ -27,7 +27,7 @@ class FoldBatchNorm(Pass):
     """
 
     preserves: ClassVar[bool] = True
-    rounds: ClassVar[bool] = True
+    rounding: ClassVar[bool] = True
     idempotent: ClassVar[bool] = True
     lifts: ClassVar[bool] = True
     versioned: ClassVar[bool] = True

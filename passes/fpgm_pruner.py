@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fxcompress.passes.channel_pruner import ChannelPruner, Layer
+from fxcompress.passes.channel_pruner import ChannelPruner
+from fxcompress.passes.scoring import Layer
 
 
 @dataclass(frozen=True)

@@ -33,11 +33,11 @@ class LevelPruner(Pass):
             counts; unmatched layers are not pruned).
         include: name patterns, module types or predicates that choose layers; all by default.
         exclude: layers to leave alone.
-        scope: ``"layer"`` or ``"global"`` (one ranking over all layers).
+        scope: ``"layer"`` or ``"global"``: one ranking over all layers, each of which keeps its best weight (or block).
         pattern: ``"n:m"``: of every m consecutive weights along the input dimension the n largest stay; the sparsity
             is then 1 - n/m and must be left out. A remainder shorter than m keeps its n largest.
         block: (rows, columns): weights, as a matrix (outputs, everything else), are masked in blocks of this shape
-            scored by their mean magnitude; blocks at the border may be smaller.
+            scored by their mean magnitude; blocks at the border may be smaller. N counts blocks.
     """
 
     sparsity: float | Mapping[str, float] | None = None
@@ -73,40 +73,67 @@ class LevelPruner(Pass):
         masking = context.masking or Masking()
         if masking.dead:
             masking = complete(module, masking, context.groups(module).channels)
-        weights = _weights(module)
-        layers = {name.rpartition(".")[0]: module.get_submodule(name.rpartition(".")[0]) for name in weights}
-        chosen = Selection(self.include, self.exclude).chosen(layers)
-        names = [name for name in weights if name.rpartition(".")[0] in chosen]
-        scores = {}
-        for name in names:
-            score = weights[name].detach().abs().double()
-            mask = masking.elements.get(name)
-            scores[name] = score if mask is None else score.masked_fill(~mask, -1.0)  # masked already: first to go
-        masks = self._masks(scores, layers)
+        weights, layers = self.weights(module)
+        masks = self.select({name: weight.detach().abs() for name, weight in weights.items()}, layers, masking)
         joined = masking.joined({name: mask for name, mask in masks.items() if not bool(mask.all())})
         if joined != masking:
             context.masking = joined
         return module
 
+    def weights(self, module: TracedModule) -> tuple[dict[str, Tensor], dict[str, nn.Module]]:
+        """The weights that the selection takes, by name, and all layers among which it selects."""
+        weights = _weights(module)
+        layers = {name.rpartition(".")[0]: module.get_submodule(name.rpartition(".")[0]) for name in weights}
+        chosen = Selection(self.include, self.exclude).chosen(layers)
+        return {name: weight for name, weight in weights.items() if name.rpartition(".")[0] in chosen}, layers
+
+    def select(
+        self, scores: Mapping[str, Tensor], layers: Mapping[str, nn.Module], masking: Masking
+    ) -> dict[str, Tensor]:
+        """The masks, True = keep, without the elements that score lowest; what is masked already goes first.
+
+        Args:
+            scores: for every element of every weight; see :meth:`weights`.
+            layers: see there.
+            masking: what is masked already.
+        """
+        ranked = {}
+        for name, score in scores.items():
+            mask = masking.elements.get(name)
+            ranked[name] = score.double()
+            if mask is not None:
+                ranked[name] = ranked[name].masked_fill(~mask.to(score.device), -math.inf)
+        return self._masks(ranked, layers)
+
     def _masks(self, scores: dict[str, Tensor], layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+        if self.pattern is None and self.block is None:
+            return {name: ~gone for name, gone in self._lowest_of(scores, layers).items()}
+        holders = {name: layers[name.rpartition(".")[0]] for name in scores}
+        lines = {name: _outputs_first(score, holders[name]) for name, score in scores.items()}
         if self.pattern is not None:
             kept, of = self._parse_pattern()
-            dims = {name: _input_dim(layers[name.rpartition(".")[0]]) for name in scores}
-            return {name: n_of_m(score, kept, of, dims[name]) for name, score in scores.items()}
-        blocks = {name: _to_blocks(score, self.block) for name, score in scores.items()}
+            made = {name: n_of_m(line, kept, of, 1) for name, line in lines.items()}
+        else:
+            assert self.block is not None
+            gone = self._lowest_of({name: _to_blocks(line, self.block) for name, line in lines.items()}, layers)
+            made = {name: ~_from_blocks(part, lines[name].shape, self.block) for name, part in gone.items()}
+        return {name: _as_stored(mask, holders[name]) for name, mask in made.items()}
+
+    def _lowest_of(self, scores: dict[str, Tensor], layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+        """True for what goes: single weights or blocks, scored in tensors of any shape."""
         assert self.sparsity is not None
         wanted = Sparsity.parse(self.sparsity).sparsities(layers)
-        if self.scope == "global" and blocks:
-            lowest = _lowest(torch.cat([b.reshape(-1) for b in blocks.values()]), next(iter(wanted.values()), 0.0))
-            parts = dict(zip(blocks, lowest.split([b.numel() for b in blocks.values()]), strict=True))
-        else:
-            parts = {
-                name: _lowest(b.reshape(-1), wanted.get(name.rpartition(".")[0], 0.0)) for name, b in blocks.items()
-            }
-        return {
-            name: ~_from_blocks(part.reshape(blocks[name].shape), scores[name].shape, self.block)
-            for name, part in parts.items()
-        }
+        if self.scope == "layer" or not scores:
+            return {name: _lowest(score, wanted.get(name.rpartition(".")[0], 0.0)) for name, score in scores.items()}
+        flat = {name: score.reshape(-1) for name, score in scores.items()}
+        for name, score in flat.items():  # the best of a layer never goes; the last one of equals
+            flat[name] = score.index_fill(0, len(score) - 1 - score.flip(0).argmax(), math.inf)
+        ranked = torch.cat(list(flat.values()))
+        count = min(int(len(ranked) * next(iter(wanted.values()), 0.0)), len(ranked) - len(flat))
+        gone = torch.zeros_like(ranked, dtype=torch.bool)
+        gone[ranked.argsort(stable=True)[:count]] = True
+        parts = gone.split([len(score) for score in flat.values()])
+        return {name: part.reshape(scores[name].shape) for name, part in zip(flat, parts, strict=True)}
 
     def _parse_pattern(self) -> tuple[int, int]:
         kept, _, of = str(self.pattern).partition(":")
@@ -115,9 +142,18 @@ class LevelPruner(Pass):
         return int(kept), int(of)
 
 
-def _input_dim(layer: nn.Module) -> int:
-    """The dimension of a weight that its inputs lie along."""
-    return 0 if isinstance(layer, nn.modules.conv._ConvTransposeNd) else 1
+def _outputs_first(weight: Tensor, layer: nn.Module) -> Tensor:
+    """A weight as (outputs, inputs of a group, ...), which that of a transposed convolution is not."""
+    if not isinstance(layer, nn.modules.conv._ConvTransposeNd):
+        return weight
+    return weight.reshape(layer.groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
+
+
+def _as_stored(weight: Tensor, layer: nn.Module) -> Tensor:
+    """The inverse of :func:`_outputs_first`."""
+    if not isinstance(layer, nn.modules.conv._ConvTransposeNd):
+        return weight
+    return weight.reshape(layer.groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1).contiguous()
 
 
 def n_of_m(score: Tensor, kept: int, of: int, dim: int) -> Tensor:
@@ -152,16 +188,14 @@ def _is_weight(module: TracedModule, name: str) -> bool:
 
 
 def _lowest(score: Tensor, sparsity: float) -> Tensor:
-    """True for the ``int(N * sparsity)`` lowest elements of a flat tensor, ties by index."""
+    """True for the ``int(N * sparsity)`` lowest elements of a tensor, ties by index."""
     gone = torch.zeros(score.numel(), dtype=torch.bool, device=score.device)
-    gone[score.argsort(stable=True)[: int(score.numel() * sparsity)]] = True
-    return gone
+    gone[score.reshape(-1).argsort(stable=True)[: int(score.numel() * sparsity)]] = True
+    return gone.reshape(score.shape)
 
 
-def _to_blocks(score: Tensor, block: tuple[int, int] | None) -> Tensor:
-    """Mean magnitude of every block of the weight as a matrix; the weight itself without blocks."""
-    if block is None:
-        return score
+def _to_blocks(score: Tensor, block: tuple[int, int]) -> Tensor:
+    """Mean magnitude of every block of the weight as a matrix (outputs, everything else)."""
     matrix = score.flatten(1)
     padding = (0, -matrix.shape[1] % block[1], 0, -matrix.shape[0] % block[0])
     padded = torch.nn.functional.pad(matrix, padding)
@@ -170,8 +204,7 @@ def _to_blocks(score: Tensor, block: tuple[int, int] | None) -> Tensor:
     return padded.reshape(shape).sum(dim=(1, 3)) / counted.reshape(shape).sum(dim=(1, 3))
 
 
-def _from_blocks(gone: Tensor, shape: torch.Size, block: tuple[int, int] | None) -> Tensor:
-    if block is None:
-        return gone
+def _from_blocks(gone: Tensor, shape: torch.Size, block: tuple[int, int]) -> Tensor:
+    """What goes of a weight of that shape, given which of its blocks do."""
     full = gone.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
     return full[: shape[0], : math.prod(shape[1:])].reshape(shape)

@@ -63,7 +63,8 @@ class Lower(Pass):
     dtype: str | None = None
 
     preserves: ClassVar[bool] = True
-    rounds: ClassVar[bool] = True
+    rounding: ClassVar[bool] = True
+    trainable: ClassVar[bool] = False
     needs_inputs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

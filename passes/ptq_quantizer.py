@@ -35,7 +35,7 @@ OBSERVERS: dict[str, type[Observer]] = {
 class PTQQuantizer(Quantizer):
     """Quantizes a trained model with a few batches to calibrate, without training.
 
-    BatchNorm is folded; then ranges are what ``observer`` makes of what calibration sees. Batches are the task's, or the
+    BatchNorm is folded; then ranges are what ``observer`` makes of what calibration sees: batches of the task, or the
     example inputs alone if there is no task.
 
     Args:
@@ -70,7 +70,8 @@ class PTQQuantizer(Quantizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _parse(self.observer), _parse(self.weight_observer)
+        for observer in (self.observer, self.weight_observer):
+            _parse(observer)
         for name in ("batches", "iterations", "samples"):
             require_count(name, getattr(self, name))
 
@@ -112,7 +113,9 @@ class PTQQuantizer(Quantizer):
                 author=self.name,
             )
         if self.bias_correction:
-            correct_biases(module, self.calibration(context), run, self.samples, self.name)
+            new = correct_biases(module, self.calibration(context), run, self.samples, self.name)
+            if new:
+                context.notes.append(f"adds {', '.join(new)}")
 
 
 def _parse(observer: str | Observer) -> Observer:

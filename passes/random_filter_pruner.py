@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fxcompress.context import Context
 from fxcompress.module import TracedModule
-from fxcompress.passes.channel_pruner import ChannelPruner, Layer
+from fxcompress.passes.channel_pruner import ChannelPruner
+from fxcompress.passes.scoring import Layer
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import networkx as nx
 import numpy as np
-import numpy.typing as npt
 
 from fxcompress.channels.groups import Group
-from fxcompress.channels.labels import BoolArray, IntArray
+from fxcompress.channels.labels import BoolArray, FloatArray, IntArray
 from fxcompress.channels.row_sets import RowSet
-
-FloatArray = npt.NDArray[np.float64]
-_NONE: IntArray = np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -25,22 +21,29 @@ class Units:
     Attributes:
         number: how many there are; those that are gone already count.
         scores: of the units that may go, lowest first.
-        table: for each of those the components that go with it (channels, units).
-        rows: for each of those the number of the row that goes (none, or one each).
+        components: (components, units): those that go with each of them.
+        rows: (rows, units): the numbers of the rows that go with each of them.
         multiple: how many channels of a group's width one unit stands for.
-        rank: importance of components, for what has to come back.
+        ranked: the group's components, whether they may go or not.
+        importance: of each of those, for what has to come back.
     """
 
     number: int
     scores: FloatArray
-    table: IntArray
+    components: IntArray
     rows: IntArray
     multiple: int
-    rank: dict[int, float] = field(default_factory=dict)
+    ranked: IntArray
+    importance: FloatArray
+
+    @property
+    def gone(self) -> int:
+        """How many are gone already; their scores are the lowest there are."""
+        return int(np.isneginf(self.scores).sum())
 
     def lowest(self, count: int) -> tuple[IntArray, IntArray]:
         """Components and rows of the units with the lowest scores."""
-        return self.table[:, :count].reshape(-1), self.rows[:count]
+        return self.components[:, :count].reshape(-1), self.rows[:, :count].reshape(-1)
 
     def rounded(self, count: int, round_to: int) -> int:
         """How many go if the width that is kept is rounded up to a multiple."""
@@ -61,11 +64,10 @@ def channel_units(group: Group, scores: FloatArray, alive: BoolArray, row: IntAr
         aligned: the channels of a unit have the same position in every row; else they are every row's lowest.
     """
     scores = np.where(alive, scores, -np.inf)
-    rank = dict(zip(group.components.tolist(), scores.tolist(), strict=True))
     if group.crossed:
         table = crossed_units(group.crossed, scores)
         number, table = table.shape[1], table[:, :-1]
-        return Units(number, _means(scores, table), group.components[table], _NONE, len(table), rank)
+        return _units(group, number, table, len(table), scores)
     lists = [np.flatnonzero(group.row_of == number) for number in range(group.rows)]
     if aligned and group.rows > 1:
         ordered = [line for kind in _kinds(lists, row) for line in _aligned(kind, scores)]
@@ -73,7 +75,18 @@ def channel_units(group: Group, scores: FloatArray, alive: BoolArray, row: IntAr
         ordered = [line[np.argsort(scores[line], kind="stable")] for line in lists]
     number = min(map(len, ordered))
     table = np.stack([line[: number - 1] for line in ordered])  # the last unit of a group never goes
-    return Units(number, _means(scores, table), group.components[table], _NONE, group.rows, rank)
+    return _units(group, number, table, group.rows, scores)
+
+
+def _units(group: Group, number: int, table: IntArray, multiple: int, scores: FloatArray) -> Units:
+    """Units of single channels; ``table``: (channels, units), indices of a group's channels."""
+    components = group.components
+    return Units(number, _means(scores, table), components[table], _none(table), multiple, components, scores)
+
+
+def _none(units: IntArray) -> IntArray:
+    """Nothing that goes with each of some units."""
+    return np.empty((0, units.shape[1]), dtype=np.int64)
 
 
 def _means(scores: FloatArray, table: IntArray) -> FloatArray:
@@ -158,4 +171,5 @@ def row_units(rows: RowSet, scores: FloatArray, alive: BoolArray) -> Units:
             for part in mine:
                 part.remove(place)
     chosen = np.array(going, dtype=np.int64)
-    return Units(rows.width, scores[chosen], np.empty((0, len(going)), dtype=np.int64), rows.numbers[chosen], 1)
+    numbers = rows.numbers[chosen].reshape(1, -1)
+    return Units(rows.width, scores[chosen], _none(numbers), numbers, 1, numbers[:0, 0], scores[:0])

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fxcompress.channels.groups import ChannelGroups, Group
 from fxcompress.channels.labels import BoolArray
@@ -19,7 +19,7 @@ from fxcompress.constant_channels import approximate, composed, remove_constants
 from fxcompress.context import Context
 from fxcompress.errors import InputError, PassError
 from fxcompress.masking import Masking, lay
-from fxcompress.module import MASKS, TracedModule, state_of
+from fxcompress.module import MASKS, TracedModule, modules_of
 from fxcompress.pipeline import Pass, check_claim
 from fxcompress.plan import settle
 from fxcompress.rewrite import rewriting
@@ -62,8 +62,10 @@ class Speedup(Pass):
     def requires(self, module: TracedModule, context: Context) -> None:
         """Given masks fit the module's parameters."""
         super().requires(module, context)
+        if not self.masks:
+            return
         parameters = dict(module.named_parameters(remove_duplicate=False))
-        for name, mask in (self.masks or {}).items():
+        for name, mask in self.masks.items():
             if name not in parameters:
                 near = difflib.get_close_matches(str(name), parameters, 3, 0.3) or list(parameters)[:1]
                 expected = ", ".join(map(repr, near))
@@ -176,7 +178,8 @@ class Speedup(Pass):
 
 def _size(module: TracedModule) -> int:
     """Number of elements of all parameters."""
-    return sum(tensor.numel() for tensor in state_of(module).values() if isinstance(tensor, nn.Parameter))
+    tables = [item._parameters for item in modules_of(module).values()]
+    return sum({id(p): p.numel() for table in tables for p in table.values() if p is not None}.values())
 
 
 def _multiply(module: TracedModule, masks: Mapping[str, Tensor], author: str) -> None:

@@ -117,6 +117,12 @@ CASES = {
         {"a": Expected(4, "a.weight a.bias b.weight:1")},
         {"b": OUTPUT},
     ),
+    "pixel shuffle, then a mean over space": Case(
+        lambda: Net(lambda n, x: n.fc(F.pixel_shuffle(n.a(x), 2).mean((2, 3))), a=conv(3, 16), fc=nn.Linear(4, 5)),
+        IMAGE,
+        {"a": Expected(4, "a.weight a.bias fc.weight:1")},
+        {"fc": OUTPUT},
+    ),
     "space to depth": Case(
         lambda: Net(lambda n, x: n.b(F.pixel_unshuffle(n.a(x), 2)), a=conv(3, 4), b=conv(16, 5)),
         IMAGE,

@@ -101,7 +101,7 @@ FORMS = ("masked", "removed")
 def cases(*quick: tuple[str, str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Run a test with ``name, form`` for every network, masked and removed: these always, others in long sweeps."""
     params = [
-        pytest.param(name, form, id=f"{name}-{form}", marks=() if (name, form) in quick else pytest.mark.zoo)
+        pytest.param(name, form, id=f"{name}-{form}", marks=() if (name, form) in quick else pytest.mark.long)
         for name in (*FAST, *LARGE)
         for form in FORMS
     ]

@@ -116,6 +116,31 @@ def test_explain_a_layer_that_only_follows() -> None:
     assert groups.explain("bn").splitlines()[0] == groups.explain("a").splitlines()[0]
 
 
+def test_explain_names_the_nodes_that_divide_channels_into_rows_and_tie_those() -> None:
+    """Heads keep equally many channels because `reshape` makes them, and go whole with those that attention ties."""
+
+    def step(net: Net, x: Tensor) -> Tensor:
+        q, k, v = (f(x).view(x.shape[0], x.shape[1], 3, -1).transpose(1, 2) for f in (net.q, net.k, net.v))
+        return net.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    net = Net(step, q=nn.Linear(7, 15), k=nn.Linear(7, 15), v=nn.Linear(7, 12), o=nn.Linear(12, 2))
+    groups = fxcompress.channel_groups(net, torch.randn(2, 6, 7))
+    text = groups.explain("q")
+    assert "  in 3 rows that keep equally many, or go whole: at reshape" in text.splitlines()
+    (path,) = [line for line in text.splitlines() if line.startswith("  whole rows with v: ")]
+    assert path.index("q.weight[0]") < path.index("=(scaled_dot_product_attention)=") < path.index("v.weight[0]")
+    assert "whole rows with v" in groups.explain("q", "v")
+    assert "share no channel" not in groups.explain("q", "v")
+    assert "rows" not in groups.explain("o")
+
+
+def test_explain_the_groups_of_a_convolution() -> None:
+    net = Net(lambda n, x: n.c(n.b(n.a(x)).relu()), a=conv(3, 15), b=conv(15, 10, groups=5), c=conv(10, 2))
+    text = fxcompress.channel_groups(net, IMAGE).explain("b")
+    assert "  in 5 rows that keep equally many, or go whole: at b" in text.splitlines()
+    assert "  whole rows with a: b.weight[0] =(b)= b[0] =(b)= a.weight[0]" in text.splitlines()
+
+
 def test_an_unknown_name_lists_near_ones() -> None:
     case = CASES["squeeze and excite"]
     groups = fxcompress.channel_groups(case.net(), case.x)

@@ -219,7 +219,7 @@ def test_linear_before_a_norm_over_another_dimension() -> None:
 
 
 def test_nothing_is_analysed_where_no_slice_is_zero(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(import_module("fxcompress.pipeline"), "analyse")
+    monkeypatch.delattr(import_module("fxcompress.context"), "analyse")
     net = padded()
     done = fxcompress.compress(net, [Speedup()], example_inputs=IMAGE)
     assert not done.meta["history"][-1].modified

@@ -105,7 +105,11 @@ LEFT = {"resnet18": left_in_resnet18, "mobilenet_v2": left_in_mobilenet_v2, "vgg
 
 @pytest.mark.parametrize(
     "name",
-    ["resnet18", pytest.param("mobilenet_v2", marks=pytest.mark.zoo), pytest.param("vgg16_bn", marks=pytest.mark.zoo)],
+    [
+        "resnet18",
+        pytest.param("mobilenet_v2", marks=pytest.mark.long),
+        pytest.param("vgg16_bn", marks=pytest.mark.long),
+    ],
 )
 def test_masks_of_convolutions_alone(name: str) -> None:
     model, x = build(name)
@@ -125,7 +129,7 @@ def test_masks_of_convolutions_alone(name: str) -> None:
         assert variation(found) > 1e-6, "nothing comes through, so nothing is compared"
 
 
-@pytest.mark.zoo
+@pytest.mark.long
 def test_the_approximation_of_a_real_model_is_measured() -> None:
     model, x = build("resnet18")
     masks = masked_convolutions(model)
@@ -191,7 +195,7 @@ def test_random_masks_given(spec: Spec, seed: int) -> None:
     check_masks(spec, random_masks(spec, seed))
 
 
-@pytest.mark.zoo
+@pytest.mark.long
 @settings(max_examples=400)
 @given(spec=framed(PLAIN, max_ops=6), seed=st.integers(0, 9999))
 def test_random_masks_given_in_the_long_run(spec: Spec, seed: int) -> None:

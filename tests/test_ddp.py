@@ -39,7 +39,7 @@ def jobs(names: tuple[str, ...]) -> dict[tuple[str, str, bool], TracedModule]:
 
 
 @pytest.fixture(
-    scope="module", params=[FAST, pytest.param(LARGE, marks=pytest.mark.zoo)], ids=["small networks", "real networks"]
+    scope="module", params=[FAST, pytest.param(LARGE, marks=pytest.mark.long)], ids=["small networks", "real networks"]
 )
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Result]:
     """For every job what each process ended with."""

@@ -157,7 +157,7 @@ def test_mobilenet_v2() -> None:
     assert sets(groups.shared_inputs) == [[f"features.{i + 1}.conv.0.0" for i in chain] for chain in chains]
 
 
-@pytest.mark.zoo
+@pytest.mark.long
 def test_resnext50() -> None:
     groups = analysed("resnext50_32x4d")
     depths = {1: 3, 2: 4, 3: 6, 4: 3}
@@ -171,7 +171,7 @@ def test_resnext50() -> None:
     assert groups["layer1.0.conv1"].rows == groups["layer1.0.conv2"].rows == 32
 
 
-@pytest.mark.zoo
+@pytest.mark.long
 def test_densenet121() -> None:
     """Concatenation couples nothing; what reads the same concatenation would share an input, and nothing does."""
     groups = analysed("densenet121")
@@ -207,7 +207,7 @@ def test_shufflenet() -> None:
 
 
 @pytest.mark.parametrize(
-    "depth, heads, width", [(2, 4, 32), pytest.param(12, 12, 768, marks=pytest.mark.zoo)], ids=["small", "vit_b_16"]
+    "depth, heads, width", [(2, 4, 32), pytest.param(12, 12, 768, marks=pytest.mark.long)], ids=["small", "vit_b_16"]
 )
 def test_vision_transformer(depth: int, heads: int, width: int) -> None:
     model = torchvision.models.VisionTransformer(32, 16, depth, heads, width, 4 * width).eval()

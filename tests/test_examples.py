@@ -1,6 +1,7 @@
 """The examples do what they say, and the code in the documentation runs."""
 
 import ast
+import json
 import os
 import re
 import runpy
@@ -18,7 +19,13 @@ import fxcompress
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES, DOCS = ROOT / "examples", ROOT / "docs"
-PAGES_WITH_CODE = ["README.md", *(f"docs/{name}.md" for name in ("index", "passes", "custom-passes", "groups", "cost"))]
+PAGES_WITH_CODE = [
+    "README.md",
+    *(
+        f"docs/{name}.md"
+        for name in ("index", "passes", "training", "custom-passes", "groups", "cost", "quantization", "lowering")
+    ),
+]
 
 
 # ---- quickstart ------------------------------------------------------------------------------------------------------
@@ -46,9 +53,16 @@ def test_quickstart() -> None:
 # ---- custom_pass -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["DeviationPruner", "drop_repeated_relus"])
-def test_a_custom_pass_takes_less_than_ten_lines(name: str) -> None:
-    tree = ast.parse((EXAMPLES / "custom_pass.py").read_text())
+@pytest.mark.parametrize(
+    "file, name",
+    [
+        ("custom_pass", "DeviationPruner"),
+        ("custom_pass", "drop_repeated_relus"),
+        ("custom_schedule", "CosinePruner"),
+    ],
+)
+def test_a_custom_pass_takes_less_than_ten_lines(file: str, name: str) -> None:
+    tree = ast.parse((EXAMPLES / f"{file}.py").read_text())
     (found,) = [n for n in tree.body if isinstance(n, (ast.ClassDef, ast.FunctionDef)) and n.name == name]
     first = min([found.lineno, *(decorator.lineno for decorator in found.decorator_list)])
     assert found.end_lineno is not None
@@ -79,6 +93,73 @@ def test_custom_criterion_chooses_by_its_score() -> None:
     deviation = model.get_parameter("2.conv1.weight").flatten(1).std(dim=1)
     kept = fxcompress.masks(masked)["2.conv1.bias"].nonzero().flatten()
     assert kept.tolist() == deviation.topk(16).indices.sort().values.tolist()
+
+
+# ---- custom_criterion ------------------------------------------------------------------------------------------------
+
+
+def test_a_criterion_that_looks_at_data_takes_less_than_ten_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    source = (EXAMPLES / "custom_criterion.py").read_text()
+    (found,) = [n for n in ast.parse(source).body if isinstance(n, ast.ClassDef)]
+    assert found.end_lineno is not None
+    assert found.end_lineno - found.lineno + 1 < 10
+    example = runpy.run_path(str(EXAMPLES / "custom_criterion.py"))
+    small = example["main"]()
+    assert [small.get_submodule(name).out_channels for name in "03"] == [16, 24]
+    assert "of the parameters are gone" in capsys.readouterr().out
+
+    torch.manual_seed(0)
+    model, batches = example["network"](), [torch.randn(16, 3, 12, 12) for _ in range(2)]
+    pruner = example["VariancePruner"](0.5)
+    task = fxcompress.Task(batches=batches)
+    masked = fxcompress.compress(model, [pruner], example_inputs=batches[0], task=task)
+    with torch.no_grad():
+        seen = [model[:3](x).transpose(0, 1).flatten(1) for x in batches]
+    variance = torch.stack([x.var(1) for x in seen]).mean(0)
+    kept = fxcompress.masks(masked)["0.bias"].nonzero().flatten()
+    assert kept.tolist() == variance.topk(16).indices.sort().values.tolist()
+
+
+def test_custom_schedule(capsys: pytest.CaptureFixture[str]) -> None:
+    small = runpy.run_path(str(EXAMPLES / "custom_schedule.py"))["main"]()
+    assert [m.out_channels for m in small.modules() if isinstance(m, nn.Conv2d)] == [8, 16]
+    printed = capsys.readouterr().out
+    for t, sparsity in enumerate([0.109835, 0.375, 0.640165, 0.75], 1):  # 0.75 * (1 - cos(pi t/4)) / 2
+        assert f"iteration {t} of 4: sparsity {sparsity}\n" in printed
+
+
+# ---- benchmarks/pruners ---------------------------------------------------------------------------------------------
+
+
+def test_pruners_are_measured_one_by_one_and_what_is_finished_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = runpy.run_path(str(EXAMPLES / "benchmarks/pruners.py"))["main"]
+    results = tmp_path / "pruners.json"
+    arguments = ["--quick", "--only", "L1FilterPruner", "--results", str(results), "--page", str(tmp_path / "page.md")]
+    assert main(arguments) == 0
+    rows = json.loads(results.read_text())
+    assert list(rows) == ["L1FilterPruner | 0.5 | 0", "L1FilterPruner | 0.8 | 0"]
+    assert 0 < rows["L1FilterPruner | 0.8 | 0"]["macs"] < rows["L1FilterPruner | 0.5 | 0"]["macs"] < 1
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert main(arguments) == 0
+    assert not capsys.readouterr().out  # nothing was measured again
+    assert not (tmp_path / "page.md").exists()
+
+
+def test_custom_quantizer() -> None:
+    source = (EXAMPLES / "custom_quantizer.py").read_text()
+    (found,) = [n for n in ast.parse(source).body if isinstance(n, ast.ClassDef)]
+    assert found.end_lineno is not None
+    assert found.end_lineno - found.lineno + 1 < 10
+    quantized = runpy.run_path(str(EXAMPLES / "custom_quantizer.py"))["main"]()
+    weight = quantized.get_parameter("3.weight")
+    rounded = quantized.get_submodule("_quant.3.weight")(weight)
+    steps = rounded * 2**7  # weights of 512 inputs are below 0.0443, and 7 steps of 2^-7 reach 0.055
+    assert torch.equal(steps, steps.round())
+    assert len(steps.unique()) == 13
+    rounded.sum().backward()
+    assert bool((weight.grad == 1).all())
 
 
 # ---- documentation ---------------------------------------------------------------------------------------------------

@@ -214,12 +214,64 @@ def test_half_of_the_heads(name: str) -> None:
     assert kept(masked, "q.bias") == list(range(first, first + size))  # contiguous: a head, or a set of them
 
 
-def test_a_shared_key_for_all_heads_shrinks_by_channels() -> None:
-    """No head of queries can go whole: all of them read the one key."""
-    case = TOKEN_CASES["one key for all queries"]
-    assert not fxcompress.channel_groups(case.net(), case.x).row_sets
-    _, removed = check(case.net(), case.x, RandomFilterPruner(0.5, granularity="head"))
-    assert shapes(removed, "q.weight", "k.weight", "v.weight") == [(8, 3), (2, 3), (2, 3)]
+def repeated(t: Tensor) -> Tensor:
+    batch, shared, length, size = t.shape
+    return t[:, :, None].expand(batch, shared, 4, length, size).reshape(batch, 4 * shared, length, size)
+
+
+def summed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.einsum("bhts,bse->bhte", torch.einsum("bhtd,bsd->bhts", q, k[:, 0]).softmax(-1), v[:, 0])
+
+
+#: Attention of queries (batch, 4 heads, n, 4) to keys and values (batch, 1, n, 4 and 5).
+ONE_FOR_ALL: dict[str, Any] = {
+    "broadcast": lambda q, k, v: (q @ k.mT).softmax(-1) @ v,
+    "einsum": summed,
+    "expanded": lambda q, k, v: F.scaled_dot_product_attention(q, *(t.expand(-1, 4, -1, -1) for t in (k, v))),
+    "expanded and merged": lambda q, k, v: F.scaled_dot_product_attention(q, repeated(k), repeated(v)),
+    "enable_gqa": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
+}
+
+
+@pytest.mark.parametrize("granularity", ["head", "channel"])
+@pytest.mark.parametrize("name", ONE_FOR_ALL)
+def test_heads_of_queries_that_share_one_key_and_value(name: str, granularity: Any) -> None:
+    """Each is a row of its own: it goes with what reads it. The key loses channels that no head has any more."""
+
+    def step(net: Net, x: Tensor) -> Tensor:
+        q, k, v = split_heads(net.q(x), 4), split_heads(net.k(x), 1), split_heads(net.v(x), 1)
+        return net.o(join_heads(ONE_FOR_ALL[name](q, k, v)))
+
+    net = Net(step, q=nn.Linear(7, 16), k=nn.Linear(7, 4), v=nn.Linear(7, 5), o=nn.Linear(20, 3))
+    groups = fxcompress.channel_groups(net, SHORT)
+    assert groups.removable == 4 + 5
+    assert [(item.width, item.layers) for item in groups.row_sets] == [(4, ("q",))]
+    _, removed = check(net, SHORT, RandomFilterPruner(0.5, granularity=granularity), (LONGER,))
+    heads, size = (2, 4) if granularity == "head" else (4, 2)
+    assert shapes(removed, "q.weight", "k.weight") == [(heads * size, 7), (size, 7)]
+    assert shapes(removed, "v.weight", "o.weight") == [(3, 7), (3, heads * 3)]  # of 5 channels int(5 / 2) go
+
+
+@pytest.mark.parametrize("order", ["bkrtd", "btkrd"])
+@pytest.mark.parametrize("granularity", ["head", "channel", "head_dim"])
+def test_heads_of_queries_that_share_keys_by_einsum(order: str, granularity: Any) -> None:
+    """2 keys and values, each for 3 queries of 4: a set of those goes with its key and its value, whose channels go
+    one by one as well."""
+
+    def step(net: Net, x: Tensor) -> Tensor:
+        (b, n, _), places = x.shape, [("btkrd").index(letter) for letter in order]
+        q = net.q(x).view(b, n, 2, 3, 4).permute(places)
+        k, v = net.k(x).view(b, n, 2, 4), net.v(x).view(b, n, 2, 5)
+        a = torch.einsum(f"{order},bskd->bkrts", q, k).softmax(-1)
+        return net.o(torch.einsum("bkrts,bskd->btkrd", a, v).reshape(b, n, -1))
+
+    net = Net(step, q=nn.Linear(7, 24), k=nn.Linear(7, 8), v=nn.Linear(7, 10), o=nn.Linear(30, 3))
+    groups = fxcompress.channel_groups(net, SHORT)
+    assert groups.removable == 2 * 4 + 2 * 5
+    assert [item.width for item in groups.row_sets] == [2]
+    _, removed = check(net, SHORT, RandomFilterPruner(0.5, granularity=granularity), (LONGER,))
+    left = [(12, 7), (4, 7), (5, 7), (3, 15)] if granularity == "head" else [(12, 7), (4, 7), (6, 7), (3, 18)]
+    assert shapes(removed, "q.weight", "k.weight", "v.weight", "o.weight") == left
 
 
 def test_rotary_heads_and_positions_at_once() -> None:

@@ -170,6 +170,37 @@ def test_blocks_by_their_mean_magnitude(layer: nn.Module, block: tuple[int, int]
     assert torch.equal(found.flatten(1), expected)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_transposed_convolutions_are_looked_at_as_outputs_by_inputs(groups: int) -> None:
+    """The mask is that of the convolution whose weight is (outputs, inputs of a group, ...)."""
+    net = Net(lambda n, x: n.a(x), a=nn.ConvTranspose2d(12, 8, (1, 2), groups=groups))
+    twin = Net(lambda n, x: n.a(x), a=nn.Conv2d(12, 8, (1, 2), groups=groups))
+    parts = [part.transpose(0, 1) for part in net.a.weight.detach().chunk(groups)]
+    with torch.no_grad():
+        twin.a.weight.copy_(torch.cat(parts))
+    x = torch.randn(2, 12, 5, 5)
+    for pruner in (LevelPruner(pattern="2:4"), LevelPruner(0.5, block=(2, 5))):
+        mask = masks_of(net, pruner, x)["a.weight"]
+        expected = masks_of(twin, pruner, x)["a.weight"]
+        assert torch.equal(torch.cat([part.transpose(0, 1) for part in mask.chunk(groups)]), expected)
+
+
+@pytest.mark.parametrize("block", [None, (2, 2)])
+def test_no_layer_vanishes_from_a_global_ranking(block: tuple[int, int] | None) -> None:
+    net = pair()
+    with torch.no_grad():
+        net.a.weight.mul_(1e-3).abs_()
+        net.a.weight[2, 1] = net.a.weight[6, 2] = 0.1  # the last of equals stays
+    masks = masks_of(net, LevelPruner(0.99, scope="global", block=block))
+    if block is None:
+        assert masks["a.weight"].nonzero().tolist() == [[6, 2]]
+        assert masks["b.weight"].sum() == 1
+        masks = masks_of(net, LevelPruner(0.6, scope="global"))
+        assert int((~masks["a.weight"]).sum() + (~masks["b.weight"]).sum()) == int(56 * 0.6)
+        assert masks["a.weight"].sum() == 1
+    assert all(mask.any() for mask in masks.values())
+
+
 # ---- without inputs, again, and removed ---------------------------------------------------------------------------
 
 

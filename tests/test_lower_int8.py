@@ -312,7 +312,7 @@ def test_an_operator_that_torch_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
         lower(fake_quantized(layers(nn.ReLU()), x), x)
 
 
-@pytest.mark.zoo
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name", ["resnet18", "resnet50", "mobilenet_v2", "densenet121", "shufflenet_v2_x1_0", "efficientnet_b0", "vit_b_16"]
 )

@@ -16,7 +16,7 @@ MOTIFS = {
     "shared, repeated": (Op("attention_shared", 3), 7 + 3 * 5 * 2, [3]),  # 3 sets of 2 heads of 5
     "shared, expanded": (Op("attention_shared", 4, 1), 7 + 2 * 2 * 2, [2]),  # 2 sets of 3 heads of 2
     "shared, enabled": (Op("attention_shared", 5, 2), 7 + 3 * 3 * 2, [3]),
-    "one for all": (Op("attention_shared", 6, 3), 7 + 4 * 2, []),
+    "one for all": (Op("attention_shared", 6, 3), 7 + 4 * 2, [3]),
     "crossed": (Op("attention_cross", 5), 7 + 2 * 4 * 2, [2]),  # 2 heads of 4, of queries and of values
     "learned queries": (Op("attention_cross", 6, 1), 7 + 3 * 2 * 2 + 3, [3]),
     "window, shifted": (Op("attention_window", 5), 7 + 3 * 4 * 2, [3]),

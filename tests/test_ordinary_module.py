@@ -272,7 +272,9 @@ assert "ordinary_cases" not in sys.modules
 """
 
 
-@pytest.mark.parametrize("names", [FAST, pytest.param(("vit", "resnet18"), marks=pytest.mark.zoo)], ids=["fast", "zoo"])
+@pytest.mark.parametrize(
+    "names", [FAST, pytest.param(("vit", "resnet18"), marks=pytest.mark.long)], ids=["fast", "large"]
+)
 def test_a_pickle_is_the_same_model_in_another_process(names: tuple[str, ...], tmp_path: Path) -> None:
     for name in names:
         for form in FORMS:

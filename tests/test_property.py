@@ -80,21 +80,21 @@ def test_what_was_fine_tuned_is_what_ships(spec: Spec, pruner: RandomFilterPrune
     check_fine_tuned(spec, pruner)
 
 
-@pytest.mark.zoo
+@pytest.mark.long
 @settings(max_examples=max(600, settings().max_examples))
 @given(spec=st.one_of(NETWORKS, networks()), pruner=PRUNERS, training=st.booleans())
 def test_masked_and_removed_are_equal_in_the_long_run(spec: Spec, pruner: RandomFilterPruner, training: bool) -> None:
     check_removal(spec, pruner, training)
 
 
-@pytest.mark.zoo
+@pytest.mark.long
 @settings(max_examples=max(300, settings().max_examples))
 @given(spec=framed(PLAIN, max_ops=6), pruner=PRUNERS)
 def test_masked_is_zeroed_by_hand_in_the_long_run(spec: Spec, pruner: RandomFilterPruner) -> None:
     check_zeroed(spec, pruner)
 
 
-@pytest.mark.zoo
+@pytest.mark.long
 @settings(max_examples=150)
 @given(spec=NETWORKS, passes=PIPELINES, pruner=PRUNERS)
 def test_pipelines_and_fine_tuning_in_the_long_run(spec: Spec, passes: list[Pass], pruner: RandomFilterPruner) -> None:

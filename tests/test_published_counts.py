@@ -36,7 +36,7 @@ PUBLISHED = [(name, entry.name) for name in MODELS for entry in torchvision.mode
 
 
 @pytest.mark.parametrize(
-    "name, entry", [pytest.param(*case, marks=() if case[0] in FEW else pytest.mark.zoo) for case in PUBLISHED]
+    "name, entry", [pytest.param(*case, marks=() if case[0] in FEW else pytest.mark.long) for case in PUBLISHED]
 )
 def test_figures_that_torchvision_publishes(name: str, entry: str) -> None:
     """Parameters exactly; what it calls GFLOPs are MACs, given with three digits."""

@@ -98,7 +98,7 @@ def test_no_range_leaves_nan(low: float, high: float, bits: int, symmetric: bool
     assert float(made(torch.zeros(()))) == 0
 
 
-def affine(x: Array, scale: Array, zero: Array, low: int, high: int) -> tuple[Array, Array]:
+def affine(x: Array, scale: Any, zero: Any, low: int, high: int) -> tuple[Array, Array]:
     """Value and gradient, from the definition."""
     steps = x / scale
     inside = (steps >= low - zero) & (steps <= high - zero)
@@ -259,6 +259,7 @@ def test_eval_and_freeze_leave_ranges_alone(network: nn.Module) -> None:
     made.eval()(X * 3)
     assert all(torch.equal(made.state_dict()[name], tensor) for name, tensor in before.items())
     made.train()
+    frozen: dict[str, Tensor] = {}
     for step in range(4):
         made(values(4, 3, 6, 6, seed=step, scale=1 + step))
         if step == 1:

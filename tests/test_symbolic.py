@@ -334,9 +334,9 @@ def build(name: str) -> tuple[nn.Module, Tensor]:
     "name, seeds",
     [
         *((name, range(few)) for name, (few, _) in REMOVED.items()),
-        *(pytest.param(name, range(few, many), marks=pytest.mark.zoo) for name, (few, many) in REMOVED.items()),
+        *(pytest.param(name, range(few, many), marks=pytest.mark.long) for name, (few, many) in REMOVED.items()),
         *(
-            pytest.param(name, range(5), marks=pytest.mark.zoo)
+            pytest.param(name, range(5), marks=pytest.mark.long)
             for name in ("resnext50_32x4d", "regnet_y_400mf", "shufflenet_v2_x1_0", "efficientnet_b0", "convnext_tiny")
         ),
     ],
@@ -368,7 +368,7 @@ def index_bytes(model: nn.Module) -> int:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=() if name == "squeezenet1_1" else pytest.mark.zoo) for name in model_zoo.NAMES],
+    [pytest.param(name, marks=() if name == "squeezenet1_1" else pytest.mark.long) for name in model_zoo.NAMES],
 )
 def test_dense_widths_give_what_was_counted(name: str) -> None:
     model, x = model_zoo.build(name)
@@ -392,7 +392,7 @@ def test_figures_of_generated_networks(spec: Spec, pruner: RandomFilterPruner) -
     check_figures(spec, pruner)
 
 
-@pytest.mark.zoo
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.* has nothing to prune", "ignore:.*; its channels stay")
 @settings(max_examples=max(300, settings().max_examples))
 @given(spec=NETWORKS | networks(), pruner=PRUNERS)

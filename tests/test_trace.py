@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
 import fxcompress
 from fxcompress import InputError
@@ -364,6 +365,53 @@ def test_nested_tensors_as_one_input() -> None:
 def test_inputs_that_fit_no_forward(inputs: Any, part: str) -> None:
     with pytest.raises(InputError, match=part):
         fxcompress.trace(Takes(), inputs)
+
+
+@pytest.mark.parametrize(
+    "args, kwargs, part",
+    [
+        ((), {}, "missing a required argument: 'x'.*expected x, which"),
+        ((1,), {"mask": torch.ones(2, 3)}, "unexpected keyword argument 'mask'.*trace the model again"),
+        ((1, 2), {}, "too many positional arguments"),
+    ],
+)
+def test_calls_with_other_inputs_than_the_examples(args: Any, kwargs: Any, part: str) -> None:
+    class Model(nn.Module):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            return x * 2 if mask is None else x * mask
+
+    traced = fxcompress.trace(Model(), torch.randn(2, 3))
+    with pytest.raises(InputError, match=part):
+        traced(*args, **kwargs)
+
+
+def test_packed_sequences_are_packed_by_a_submodule() -> None:
+    class Packing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.GRU(3, 4, batch_first=True)
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            last: Tensor = self.layer(pack_padded_sequence(x, lengths, True, enforce_sorted=False))[1][0]
+            return last
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = Packing(), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            out: Tensor = self.head(self.body(x, lengths))
+            return out
+
+    packed = pack_sequence([torch.randn(3, 3), torch.randn(2, 3)])
+    with pytest.raises(InputError, match=r"PackedSequence.*let a submodule pack them"):
+        fxcompress.trace(nn.GRU(3, 4), (packed,))
+    model = Model().eval()
+    with pytest.warns(UserWarning, match="body stays as it is"):
+        traced = fxcompress.trace(model, (torch.randn(2, 3, 3), torch.tensor([2, 3])))
+    given = torch.randn(3, 4, 3), torch.tensor([2, 4, 1])
+    same(model(*given), traced(*given))
 
 
 # ---- writes -------------------------------------------------------------------------------------------------------

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from nets import Net
 from torch import Tensor, nn
 
 import fxcompress
+from fxcompress.passes import L1FilterPruner, Speedup
 
 DIM, HEADS, QUERIES, KEYS = 8, 2, 3, 5
 
@@ -217,3 +219,37 @@ def test_the_fast_path_setting_is_as_before() -> None:
     assert torch.backends.mha.get_fastpath_enabled()
     fxcompress.trace(encoder(batch_first=True), torch.randn(2, 4, DIM, dtype=torch.float64))
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_the_same_seed_drops_the_same_elements(norm_first: bool, batch_first: bool) -> None:
+    layer = encoder(norm_first=norm_first, batch_first=batch_first, dropout=0.4).train()
+    example = torch.randn(2, 4, DIM, dtype=torch.float64)
+    traced = fxcompress.trace(layer, example)
+    for training in (True, False):
+        layer.train(training)
+        traced.train(training)
+        x = torch.randn(5, 3, DIM, dtype=torch.float64)
+        torch.manual_seed(3)
+        expected = layer(x)
+        torch.manual_seed(3)
+        close(expected, traced(x))
+    with plain_attention():
+        pruned: Any = fxcompress.compress(layer.train(), [L1FilterPruner(0.5), Speedup()], example_inputs=example)
+    assert pruned.linear1.weight.shape[0] == 6
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_dropout_behind_attention_is_laid_out_alike(need_weights: bool, batch_first: bool) -> None:
+    layer = attend("qkv", {"need_weights": need_weights}, dropout=0.3, batch_first=batch_first).layer
+    model = Net(
+        lambda n, x: n.drop(n.attention(x, x, x, need_weights=need_weights)[0]), attention=layer, drop=nn.Dropout()
+    )
+    x = torch.randn(2, 4, DIM, dtype=torch.float64)
+    traced = fxcompress.trace(model.train(), x)
+    torch.manual_seed(3)
+    expected = model(x)
+    torch.manual_seed(3)
+    close(expected, traced(x))

@@ -2,7 +2,9 @@
 
 import contextlib
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from nets import Net
@@ -48,7 +50,14 @@ def every_token(y: Tensor) -> Tensor:
 
 
 #: What the forward makes, and how many channels its index picks.
-STEPS = {counted: 8, reversed_by_numbers: 8, every_token: 8, shifted: 3, overwritten: 3, written_through_a_view: 3}
+STEPS: dict[Callable[[Tensor], Tensor], int] = {
+    counted: 8,
+    reversed_by_numbers: 8,
+    every_token: 8,
+    shifted: 3,
+    overwritten: 3,
+    written_through_a_view: 3,
+}
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -57,7 +66,11 @@ def test_a_recording_holds_for_every_call(step: Callable[[Tensor], Tensor]) -> N
     traced = fxcompress.trace(net, TOKENS)
     for tokens in (TOKENS, TOKENS, torch.randn(3, 7, 3)):
         torch.testing.assert_close(traced(tokens), net(tokens), rtol=0, atol=0)
-    stays = pytest.warns(UserWarning, match="written into") if STEPS[step] == 3 else contextlib.nullcontext()
+    stays = (
+        pytest.warns(UserWarning, match="a write decides which index is read")
+        if STEPS[step] == 3
+        else contextlib.nullcontext()
+    )
     with stays:
         fxcompress.compress(net, [RandomFilterPruner(0.5), Speedup()], example_inputs=TOKENS)  # verified
 
@@ -75,3 +88,28 @@ def test_numbers_that_count_the_batch() -> None:
     assert fxcompress.trace(net, TOKENS).meta["batched"] == ()
     other = Net(lambda n, x: n.a(x) * torch.tensor([2]), a=nn.Linear(3, 8))
     assert fxcompress.trace(other, TOKENS).meta["batched"] == ("args_0",)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        lambda h: (slice(None), [1, 3]),
+        lambda h: [0, h.shape[0] - 1],
+        lambda h: (..., [0, h.shape[2] - 1]),
+        lambda h: (..., (1, 3)),
+        lambda h: (..., [True, False] * 4),
+        lambda h: ([0, 1], [1, 2]),
+        lambda h: (..., np.array([1, 3])),
+    ],
+)
+def test_writes_at_listed_positions_warn_of_nothing(index: Callable[[Tensor], Any]) -> None:
+    def step(net: Any, x: Tensor) -> Tensor:
+        h: Tensor = net.a(x)
+        h[index(h)] = 0.5
+        h[index(h)] *= h[index(h)] + 1
+        return h
+
+    net = Net(step, a=nn.Linear(3, 8))
+    traced = fxcompress.trace(net, TOKENS)
+    for tokens in (TOKENS, torch.randn(3, 5, 3)):
+        torch.testing.assert_close(traced(tokens), net(tokens), rtol=0, atol=0)

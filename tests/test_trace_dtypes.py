@@ -41,6 +41,15 @@ def written(net: Plain, tokens: Tensor) -> Tensor:
     return hidden.exp().to(dtype=torch.float32) * torch.finfo(torch.float32).eps
 
 
+def computed(net: Plain, tokens: Tensor) -> Tensor:
+    """What is computed of limits: halves, multiples, roots, sums; and numbers that are none of them."""
+    limits = torch.finfo(net.fc.weight.dtype)
+    hidden = net.fc(net.table(tokens)) * 1.5
+    hidden = hidden.clamp(limits.min / 2, limits.max * 0.25)
+    hidden = hidden / (hidden.norm(dim=-1, keepdim=True) + limits.eps * 4).clamp_min(limits.eps / 3)
+    return hidden.add(limits.eps**0.5).clamp_min(limits.eps + 0.125) + 1e-4
+
+
 TOKENS = torch.randint(0, 9, (2, 5), generator=torch.Generator().manual_seed(0))
 
 
@@ -50,7 +59,7 @@ def built(step: Callable[[Plain, Tensor], Tensor]) -> Plain:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("step", [follows, written])
+@pytest.mark.parametrize("step", [follows, written, computed])
 def test_what_was_read_off_a_tensor_follows_the_module(
     step: Callable[[Plain, Tensor], Tensor], dtype: torch.dtype
 ) -> None:
@@ -99,3 +108,21 @@ def test_what_names_no_dtype_is_recorded_once(monkeypatch: pytest.MonkeyPatch) -
 def test_no_key_is_added_to_the_state_dict() -> None:
     model = built(follows)
     assert list(fxcompress.trace(model, TOKENS).state_dict()) == list(model.state_dict())
+
+
+@pytest.mark.parametrize("moved", [torch.bfloat16, torch.float16, torch.float64])
+def test_parameters_of_two_dtypes(moved: torch.dtype) -> None:
+    def step(net: Plain, tokens: Tensor) -> Tensor:
+        hidden = net.fc(net.table(tokens)).clamp(torch.finfo(net.fc.weight.dtype).min / 2)
+        return net.head(hidden.to(net.head.weight.dtype)) + torch.finfo(net.head.weight.dtype).eps
+
+    model = built(step)
+    model.head.to(torch.bfloat16)
+    traced = fxcompress.trace(model, TOKENS)
+    with torch.no_grad():
+        assert torch.equal(traced(TOKENS), model(TOKENS))
+        assert traced(TOKENS).dtype == torch.bfloat16
+        for dtype in (moved, torch.float32):
+            expected, found = model.to(dtype)(TOKENS), traced.to(dtype)(TOKENS)
+            assert found.dtype == expected.dtype == dtype
+            assert torch.equal(found, expected)

@@ -2,9 +2,11 @@
 
 import copy
 import gc
+import pickle
 import warnings
 import weakref
-from dataclasses import dataclass
+from collections import OrderedDict, defaultdict
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 from nets import Net
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
+from transformers.modeling_outputs import BaseModelOutput
 
 import fxcompress
 from fxcompress.passes import L1FilterPruner, RandomFilterPruner, Speedup
@@ -96,6 +99,30 @@ def test_a_model_that_is_one_module_is_recorded_under_the_flag() -> None:
     same(model, traced, X, torch.tensor([1, 0]))
 
 
+class Other(nn.Module):
+    """Computes something else for compilers, and reads values for nobody else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self.fc(x) * 1.1
+        out: Tensor = self.fc(x) if bool((x == 7).all()) else self.fc(x).relu()
+        return out
+
+
+def test_a_path_for_compilers_that_computes_something_else_is_not_taken() -> None:
+    model = nn.Sequential(nn.Linear(5, 5), Other(), nn.Linear(5, 2)).eval()
+    with pytest.warns(UserWarning, match=r"^1 stays as it is: bool\(\) reads"):
+        traced = fxcompress.trace(model, X)
+    assert traced.meta["opaque"] == ("1",)
+    same(model, traced, X)
+    with pytest.raises(fxcompress.TraceError, match=r"bool\(\) reads"):
+        fxcompress.trace(Other(), X)
+
+
 def test_a_first_attempt_that_failed_keeps_nothing_alive() -> None:
     gc.collect()
     gc.disable()
@@ -165,6 +192,77 @@ def test_an_optional_field_that_no_graph_can_hold_is_left_out() -> None:
 def test_a_part_that_a_result_cannot_do_without_is_refused(make: Any) -> None:
     with pytest.raises(fxcompress.TraceError, match=r"returns a Cache, which a graph cannot hold.*use_cache=False"):
         fxcompress.trace(returning(make), X)
+
+
+@dataclass
+class Derived:
+    """Fields that its class makes, and that it changes when it is called again."""
+
+    logits: Tensor
+    scores: Tensor = field(init=False)
+    kind: str = field(default="linear", init=False)
+
+    def __post_init__(self) -> None:
+        self.logits = self.logits + 1
+        self.scores = self.logits.softmax(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class Doubled:
+    logits: Tensor
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "logits", self.logits * 2)
+
+
+class Named(OrderedDict[str, Tensor]):
+    """Asks for keywords, and holds something else than it was given."""
+
+    def __init__(self, **items: Tensor) -> None:
+        super().__init__({f"{name}_": item * 2 for name, item in items.items()})
+        self.number = len(items)
+
+
+class Shouting(dict[str, Tensor]):
+    """Changes what is put into it, whoever does."""
+
+    def __init__(self, **items: Tensor) -> None:
+        for name, item in items.items():
+            self[name] = item
+
+    def __setitem__(self, key: str, value: Tensor) -> None:
+        super().__setitem__(key, value + 1)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda y, h: defaultdict(list, logits=y, hidden=[h]),
+        lambda y, h: Derived(y),
+        lambda y, h: Doubled(y),
+        lambda y, h: (Named(logits=y), {"inner": Derived(h)}),
+        lambda y, h: BaseModelOutput(last_hidden_state=y, hidden_states=(h,)),
+    ],
+)
+def test_a_result_is_of_the_models_type_and_holds_the_same(make: Any) -> None:
+    model = returning(make).eval()
+    traced = fxcompress.trace(model, X)
+    xs = X, torch.randn(4, 5)
+    for again in (traced, copy.deepcopy(traced), pickle.loads(pickle.dumps(traced))):
+        for x in xs:
+            with torch.no_grad():
+                expected, found = model(x), again(x)
+            assert type(found) is type(expected)
+            assert difference(expected, found) == 0
+            assert getattr(found, "__dict__", {}).keys() == getattr(expected, "__dict__", {}).keys()
+            assert getattr(found, "default_factory", None) is getattr(expected, "default_factory", None)
+            if isinstance(found, tuple):
+                assert (found[0].number, found[1]["inner"].kind) == (1, "linear")
+
+
+def test_a_result_that_nothing_makes_anew_is_refused() -> None:
+    with pytest.raises(fxcompress.TraceError, match=r"returns a Shouting.*Return a dict or a tuple"):
+        fxcompress.trace(returning(lambda y, h: Shouting(logits=y)), X)
 
 
 # ---- parameters under several names --------------------------------------------------------------------------------

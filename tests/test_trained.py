@@ -77,7 +77,7 @@ def accuracy(model: nn.Module, images: Tensor, classes: Tensor) -> float:
     return 100 * float((model(images).argmax(1) == classes).double().mean())
 
 
-@pytest.mark.parametrize("kind, rate", [(Rows, 1e-2), pytest.param(Patches, 4e-3, marks=pytest.mark.zoo)])
+@pytest.mark.parametrize("kind, rate", [(Rows, 1e-2), pytest.param(Patches, 4e-3, marks=pytest.mark.long)])
 def test_half_of_the_channels_after_fine_tuning(
     kind: type[nn.Module], rate: float, digits: tuple[Tensor, Tensor]
 ) -> None:

@@ -1,5 +1,6 @@
 """Tasks and the built-in training loop, masks included; runs that are killed and go on."""
 
+import io
 import os
 import signal
 import subprocess
@@ -12,14 +13,17 @@ from typing import Any
 import pytest
 import torch
 from nets import Net
+from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import ExponentialLR
-from torch.utils.data import DataLoader, TensorDataset
+from torch.optim.lr_scheduler import ExponentialLR, ReduceLROnPlateau
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 import fxcompress
 from fxcompress import Context, InputError, Task, TracedModule, TrainingError
+from fxcompress.checkpoint import fingerprint
 from fxcompress.passes import FineTune, L1FilterPruner, LevelPruner, Speedup
+from fxcompress.training import Training, _shown
 
 Batch = tuple[Tensor, Tensor]
 
@@ -139,6 +143,33 @@ def test_mixed_precision_runs_the_forward_in_it() -> None:
     assert trained.get_parameter("head.weight").dtype == torch.float32
 
 
+def test_a_schedule_that_waits_for_a_plateau_is_given_the_score() -> None:
+    scores, made = iter([0.1, 0.2, 0.15, 0.3]), []
+
+    def schedule(optimizer: torch.optim.Optimizer) -> ReduceLROnPlateau:
+        made.append(optimizer)
+        return ReduceLROnPlateau(optimizer, mode="max", factor=0.5, patience=0)
+
+    given = task(score=lambda model: next(scores), schedule=schedule)
+    fxcompress.compress(network(), [FineTune(4)], example_inputs=X, task=given)
+    assert made[0].param_groups[0]["lr"] == 0.05 * 0.5
+
+
+def test_time_left_is_known_in_the_first_epoch_and_after_an_interruption() -> None:
+    training = Training(epochs=4, console=Console(file=io.StringIO(), force_terminal=True), title="tuning")
+    with _shown(training, 5) as bar:
+        for step in (1, 2):
+            bar.advance(0, step, 0.25)
+        assert bar.progress.tasks[0].completed == pytest.approx(0.4)
+        assert bar.progress.tasks[0].time_remaining is not None
+        assert bar.progress.tasks[0].description == "tuning: loss 0.25"
+    with _shown(training, None) as bar:
+        bar.begin(3)
+        assert bar.progress.tasks[0].speed is None  # three epochs in no time are no pace
+        bar.end(3, 5)
+        assert bar.progress.tasks[0].completed == 4
+
+
 def shuffled() -> DataLoader[Any]:
     pairs = data()
     images, labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
@@ -147,9 +178,12 @@ def shuffled() -> DataLoader[Any]:
     )
 
 
-@pytest.mark.parametrize("kind", ["callable", "loader"])
+@pytest.mark.parametrize("kind", ["callable", "loader", "sampler"])
 def test_the_seed_decides(kind: str) -> None:
-    batches = shuffled if kind == "callable" else shuffled()
+    batches: Any = shuffled if kind == "callable" else shuffled()
+    if kind == "sampler":  # its generator is nobody's but its own
+        sampler = RandomSampler(batches.dataset, generator=torch.Generator().manual_seed(99))
+        batches = DataLoader(batches.dataset, batch_size=8, sampler=sampler)
 
     def run(seed: int) -> Tensor:
         return fxcompress.compress(
@@ -189,6 +223,7 @@ def forever() -> Iterator[Batch]:
     [
         ({"batches": forever()}, "generator, which can be read only once"),
         ({"batches": 3}, "batches is a int"),
+        ({"loss": nn.CrossEntropyLoss()}, r"takes outputs and targets; expected a function of model and batch"),
         ({"loss": "mse"}, r"loss is a str; expected a function loss\(model, batch\)"),
         ({"optimizer": sgd(network().parameters())}, "an optimizer over one model's parameters"),
         ({"epochs": -1}, "epochs is -1"),
@@ -245,6 +280,25 @@ def test_a_loss_that_becomes_nan_names_the_step_and_leaves_the_last_good_epoch(t
         assert torch.equal(resumed.state_dict()[name], tensor), name
 
 
+def test_weights_that_became_nan_at_finite_losses_are_not_stored(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def rooted(model: nn.Module, batch: Batch) -> Tensor:
+        calls.append(1)
+        value = loss(model, batch)
+        return value + ((value - value) ** 2).sqrt() if len(calls) == 10 else value  # the last step of the second epoch
+
+    def run() -> TracedModule:
+        return fxcompress.compress(
+            network_of(0), [FineTune(2)], example_inputs=X, task=task(loss=rooted), checkpoint=tmp_path / "run.pt"
+        )
+
+    with pytest.raises(TrainingError, match=r"weights became NaN or infinite in epoch 2 of fine-tuning"):
+        run()
+    assert all(bool(p.isfinite().all()) for p in run().parameters())
+    assert len(calls) == 15
+
+
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "run.pt"
     fxcompress.compress(network_of(0), [FineTune(1)], example_inputs=X, task=task(), checkpoint=path)
@@ -252,6 +306,8 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         fxcompress.compress(network_of(0), [FineTune(2)], example_inputs=X, task=task(), checkpoint=path)
     with pytest.raises(fxcompress.CheckpointError, match="another run"):
         fxcompress.compress(network_of(1), [FineTune(1)], example_inputs=X, task=task(), checkpoint=path)
+    with pytest.raises(fxcompress.CheckpointError, match="another run"):
+        fxcompress.compress(network_of(0), [FineTune(1)], example_inputs=X, task=task(clip=1.0), checkpoint=path)
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(fxcompress.CheckpointError, match="cannot be read"):
         fxcompress.compress(network_of(0), [FineTune(1)], example_inputs=X, task=task(), checkpoint=path)
@@ -299,3 +355,18 @@ def test_a_run_that_is_killed_goes_on_and_ends_the_same_bit_for_bit(tmp_path: Pa
     assert whole.keys() == parts.keys()
     for name, tensor in whole.items():
         assert torch.equal(parts[name], tensor), name
+
+
+def test_a_selector_that_is_a_function_does_not_keep_a_run_from_going_on() -> None:
+    prints = []
+    for _ in range(2):
+        chosen = [L1FilterPruner(0.5, include=lambda name, module: name == "first"), Speedup()]
+        prints.append(fingerprint(chosen, network_of(0)))
+    assert prints[0] == prints[1]
+    other = [L1FilterPruner(0.5, include=lambda name, module: name != "first"), Speedup()]
+    assert fingerprint(other, network_of(0)) != prints[0]
+    masks = [
+        Speedup(masks={"first.weight": torch.ones(7, 1, 3, 3, dtype=torch.bool).index_fill(0, torch.tensor(i), False)})
+        for i in (0, 1)
+    ]
+    assert fingerprint(masks[0]) != fingerprint(masks[1])

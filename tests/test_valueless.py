@@ -43,7 +43,7 @@ def found(model: nn.Module, x: Any) -> tuple[str, str, list[str], list[str]]:
 MODELS = ["resnet18", "mobilenet_v2", "densenet121", "efficientnet_v2_s", "convnext_tiny", "shufflenet_v2_x1_0"]
 
 
-@pytest.mark.parametrize("name", [*MODELS[:2], *(pytest.param(name, marks=pytest.mark.zoo) for name in MODELS[2:])])
+@pytest.mark.parametrize("name", [*MODELS[:2], *(pytest.param(name, marks=pytest.mark.long) for name in MODELS[2:])])
 def test_real_models_need_no_values(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = build(name)
     told = computing(monkeypatch)

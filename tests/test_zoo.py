@@ -52,7 +52,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 
 
 def marked(*case: str, quick: bool) -> object:
-    return pytest.param(*case, marks=() if quick else pytest.mark.zoo)
+    return pytest.param(*case, marks=() if quick else pytest.mark.long)
 
 
 def trials(x: Tensor) -> list[Tensor]:

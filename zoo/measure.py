@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import resource
-import sys
 import time
 import warnings
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -16,10 +13,14 @@ from torch import nn
 
 import fxcompress
 from fxcompress.channels.groups import ChannelGroups
+from fxcompress.channels.labels import BoolArray
 from fxcompress.inputs import Inputs, other_batch
 from fxcompress.module import TracedModule
 from fxcompress.passes import L1FilterPruner, Speedup
+from fxcompress.passes.removable_units import channel_units
+from fxcompress.plan import settle
 from fxcompress.verify import default_dtype, difference, precise
+from zoo.process import print_record
 
 CONTRACTIONS = (
     nn.Linear,
@@ -121,13 +122,13 @@ def _widened(inputs: Inputs) -> Inputs:
 
 
 def removable_share(module: TracedModule, groups: ChannelGroups) -> float:
-    """The share of the parameters of linear and convolution layers that go if their group's channels go."""
+    """The share of the parameters of linear and convolution layers that go if their group's channels go.
+
+    A group counts if some of its channels do go where half of all are to: what is announced, and then comes back
+    because a node cannot be rewritten without, does not.
+    """
     channels = groups.channels
-    free = np.zeros(len(channels.component), dtype=bool)
-    for group in groups:
-        if group.removable:
-            free[group.components] = True
-    loses = free[channels.component]
+    loses = _going(module, groups)[channels.component]
     parameters = dict(module.named_parameters())
     layers = [layer for layer in module.modules() if isinstance(layer, CONTRACTIONS)]
     weights = [layer.weight for layer in layers if isinstance(layer.weight, nn.Parameter)]
@@ -143,6 +144,24 @@ def removable_share(module: TracedModule, groups: ChannelGroups) -> float:
     return removable / max(total, 1)
 
 
+def _going(module: TracedModule, groups: ChannelGroups) -> BoolArray:
+    """For every component whether its group loses channels where half of every group are to go."""
+    channels, removable = groups.channels, [group for group in groups if group.removable]
+    going: BoolArray = np.zeros(len(channels.component), dtype=bool)
+    if not removable:
+        return going
+    half = []
+    for group in removable:
+        alive, row = np.ones(group.width, dtype=bool), channels.rows.row[group.components]
+        units = channel_units(group, np.arange(group.width, dtype=float), alive, row, aligned=False)
+        half.append(units.lowest(max(units.number // 2, 1))[0])
+    live = channels.alive(settle(module, groups, channels.live(np.concatenate(half))))
+    for group in removable:
+        whole = group.width == group.rows > 1  # rows of one channel go with others, as rows
+        going[group.components] = whole or not live[group.components].all()
+    return going
+
+
 def _reasons(groups: ChannelGroups) -> dict[str, int]:
     found: Counter[str] = Counter()
     for group in groups:
@@ -151,12 +170,5 @@ def _reasons(groups: ChannelGroups) -> dict[str, int]:
     return dict(found.most_common())
 
 
-def main() -> None:
-    name, limit = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else resource.RLIM_INFINITY
-    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
-    torch.set_num_threads(1)
-    print(json.dumps(asdict(measure(name))))
-
-
 if __name__ == "__main__":
-    main()
+    print_record(measure)

@@ -9,12 +9,10 @@ parameters: they are made to hold every element's place. The model with zeros in
 from __future__ import annotations
 
 import copy
-import json
 import resource
-import sys
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch_pruning
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 import fxcompress
 from fxcompress.inputs import Inputs
 from fxcompress.verify import difference
+from zoo.process import print_record
 
 #: Bytes that a model may take, dense and pruned: on some, the peer's index maps take all there is.
 MEMORY = 12 * 2**30
@@ -118,12 +117,5 @@ def _zeroed(reference: nn.Module, pruned: nn.Module) -> nn.Module:
     return reference
 
 
-def main() -> None:
-    name, limit = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else resource.RLIM_INFINITY
-    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
-    torch.set_num_threads(1)
-    print(json.dumps(asdict(measure(name))))
-
-
 if __name__ == "__main__":
-    main()
+    print_record(measure)

@@ -111,9 +111,9 @@ ROWS: list[tuple[str, Callable[[], list[Pass]], float]] = [
 
 def data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Images and labels to train on, and 500 held out."""
-    digits = load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
-    labels = torch.tensor(digits.target)
+    pixels, answers = load_digits(return_X_y=True)
+    images = torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8) / 8 - 1
+    labels = torch.tensor(answers)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     images, labels = images[order], labels[order]
     return images[500:], labels[500:], images[:500], labels[:500]

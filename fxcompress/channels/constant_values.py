@@ -68,12 +68,12 @@ def pointwise(call: Call, of: Of, inplace: bool) -> Any:
         operands[id(tensors[0])] = operands[id(tensors[0])].clone()
     arguments = {name: _put(value, operands) for name, value in call.arguments.items()}
     if isinstance(arguments.get("dtype"), torch.dtype) and arguments["dtype"].is_floating_point:
-        arguments["dtype"] = torch.float64
+        arguments["dtype"] = torch.float64  # a cast would round what is folded in double
     (_, first), *rest = arguments.items()
     try:
         found = call.func(first, **dict(rest))
     except (RuntimeError, TypeError, NotImplementedError):
-        return None
+        return None  # not every kernel takes float64, or mixes it with what the model's own dtype was
     made = []
     for tensor in found if isinstance(found, (tuple, list)) else [found]:
         value = torch.where(unknown, torch.nan, tensor.double())
@@ -246,6 +246,7 @@ MOVEMENT: dict[Rule, Callable[[Call, Of], Any]] = {
     rules.view: _view,
     rules.expand: _expand,
     rules.movement: _movement,
+    rules.pixel_shuffle: _movement,
     rules.permutation: _movement,
     rules.cat: _cat,
     rules.stack: _stack,

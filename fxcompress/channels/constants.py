@@ -18,7 +18,6 @@ from enum import IntEnum
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, fx, nn
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -26,14 +25,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fxcompress.channels import constant_values as values
 from fxcompress.channels import contractions, recurrence, reductions, rules
 from fxcompress.channels.constant_values import Known, Product, Window
-from fxcompress.channels.labels import IntArray, dims_of
+from fxcompress.channels.labels import FloatArray, IntArray, dims_of
 from fxcompress.channels.propagate import propagate
 from fxcompress.channels.recurrent_constants import Zeros
 from fxcompress.channels.rules import Call, Rule
 from fxcompress.inputs import Inputs
 from fxcompress.module import TracedModule, owner
-
-FloatArray = npt.NDArray[np.float64]
 
 
 class Verdict(IntEnum):
@@ -331,24 +328,28 @@ class Constants:
         return node, str(node.target) if node.op == "call_module" else node.name
 
     def _affine(self, node: fx.Node) -> Affine | None:
-        """What a node multiplies with a parameter and adds a bias to, or could; None if it does not."""
-        if node.op == "call_module":
-            layer = self.module.get_submodule(str(node.target))
-            if not isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)):
-                return None
-            return Affine(node, f"{node.target}.weight", f"{node.target}.bias" if layer.bias is not None else "")
-        if node.op != "call_function" or getattr(node.target, "__name__", "") not in _AFFINE:
-            return None
-        named = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | dict(node.kwargs)
-        weight, bias = named.get("weight"), named.get("bias")
-        if not (_is_parameter(weight, self.module) and _is_parameter(bias, self.module)):
-            return None
-        assert isinstance(weight, fx.Node)
-        assert isinstance(bias, fx.Node)
-        return Affine(node, str(weight.target), str(bias.target))
+        return affine_of(self.module, node)
 
 
 _AFFINE = frozenset("linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split())
+
+
+def affine_of(module: TracedModule, node: fx.Node) -> Affine | None:
+    """What a node multiplies with a parameter and adds a bias to, or could; None if it does not."""
+    if node.op == "call_module":
+        layer = module.get_submodule(str(node.target))
+        if not isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)):
+            return None
+        return Affine(node, f"{node.target}.weight", f"{node.target}.bias" if layer.bias is not None else "")
+    if node.op != "call_function" or getattr(node.target, "__name__", "") not in _AFFINE:
+        return None
+    named = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | dict(node.kwargs)
+    weight, bias = named.get("weight"), named.get("bias")
+    if not (_is_parameter(weight, module) and _is_parameter(bias, module)):
+        return None
+    assert isinstance(weight, fx.Node)
+    assert isinstance(bias, fx.Node)
+    return Affine(node, str(weight.target), str(bias.target))
 
 
 def _is_parameter(value: Any, module: nn.Module) -> bool:

@@ -59,13 +59,16 @@ def _with_rows(ledger: Ledger, factors: Sequence[Tensor], rows: Mapping[tuple[in
     """What remains after a sum: the factors that did not end, and labels for the rows of those that did."""
     made = list(factors)
     for dims, row in rows.items():
+        several = [other for more, other in rows.items() if set(dims) < set(more)]
+        for other in several:  # one key head of several query heads: they go together
+            ledger.stand_for(row, other)
         beside = [factor for factor in factors if not set(dims_of(factor)).isdisjoint(dims)]
         for factor in beside:
             if dims_of(factor) == dims:
                 ledger.unite(factor, row)
             else:
                 meet(ledger, row, factor)
-        if not any(set(dims) <= set(dims_of(factor)) for factor in beside):
+        if not several and not any(set(dims) <= set(dims_of(factor)) for factor in beside):
             made.append(row)
     return made
 
@@ -285,7 +288,7 @@ def _made_by_groups(call: Call, w: Labels, columns: list[Tensor], groups: int) -
     if each > 1:
         kept = tuple(f for f in w.factors if dims_of(f) != (1,))
         mine = made.reshape(tuple(made.shape) + (1,) * (weight.dim() - 2))
-        call.relabel(weight, Labels(w.shape, (*kept, mine), w.const, w.direct, rows=frozenset({0})))
+        call.relabel(weight, Labels(w.shape, (*kept, mine), w.const, w.direct, row_dims=frozenset({0})))
     return made
 
 
@@ -346,5 +349,5 @@ def _regroup(call: Call, taken: Tensor) -> bool:
     mine = taken.reshape(tuple(taken.shape) + (1,) * (weight.dim() - 2))
     kept = tuple(f for f in labels.factors if dims_of(f) != (1,))
     return bool(
-        call.relabel(weight, Labels(labels.shape, (*kept, mine), labels.const, labels.direct, rows=frozenset({0})))
+        call.relabel(weight, Labels(labels.shape, (*kept, mine), labels.const, labels.direct, row_dims=frozenset({0})))
     )

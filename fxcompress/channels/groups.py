@@ -24,12 +24,13 @@ from fxcompress.channels.dependencies import (
     write_csv,
     write_graph,
 )
+from fxcompress.channels.explaining import explanation
 from fxcompress.channels.labels import BoolArray, IntArray, dims_of, distinct
-from fxcompress.channels.ledger import Axis
-from fxcompress.channels.propagate import WHOLE, propagate
+from fxcompress.channels.ledger import Axis, Ledger
+from fxcompress.channels.propagate import propagate
 from fxcompress.channels.row_sets import RowSet, row_sets
 from fxcompress.channels.row_tables import in_rows, numbered, row_tables, rows_among
-from fxcompress.channels.solve import Channels, solve
+from fxcompress.channels.solve import Channels, solve, stuck
 from fxcompress.errors import InputError
 from fxcompress.exclusive import exclusive
 from fxcompress.inputs import Inputs
@@ -80,7 +81,7 @@ class Group:
         removable: whether channels may go.
         reason: why not, where they may not.
         rows: number of rows that must keep equally many channels; 1 where there is no such constraint.
-        layers: names of the layers whose weights produce the channels.
+        layers: names of the layers whose weights produce the channels, in the order of the graph.
         components: the channels' numbers in the analysis, in order.
         slices: the producing rows, for scoring.
         row_of: for each channel the row that it lies in.
@@ -126,7 +127,7 @@ class ChannelGroups:
         for group in self._groups:
             if group.name == name:
                 return group
-        return self._groups_of(name)[0]
+        return self.groups_of(name)[0]
 
     @property
     def removable(self) -> int:
@@ -209,32 +210,7 @@ class ChannelGroups:
         Raises:
             InputError: nothing of that name has channels.
         """
-        lines = self._own_freezes(name)
-        for group in [] if lines else self._groups_of(name):
-            paths = self._couplings(group)
-            lines.append(str(group))
-            starts = [s for s in group.slices if name in (s.layer, s.parameter)] or list(group.slices[:1])
-            start = f"{starts[0].parameter}[{starts[0].dim}]"
-            for target in group.slices:
-                if target is starts[0] or (other is not None and other not in (target.layer, target.parameter)):
-                    continue
-                lines.append(f"  with {target.layer}: " + _path(paths, start, f"{target.parameter}[{target.dim}]"))
-            lines += self._freezes(group, paths, start)
-        if other is not None and not any(line.startswith("  with") for line in lines):
-            lines.append(f"  {name} and {other} share no channel")
-        return "\n".join(lines)
-
-    def _own_freezes(self, name: str) -> list[str]:
-        """Why a layer that produces no group has no channels: it is one operator, or opaque."""
-        if any(name in (group.name, *group.layers) for group in self._groups):
-            return []
-        ledger = self.channels.facts.ledger
-        return [
-            f"{name} is frozen at {freeze.node}: {freeze.reason}"
-            for freeze in ledger.freezes
-            if any(axis.name.startswith(f"{name}.") for axis in self.axes_of(freeze.labels))
-            and freeze.reason.endswith(WHOLE)
-        ][:1]
+        return explanation(self, name, other)
 
     def __rich__(self) -> Table:
         table = Table(title=f"{len(self)} channel groups, {self.removable} removable channels")
@@ -248,7 +224,12 @@ class ChannelGroups:
     def __str__(self) -> str:
         return as_text(self.__rich__())
 
-    def _groups_of(self, name: str) -> list[Group]:
+    def groups_of(self, name: str) -> list[Group]:
+        """The groups that a name is of: their own, a layer's or a parameter's.
+
+        Raises:
+            InputError: nothing of that name has channels.
+        """
         found = [
             group
             for group in self._groups
@@ -278,46 +259,6 @@ class ChannelGroups:
         axes = self.channels.facts.ledger.axes
         starts = np.array([axis.start for axis in axes])
         return [axes[i] for i in distinct(np.searchsorted(starts, labels, side="right") - 1)]
-
-    def _couplings(self, group: Group) -> nx.Graph[str]:
-        """Axes as nodes, an edge where a node of the model makes two of them one channel of this group."""
-        ledger = self.channels.facts.ledger
-        axes, starts = ledger.axes, np.array([axis.start for axis in ledger.axes])
-        mine = np.zeros(len(self.channels.component), dtype=bool)
-        mine[group.components] = True
-        graph: nx.Graph[str] = nx.Graph()
-        for equality in ledger.equalities:
-            inside = mine[self.channels.component[equality.left]]
-            if inside.any():
-                ends = np.stack([equality.left[inside], equality.right[inside]])
-                pairs = np.unique(np.searchsorted(starts, ends, side="right") - 1, axis=1)
-                for a, b in pairs.T:
-                    graph.add_edge(str(axes[a]), str(axes[b]), node=equality.node)
-        return graph
-
-    def _freezes(self, group: Group, paths: nx.Graph[str], start: str) -> list[str]:
-        if group.removable:
-            return []
-        mine = np.zeros(len(self.channels.component), dtype=bool)
-        mine[group.components] = True
-        for freeze in self.channels.facts.ledger.freezes:
-            labels = freeze.labels[mine[self.channels.component[freeze.labels]]]
-            if len(labels):
-                axis = self.axes_of(labels)[0]
-                way = "" if str(axis) == start else " by " + _path(paths, start, str(axis))
-                return [f"  frozen at {freeze.node}: {freeze.reason}{way}"]
-        return [f"  frozen: {group.reason}"]
-
-
-def _path(graph: nx.Graph[str], start: str, end: str) -> str:
-    if start == end:
-        return start
-    try:
-        nodes: list[str] = nx.shortest_path(graph, start, end)
-    except (nx.NetworkXNoPath, nx.NodeNotFound):
-        return f"{start} and {end} by way of a constraint"
-    steps = [f" =({graph.edges[a, b]['node']})= {b}" for a, b in itertools.pairwise(nodes)]
-    return nodes[0] + "".join(steps)
 
 
 @exclusive
@@ -368,9 +309,10 @@ def _groups(channels: Channels) -> Iterator[Group]:
     for chosen in sets:
         position[chosen] = np.arange(len(chosen))
     reasons, tables = _reasons(channels), row_tables(channels)
+    places = _graph_order(ledger, starts)
     taken: dict[str, int] = {}
     for chosen, block, member in zip(sets, blocks, _members(channels, sets), strict=True):
-        slices = _slices(channels, position, labels[block], axis_of[block])
+        slices = _slices(channels, position, labels[block], axis_of[block], places)
         layers = tuple(dict.fromkeys(item.layer for item in slices))
         name = layers[0]
         taken[name] = taken.get(name, 0) + 1
@@ -381,6 +323,14 @@ def _groups(channels: Channels) -> Iterator[Group]:
         row_of, crossed = rows_among(tables, chosen)
         rows = int(row_of.max()) + 1
         yield Group(name, len(chosen), member, removable, reason, rows, layers, chosen, slices, row_of, crossed)
+
+
+def _graph_order(ledger: Ledger, starts: IntArray) -> IntArray:
+    """For every axis the place at which the graph first uses it to produce channels."""
+    firsts = np.array([produced[0] for produced in ledger.produced])
+    order = np.full(len(starts), len(firsts), dtype=np.int64)
+    np.minimum.at(order, np.searchsorted(starts, firsts, side="right") - 1, np.arange(len(firsts)))
+    return order
 
 
 def _in_order(values: IntArray) -> IntArray:
@@ -394,18 +344,24 @@ def _members(channels: Channels, sets: list[IntArray]) -> list[tuple[tuple[str, 
     owner = np.full(len(channels.component), -1, dtype=np.int64)
     for index, chosen in enumerate(sets):
         owner[chosen] = index
-    owner = owner[channels.component]
+    owner = np.append(owner[channels.component], -1)
     found: list[list[tuple[str, int]]] = [[] for _ in sets]
-    axes = {(axis.name, axis.dim): axis for axis in channels.facts.ledger.axes if axis.kind != "made"}
+    axes = [axis for axis in channels.facts.ledger.axes if axis.kind != "made"]
+    numbers = {(axis.name, axis.dim): number for number, axis in enumerate(axes)}
+    bounds = np.array([(axis.start, axis.start + axis.size) for axis in axes], dtype=np.int64).reshape(-1)
+    lowest, highest = (end.reduceat(owner, bounds)[::2].tolist() for end in (np.minimum, np.maximum))
     for name, labels in channels.facts.state.items():
         for factor in labels.factors:
             dims = dims_of(factor)
-            if len(dims) == 1:
-                axis = axes[name, dims[0]]
-                mine = owner[axis.start : axis.start + axis.size]
-            else:  # a grouped weight carries the labels of what it reads
-                mine = owner[factor.reshape(-1).numpy()]
-            for index in mine[:1] if (mine == mine[0]).all() else distinct(mine):
+            number = numbers[name, dims[0]] if len(dims) == 1 else None
+            if number is None:  # a grouped weight carries the labels of what it reads
+                mine = distinct(owner[factor.reshape(-1).numpy()]).tolist()
+            elif lowest[number] == highest[number]:  # most often
+                mine = [lowest[number]]
+            else:
+                axis = axes[number]
+                mine = distinct(owner[axis.start : axis.start + axis.size]).tolist()
+            for index in mine:
                 if index >= 0:  # columns of a grouped weight differ from row to row: the last dimension is theirs
                     found[index].append((name, dims[-1]))
     return list(map(tuple, found))
@@ -424,16 +380,22 @@ def _keys(parts: IntArray, axis_of: IntArray, frozen: BoolArray, size: int, axes
 def _reasons(channels: Channels) -> dict[int, str]:
     """Why frozen components are frozen: the first reason that was found."""
     reasons: dict[int, str] = {}
+    for constraint in reversed(channels.constraints):
+        text = f"its row cannot be cut ({constraint.node})"
+        reasons.update(dict.fromkeys(stuck(constraint, channels.component).tolist(), text))
     for freeze in reversed(channels.facts.ledger.freezes):
         text = f"{freeze.reason} ({freeze.node})"
         reasons.update(dict.fromkeys(channels.component[freeze.labels].tolist(), text))
     return reasons
 
 
-def _slices(channels: Channels, position: IntArray, labels: IntArray, axis_of: IntArray) -> tuple[Slices, ...]:
-    """The weight rows that produce a group's channels; ``position``: every component's place in its group."""
+def _slices(
+    channels: Channels, position: IntArray, labels: IntArray, axis_of: IntArray, order: IntArray
+) -> tuple[Slices, ...]:
+    """The weight rows that produce a group's channels; ``position``: every component's place in its group; ``order``:
+    every axis' in the graph."""
     made = []
-    for index in distinct(axis_of):
+    for index in sorted(distinct(axis_of).tolist(), key=order.__getitem__):
         axis = channels.facts.ledger.axes[index]
         mine = labels[axis_of == index]
         groups = axis.size // channels.facts.state[axis.name].shape[axis.dim]

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
+FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -32,16 +33,14 @@ class Labels:
         factors: int64 tensors, see the module's docstring.
         const: derived from parameters and buffers alone.
         direct: a parameter, or a rearrangement of one: its masked elements are exact zeros.
-        rows: dimensions along which a ragged live set is never compacted.
-        copied: dimensions along which ``expand`` made copies inside the node that is running: they may have any size.
+        row_dims: dimensions along which a ragged live set is never compacted.
     """
 
     shape: tuple[int, ...]
     factors: tuple[Tensor, ...] = ()
     const: bool = False
     direct: bool = False
-    copied: frozenset[int] = frozenset()
-    rows: frozenset[int] = frozenset()
+    row_dims: frozenset[int] = frozenset()
 
     def varying(self) -> frozenset[int]:
         """Dimensions along which some factor varies."""
@@ -193,16 +192,23 @@ def plan_cut(mask: BoolArray, dims: tuple[int, ...], column: int) -> Cut | None:
     return Cut(dims, keep, column, np.ascontiguousarray(np.moveaxis(chosen, -1, column)))
 
 
+def plan_line(dims: tuple[int, ...], factors: Sequence[Tensor], live: BoolArray) -> Cut | None:
+    """The cut along the one dimension in which all these factors vary; None where everything in it lives."""
+    flags = live[factors[0].numpy().reshape(-1)]
+    for factor in factors[1:]:
+        flags = flags & live[factor.numpy().reshape(-1)]
+    (kept,) = flags.nonzero()
+    return Cut(dims, (kept,)) if len(kept) < len(flags) else None
+
+
 def plan_cuts(labels: Labels, live: BoolArray) -> tuple[Cut, ...] | None:
     """One cut for each block of dimensions that some dead label touches; None if the live elements have no shape."""
     cuts = []
     for dims, factors in blocks_of(labels):
         if len(dims) == 1:
-            flags = live[factors[0].reshape(-1).numpy()]
-            for factor in factors[1:]:
-                flags = flags & live[factor.reshape(-1).numpy()]
-            if not flags.all():
-                cuts.append(Cut(dims, (np.flatnonzero(flags),)))
+            line = plan_line(dims, factors, live)
+            if line is not None:
+                cuts.append(line)
             continue
         mask: BoolArray = np.ones((), dtype=bool)
         for factor in factors:
@@ -211,7 +217,7 @@ def plan_cuts(labels: Labels, live: BoolArray) -> tuple[Cut, ...] | None:
             continue
         widest = max(factors, key=lambda factor: len(dims_of(factor)))
         full = np.ascontiguousarray(np.broadcast_to(mask, [labels.shape[d] for d in dims]))
-        free = [dim for dim in dims_of(widest) if dim not in labels.rows]
+        free = [dim for dim in dims_of(widest) if dim not in labels.row_dims]
         cut = plan_cut(full, dims, dims.index(column_of(widest, free or dims_of(widest))))
         if cut is None:
             return None

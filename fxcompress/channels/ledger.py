@@ -93,7 +93,7 @@ class Constraint:
 
     def _column(self, factor: Tensor) -> int | None:
         """The dimension along which rows run; None where all dimensions number rows."""
-        free = [dim for dim in dims_of(factor) if dim not in self.labels.rows]
+        free = [dim for dim in dims_of(factor) if dim not in self.labels.row_dims]
         return column_of(factor, free) if free else None
 
     def distinct(self, cells: IntArray) -> Constraint:
@@ -109,7 +109,7 @@ class Constraint:
             if (counts == counts[0]).all():
                 factor = factor.take(np.sort(first), axis=dim)
         made = torch.from_numpy(np.ascontiguousarray(factor))
-        return Constraint(Labels(tuple(made.shape), (made,), rows=self.labels.rows), self.pinned, self.node)
+        return Constraint(Labels(tuple(made.shape), (made,), row_dims=self.labels.row_dims), self.pinned, self.node)
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,13 @@ class Excess:
         return short
 
 
+def _lies_on(factor: Tensor, axis: Axis) -> bool:
+    """Whether all labels of a factor are of an axis."""
+    if not axis.start <= int(factor.reshape(-1)[0]) < axis.start + axis.size:
+        return False
+    return axis.start <= int(factor.min()) and int(factor.max()) < axis.start + axis.size
+
+
 @dataclass
 class Ledger:
     """Everything that a propagation found out, in the order in which it did."""
@@ -157,7 +164,7 @@ class Ledger:
     equalities: list[Equality] = field(default_factory=list)
     freezes: list[Freeze] = field(default_factory=list)
     constraints: list[Constraint] = field(default_factory=list)
-    rows: list[RowTie] = field(default_factory=list)
+    row_ties: list[RowTie] = field(default_factory=list)
     divisions: list[Division] = field(default_factory=list)
     excesses: list[Excess] = field(default_factory=list)
     produced: list[IntArray] = field(default_factory=list)
@@ -165,6 +172,8 @@ class Ledger:
     contractions: list[Contraction] = field(default_factory=list)
     live_only: set[str] = field(default_factory=set)
     ended: list[Tensor] = field(default_factory=list)
+    row_axes: list[Axis] = field(default_factory=list)
+    copies: list[tuple[Axis, int, int]] = field(default_factory=list)
     node: str = ""
     next_label: int = 1
 
@@ -184,6 +193,12 @@ class Ledger:
         self.axes.append(axis)
         self.next_label += size
         return torch.arange(axis.start, axis.start + size)
+
+    def copies_along(self, dim: int, size: int) -> Tensor:
+        """Labels for ``size`` copies along a dimension of the running node's value, 1-D."""
+        fresh = self.fresh_axis(self.node, dim, size)
+        self.copies.append((self.axes[-1], len(self.equalities), len(self.row_ties)))
+        return fresh
 
     def unite(self, left: Tensor, right: Tensor, *, spread: bool = False) -> None:
         """The labels of two factors (broadcast against each other) are one and the same channel.
@@ -214,7 +229,7 @@ class Ledger:
         """Every label of ``rows`` goes with the labels of ``members`` that it meets, and only with all of them."""
         rows, members = torch.broadcast_tensors(rows, members)
         pairs = self._distinct(rows.reshape(-1).numpy(), members.reshape(-1).numpy())
-        self.rows.append(RowTie(*pairs, self.node))
+        self.row_ties.append(RowTie(*pairs, self.node))
 
     def rows_along(self, factor: Tensor, dims: Iterable[int]) -> Tensor:
         """New labels for the rows of a factor, which ``dims`` number: what remains of it when the others are summed."""
@@ -225,9 +240,36 @@ class Ledger:
         with np.errstate(over="ignore"):  # rows are compared by hash: sorting whole ones takes ten times as long
             _, first, which = np.unique(lines.numpy() @ weights, return_index=True, return_inverse=True)
         fresh = self.fresh_axis(self.node, dims[0], len(first))
+        self.row_axes.append(self.axes[-1])
         rows = fresh[torch.from_numpy(which.reshape(-1))].reshape(sizes)
         self.stand_for(rows, factor)
         return rows
+
+    def are_rows(self, factor: Tensor) -> bool:
+        """Whether the labels of a factor are of rows, as :meth:`rows_along` made them."""
+        return any(_lies_on(factor, axis) for axis in self.row_axes)
+
+    def copies_of(self, factor: Tensor) -> str | None:
+        """The node that made the copies whose labels a factor holds; None if it holds others."""
+        return next((axis.name for axis, _, _ in self.copies if _lies_on(factor, axis)), None)
+
+    def are_alone(self, factor: Tensor) -> bool:
+        """Whether the labels of a factor are of copies that have met nothing yet."""
+        for axis, equalities, ties in self.copies:
+            if _lies_on(factor, axis):
+                met = [labels for e in self.equalities[equalities:] for labels in (e.left, e.right)]
+                met += [labels for tie in self.row_ties[ties:] for labels in (tie.rows, tie.members)]
+                return not any(((labels >= axis.start) & (labels < axis.start + axis.size)).any() for labels in met)
+        return False
+
+    def has_own_copies(self) -> bool:
+        """Whether the running node has made copies."""
+        return bool(self.copies) and self.copies[-1][0].name == self.node
+
+    def are_own_copies(self, factor: Tensor) -> bool:
+        """Whether a factor is one of copies, each once, that the running node made and that have met nothing yet."""
+        own = (axis for axis, _, _ in self.copies if axis.name == self.node and axis.size == factor.numel())
+        return any(_lies_on(factor, axis) for axis in own) and self.are_alone(factor)
 
     def freeze(self, factors: Iterable[Tensor], reason: str) -> None:
         """No channel in these factors can be removed."""
@@ -250,7 +292,7 @@ class Ledger:
             pinned: dimensions that stay whole.
             rows: dimensions that number rows, which may go whole; without, rows run where labels follow each other.
         """
-        labels = Labels(tuple(factor.shape), (factor,), rows=frozenset({*pinned, *rows}))
+        labels = Labels(tuple(factor.shape), (factor,), row_dims=frozenset({*pinned, *rows}))
         self.constraints.append(Constraint(labels, frozenset(pinned), self.node))
 
     def divide(self, factor: Tensor, groups: int, pinned: Iterable[int] = ()) -> Tensor:

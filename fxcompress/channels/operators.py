@@ -15,10 +15,12 @@ _ROWS: dict[Rule, str] = {
     rules.view: "view _unsafe_view reshape _reshape_alias",
     rules.expand: "expand",
     rules.permutation: "permute transpose t numpy_T movedim unsqueeze",
-    rules.movement: """select slice split split_with_sizes unbind squeeze unfold diagonal roll flip repeat pixel_shuffle
-        pixel_unshuffle channel_shuffle native_channel_shuffle narrow reflection_pad1d reflection_pad2d reflection_pad3d
+    rules.movement: """select slice split split_with_sizes unbind squeeze unfold diagonal roll flip repeat
+        pixel_unshuffle
+        channel_shuffle native_channel_shuffle narrow reflection_pad1d reflection_pad2d reflection_pad3d
         replication_pad1d replication_pad2d replication_pad3d rot90 unsafe_split unsafe_split_with_sizes unsafe_chunk
         chunk""",
+    rules.pixel_shuffle: "pixel_shuffle",
     rules.cat: "cat",
     rules.stack: "stack",
     rules.pad: "constant_pad_nd",

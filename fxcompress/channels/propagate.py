@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fxcompress.arguments import leaves
 from fxcompress.channels.labels import Labels, dims_of, labels_in
 from fxcompress.channels.ledger import Kind, Ledger
 from fxcompress.channels.operators import is_pointwise, operator_name, read_arguments, rule_for
@@ -66,7 +67,7 @@ _MAKES_LABELS = frozenset("zeros ones full empty new_zeros new_ones new_full new
 
 
 #: Operators whose result is no constant although it depends on no input.
-_VARYING = frozenset("rand randn randint randperm bernoulli arange".split())
+_RANDOM = frozenset("rand randn randint randperm bernoulli".split())
 
 
 #: Operators that are not finite, or have no finite gradient, at zero: from which of their arguments on.
@@ -99,6 +100,7 @@ class _Watch(TorchDispatchMode):
         self.values_only = True
         self.moves_only = True
         self.finite = False
+        self.fixed = False  # the running node reads parameters, buffers and literals alone: no size, no input
         self.asleep = False
 
     @classmethod
@@ -190,31 +192,47 @@ class _Watch(TorchDispatchMode):
             made = rule(call)
         else:
             made = None
-        self._assign(call, result, made)
+        self._assign(call, result, made, inplace=inplace)
         if self.observer is not None:
             self.observer.called(call, rule, inplace)
         if before is not None:
             self._written(before, tensors[0])
 
-    def _assign(self, call: Call, result: Any, made: Any) -> None:
+    def _assign(self, call: Call, result: Any, made: Any, *, inplace: bool) -> None:
         results = (
             [result] if isinstance(result, Tensor) else list(result or ()) if isinstance(result, (tuple, list)) else []
         )
-        const = call.const and call.name not in _VARYING
+        const = call.const and call.name not in _RANDOM
+        fixed = const and self.fixed and not inplace  # integers may become an index, which must be known
         labels = made if isinstance(made, list) else [made]
         labels = (labels + [None] * len(results))[: len(results)]
         for tensor, item in zip(results, labels, strict=True):
-            if isinstance(tensor, Tensor):
-                self.label(tensor, item if item is not None else Labels(tuple(tensor.shape), (), const))
+            if not isinstance(tensor, Tensor):
+                continue
+            if item is None:
+                item = Labels(tuple(tensor.shape), (), const if tensor.is_floating_point() else fixed)
+            elif fixed and not tensor.is_floating_point() and not call.tensors:
+                item = replace(item, const=True)  # made of one number
+            self.label(tensor, item)
 
     def _written(self, before: Labels, target: Tensor) -> None:
         """A write into a tensor that others may see: what it did not know before is frozen."""
         if id(target) in self.parameters:
             self.ledger.freeze(self.of(target).factors, "the forward writes into it")
+        if before.const and not self.of(target).const:
+            self._varied(target)
         known = [set(dims_of(factor)) for factor in before.factors]
         for factor in self.of(target).factors:
             if not any(set(dims_of(factor)) <= dims for dims in known):
                 self.ledger.freeze([factor], "it is written into a tensor without channels of its own")
+
+    def _varied(self, written: Tensor) -> None:
+        """What shares the memory of a tensor that was written into is no constant any more."""
+        memory = written.untyped_storage()._cdata
+        for found, labels in list(self.table.values()):
+            tensor = found()
+            if labels.const and tensor is not None and tensor.untyped_storage()._cdata == memory:
+                self.label(tensor, replace(labels, const=False))
 
 
 def _tensors(arguments: dict[str, Any]) -> list[Tensor]:
@@ -243,6 +261,7 @@ class _Interpreter:
         self.module, self.watch, self.opaque = module, watch, frozenset(opaque)
         self.values: dict[str, Any] = {}
         self.moves: set[str] = set()
+        self.fixed: set[fx.Node] = set()  # whose value follows from parameters, buffers and literals
         self.weights: dict[str, Tensor] = {}  # fake-quantized ones, whose labels their readers may still change
 
     def run(self, inputs: Sequence[Any]) -> None:
@@ -256,6 +275,7 @@ class _Interpreter:
                 self.watch.varies(result)
             elif node.op == "get_attr":
                 result = self._attribute(str(node.target))
+                self.fixed.add(node)
             elif node.op == "output":
                 result = fx.map_arg(node.args[0], results.__getitem__)
                 self._finish(result)
@@ -272,6 +292,7 @@ class _Interpreter:
         args, kwargs = fx.map_arg(node.args, fetch), fx.map_arg(node.kwargs, fetch)
         watch.values_only = all(user.target is operator.getitem and user.args[1] == 0 for user in node.users)
         watch.moves_only = True
+        watch.fixed = self.fixed.issuperset(node.all_input_nodes)
         watch.finite = self._is_finite(node)
         recurrence = self._recurrence(node, args, kwargs)
         reason = "" if recurrence else self._closed(node)
@@ -297,6 +318,8 @@ class _Interpreter:
                 watch.observer.closed([fetch(source) for source in node.all_input_nodes])
         if watch.moves_only:
             self.moves.add(node.name)
+        if watch.fixed or isinstance(result, (torch.device, torch.dtype)):
+            self.fixed.add(node)
         return result
 
     def _attribute(self, name: str) -> Any:
@@ -308,11 +331,24 @@ class _Interpreter:
             self.watch.ledger.freeze(self.watch.of(tensor).factors, OUTPUT)
 
     def _settle(self, node: fx.Node, result: Any) -> None:
-        for tensor in [result] if isinstance(result, Tensor) else tensors_in(result):
-            labels = self.watch.of(tensor)
-            if labels.copied:  # the next node is told its size by number
-                self.watch.label(tensor, replace(labels, copied=frozenset()))
+        if self.watch.ledger.has_own_copies():
+            self.watch.asleep = True
+            for tensor in tensors_in(result):
+                self._count_copies(node, tensor)
+            self.watch.asleep = False
         self.values[node.name] = self._describe(result)
+
+    def _count_copies(self, node: fx.Node, tensor: Tensor) -> None:
+        """Of the copies that a node made, those stay channels of which it says itself, by a literal, how many."""
+        ledger, labels = self.watch.ledger, self.watch.of(tensor)
+        copies = [factor for factor in labels.factors if ledger.copies_of(factor) == node.name]
+        if not self.watch.moves_only:
+            ledger.freeze(copies, "it has met copies, of which there are as many as an operator makes")
+            return
+        sizes = leaves(node.args[1:]) if node.target == "expand" else []
+        fixed = [factor for factor in copies if len(sizes) < factor.dim() or type(sizes[dims_of(factor)[0]]) is not int]
+        kept = tuple(factor for factor in labels.factors if not any(factor is item for item in fixed))
+        self.watch.label(tensor, replace(labels, factors=kept))
 
     def _recurrence(
         self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -416,5 +452,6 @@ def _propagate(module: TracedModule, inputs: Inputs, observer: Observer | None, 
     values.update({name: watch.of(tensor) for name, tensor in interpreter.weights.items()})
     for node in module.graph.nodes:
         if node.op == "get_attr" and node.target in labels:
-            values[node.name] = labels[node.target]
+            # A buffer that is written into after it was read was a constant then.
+            values[node.name] = replace(labels[node.target], const=values[node.name].const)
     return Facts(ledger, values, labels, frozenset(interpreter.moves))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from fxcompress.channels.labels import BoolArray, IntArray, dims_of, distinct
+from fxcompress.channels.ledger import Constraint
 from fxcompress.channels.solve import Channels
 
 
@@ -29,9 +30,8 @@ def _whole_rows(channels: Channels) -> IntArray:
     return table
 
 
-def row_tables(channels: Channels) -> list[IntArray]:
-    """For every constraint with several rows, the number of the row that each component lies in (0: in none)."""
-    tables = [_whole_rows(channels)] if channels.rows.ties else []
+def lines_of(channels: Channels) -> Iterator[tuple[Constraint, IntArray]]:
+    """Every constraint that wants several rows to keep equally many channels, and the components in each row."""
     for constraint in channels.constraints:
         if all(len(dims_of(factor)) < 2 for factor in constraint.labels.factors):
             continue
@@ -39,8 +39,14 @@ def row_tables(channels: Channels) -> list[IntArray]:
         if rows is None or len(rows) < 2:
             continue
         lines = channels.component[rows]
-        if (lines.min(axis=1) == lines.max(axis=1)).all():
-            continue  # rows of one channel each go whole
+        if (lines.min(axis=1) != lines.max(axis=1)).any():  # rows of one channel each go whole
+            yield constraint, lines
+
+
+def row_tables(channels: Channels) -> list[IntArray]:
+    """For every constraint with several rows, the number of the row that each component lies in (0: in none)."""
+    tables = [_whole_rows(channels)] if channels.rows.ties else []
+    for _, lines in lines_of(channels):
         row = np.zeros(len(channels.component), dtype=np.int64)
         for number in range(len(lines) - 1, -1, -1):  # a channel in several rows counts for the first
             row[lines[number]] = number + 1
@@ -56,6 +62,8 @@ def rows_among(tables: Sequence[IntArray], chosen: IntArray) -> tuple[IntArray, 
     """
     mine = [table[chosen] for table in tables]
     mine = [row for row in mine if row.min() != row.max()]
+    if not mine:
+        return np.zeros(len(chosen), dtype=np.int64), ()
     joint = np.zeros(len(chosen), dtype=np.int64)
     with np.errstate(over="ignore"):
         for row in mine:

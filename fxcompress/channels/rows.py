@@ -36,6 +36,12 @@ class Rows:
     carried: BoolArray
     frozen: BoolArray
 
+    @classmethod
+    def none(cls, part: IntArray) -> Rows:
+        """No label lies in a row."""
+        row, carried = np.zeros(len(part), dtype=np.int64), np.zeros(len(part), dtype=bool)
+        return cls((), part, row, carried, np.ones(1, dtype=bool))
+
     @property
     def number(self) -> int:
         """How many rows there are, 0 (none) included."""
@@ -56,6 +62,8 @@ class Rows:
             component: for every label its channel.
             channels: for every channel whether it lives.
         """
+        if not self.ties:
+            return live  # in one row, the whole model, a channel lives where it does
         alive = self.living(live)
         lives: BoolArray = channels[component] & alive[self.row]
         held = np.zeros(len(component), dtype=bool)

@@ -44,12 +44,14 @@ class Call:
 
 
 Rule = Callable[[Call], Any]
+#: A shape and the factors in it.
+Operand = tuple[tuple[int, ...], Sequence[Tensor]]
 
 
 # ---- joining operands: the heart of pointwise operators and contractions --------------------------------------------
 
 
-def join(ledger: Ledger, operands: Sequence[tuple[tuple[int, ...], Sequence[Tensor]]], reason: str) -> list[Tensor]:
+def join(ledger: Ledger, operands: Sequence[Operand], reason: str) -> list[Tensor]:
     """Tie the factors of operands that meet in one index space (equal number of dimensions, size 1 = broadcast).
 
     Elements that meet are one channel. Where an operand extends along a labelled dimension without labels of its own,
@@ -94,24 +96,30 @@ def join(ledger: Ledger, operands: Sequence[tuple[tuple[int, ...], Sequence[Tens
                 _conjoin(ledger, *((same, mine) if len(same) > len(mine) else (mine, same)))
             for other, own in before:
                 if own != dims and not set(own).isdisjoint(dims):
-                    for factor in mine:
-                        meet(ledger, other, factor)
-                        implied |= {id(f) for f, d, e in ((factor, dims, own), (other, own, dims)) if set(d) < set(e)}
+                    implied |= {id(less) for factor in mine if (less := meet(ledger, other, factor)) is not None}
             if not same:
                 kept += [(factor, dims) for factor in mine]
     return [factor for factor, _ in kept if id(factor) not in implied]
 
 
-def meet(ledger: Ledger, left: Tensor, right: Tensor) -> None:
-    """Tie two factors that share some of the dimensions along which they vary.
+def meet(ledger: Ledger, left: Tensor, right: Tensor) -> Tensor | None:
+    """Tie two factors that share some of the dimensions along which they vary; returns one that follows from the other.
 
-    What extends along rows alone stands for them; what extends along the channels of a row is one with those.
+    What extends along rows alone stands for them; what extends along the channels of a row is one with those. Rows that
+    meet channels along some of their dimensions (several heads of queries that share one of values) stand for all that
+    they meet.
     """
     small, large = sorted((left, right), key=lambda factor: len(dims_of(factor)))
-    if set(dims_of(small)) < set(dims_of(large)) and column_of(large) not in dims_of(small):
+    inside = set(dims_of(small)) < set(dims_of(large))
+    standing = next(filter(ledger.are_rows, (left, right)), None)
+    if inside and column_of(large) not in dims_of(small):
         ledger.stand_for(small, large)
+    elif not inside and standing is not None:
+        ledger.stand_for(standing, right if standing is left else left)
+        return standing
     else:
         ledger.unite(left, right, spread=True)
+    return small if inside else None
 
 
 def _conjoin(ledger: Ledger, many: Sequence[Tensor], few: Sequence[Tensor]) -> None:
@@ -141,16 +149,28 @@ def pointwise(call: Call) -> Any:
     """Aligned elements are one and the same channel."""
     results = call.result if isinstance(call.result, (tuple, list)) else [call.result]
     ndim = max((tensor.dim() for tensor in [*call.tensors, *results]), default=0)
-    operands = []
+    operands: list[Operand] = []
     for tensor in call.tensors:
-        labels = call.of(tensor)
-        sizes = [1 if dim in labels.copied else size for dim, size in enumerate(tensor.shape)]
-        shape = (1,) * (ndim - tensor.dim()) + tuple(sizes)
-        operands.append((shape, [aligned(factor, ndim) for factor in labels.factors]))
+        factors = [aligned(factor, ndim) for factor in call.of(tensor).factors]
+        operands.append(((1,) * (ndim - tensor.dim()) + tuple(tensor.shape), factors))
+    if len(operands) > 1 and call.ledger.has_own_copies():
+        beside = [[other for other in operands if other is not one] for one in operands]
+        operands = [_not_copied(call.ledger, *each) for each in zip(operands, beside, strict=True)]
     factors = join(call.ledger, operands, "it meets a tensor without channels of its own")
     if isinstance(call.result, (tuple, list)):
         return [call.made(factors, i) for i in range(len(call.result))]
     return call.made(factors)
+
+
+def _not_copied(ledger: Ledger, operand: Operand, others: Sequence[Operand]) -> Operand:
+    """An operand as it was before the running node copied it to meet another: broadcasting would have done the same."""
+    shape, factors = list(operand[0]), operand[1]
+    for copies in [factor for factor in factors if ledger.are_own_copies(factor)]:
+        (dim,) = dims_of(copies)
+        if any(other[dim] > 1 for other, _ in others):
+            factors = [factor for factor in factors if factor is not copies]
+            shape[dim] = 1
+    return tuple(shape), factors
 
 
 # ---- movement: run the operator on the labels ---------------------------------------------------------------------
@@ -158,8 +178,12 @@ def pointwise(call: Call) -> Any:
 
 def movement(call: Call) -> Any:
     """The operator itself, run on every factor of its first argument."""
-    (_, source), *rest = call.arguments.items()
-    labels = call.of(source)
+    return _moved(call, call.of(next(iter(call.arguments.values()))))
+
+
+def _moved(call: Call, labels: Labels) -> Any:
+    """The operator itself, run on every factor of what stands for its first argument."""
+    rest = list(call.arguments.items())[1:]
     parts: list[list[Tensor]] = []
     for factor, expanded in zip(labels.factors, labels.expanded(), strict=True):
         moved = call.func(expanded, **dict(rest))
@@ -177,6 +201,21 @@ def movement(call: Call) -> Any:
                 call.ledger.freeze([part[i].reshape(-1)[:1]], "it is picked out on its own")
         made.append(call.made(factors, i if many else None, labels.direct))
     return made if many else made[0]
+
+
+def pixel_shuffle(call: Call) -> Any:
+    """Channels become positions: all that make one channel of the result are one, as no size can leave some out."""
+    source, labels = call.arguments["self"], call.labels("self")
+    channel, each = source.dim() - 3, call.arguments["upscale_factor"] ** 2
+    factors = []
+    for factor in labels.factors:
+        if factor.shape[channel] > 1:
+            sets = factor.unflatten(channel, (-1, each))
+            first = sets.narrow(channel + 1, 0, 1)
+            call.ledger.unite(sets, first)
+            factor = first.expand_as(sets).flatten(channel, channel + 1)
+        factors.append(factor)
+    return _moved(call, Labels(labels.shape, tuple(factors), labels.const, labels.direct))
 
 
 def _empty_piece(piece: Tensor, factor: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -199,17 +238,28 @@ def view(call: Call) -> Labels:
     labels = call.labels("self")
     shape = tuple(call.result.shape)
     factors = [view_factor(factor, labels.shape, shape) for factor in labels.factors]
-    return call.made([f for factor in factors if (f := canonical(factor)) is not None], direct=labels.direct)
+    kept = [f for factor in factors if (f := canonical(factor)) is not None]
+    if len(kept) > 1:  # copies that are merged with channels (a key's of several heads) are numbered by those
+        kept = [f for f in kept if not (call.ledger.are_alone(f) and _beside(f, kept))]
+    return call.made(kept, direct=labels.direct)
+
+
+def _beside(factor: Tensor, others: Sequence[Tensor]) -> bool:
+    """Whether another factor varies along a dimension of this one."""
+    return any(other is not factor and not set(dims_of(other)).isdisjoint(dims_of(factor)) for other in others)
 
 
 def expand(call: Call) -> Labels:
-    """Broadcasting adds dimensions in which nothing varies."""
+    """Broadcasting makes copies, of which there may be any number: each has a label of its own."""
     labels = call.labels("self")
     shape = tuple(call.result.shape)
     before = (1,) * (len(shape) - len(labels.shape)) + labels.shape
-    factors = tuple(aligned(f, len(shape)) for f in labels.factors)
-    copied = frozenset(dim for dim, (old, new) in enumerate(zip(before, shape, strict=True)) if old < new)
-    return Labels(shape, factors, labels.const, labels.direct, copied)
+    factors = [aligned(f, len(shape)) for f in labels.factors]
+    for dim, (old, new) in enumerate(zip(before, shape, strict=True)):
+        if old < new:
+            copies = call.ledger.copies_along(dim, new)
+            factors.append(copies.reshape([new if d == dim else 1 for d in range(len(shape))]))
+    return Labels(shape, tuple(factors), labels.const, labels.direct)
 
 
 def same(call: Call) -> Labels:
@@ -302,7 +352,7 @@ def index(call: Call) -> Labels:
     factors = []
     for factor in labels.factors:
         if chosen_by_data and moved & set(dims_of(factor)):
-            call.ledger.freeze([factor], "the input decides which index is read")
+            call.ledger.freeze([factor], "the input, one of its sizes or a write decides which index is read")
             continue
         taken = canonical(torch.ops.aten.index.Tensor(factor.expand(labels.shape), given))
         if taken is not None:

@@ -11,7 +11,17 @@ import numpy as np
 import torch
 from torch import fx
 
-from fxcompress.channels.labels import BoolArray, IntArray, Labels, blocks_of, dims_of, distinct, labels_in, plan_cuts
+from fxcompress.channels.labels import (
+    BoolArray,
+    FloatArray,
+    IntArray,
+    Labels,
+    blocks_of,
+    dims_of,
+    distinct,
+    labels_in,
+    plan_cuts,
+)
 from fxcompress.channels.ledger import Constraint, Ledger, RowTie
 from fxcompress.channels.propagate import Facts
 from fxcompress.channels.rows import Rows, rows_of
@@ -27,18 +37,18 @@ def connected(size: int, pairs: Iterable[tuple[IntArray, IntArray]]) -> IntArray
     chunks = list(pairs)
     if not chunks:
         return np.arange(size, dtype=np.int64)
-    narrow = np.int32 if size < 2**31 else np.int64  # there are many more pairs than labels
-    root = np.arange(size, dtype=narrow)
-    left = np.concatenate([pair[0] for pair in chunks], dtype=narrow, casting="same_kind")
-    right = np.concatenate([pair[1] for pair in chunks], dtype=narrow, casting="same_kind")
-    while len(left):
-        low, high = np.minimum(root[left], root[right]), np.maximum(root[left], root[right])
-        apart = low != high
-        left, right, low, high = left[apart], right[apart], low[apart], high[apart]
-        np.minimum.at(root, high, low)
-        while (root[root] != root).any():
-            root = root[root]
-    return root.astype(np.int64)
+    root = np.arange(size, dtype=np.intp)  # numpy copies indices of any other type
+    left, right = (np.concatenate([pair[side] for pair in chunks]) for side in (0, 1))
+    while True:
+        low, high = root[left], root[right]
+        apart = np.flatnonzero(low != high)
+        if not len(apart):
+            return root.astype(np.int64, copy=False)
+        if len(apart) < len(left):
+            left, right, low, high = left[apart], right[apart], low[apart], high[apart]
+        np.minimum.at(root, np.maximum(low, high), np.minimum(low, high))
+        while not np.array_equal(up := root[root], root):
+            root = up
 
 
 @dataclass(frozen=True)
@@ -68,15 +78,12 @@ class Channels:
         lives: BoolArray = alive[self.component]
         if rows is not None and len(rows):
             lives &= ~np.isin(self.rows.row, rows)
-        return self.rows.product(lives, self.component, alive) if self.rows.ties else lives
+        return self.rows.product(lives, self.component, alive)
 
     def without(self, gone: BoolArray) -> BoolArray:
         """For every label whether it lives, given labels that are gone: all that is one element by element with them
         goes, and a component does of which every row has lost its part, or that lost a part which lies in no row."""
         dead = np.zeros(len(self.component), dtype=bool)
-        if not self.rows.ties:
-            dead[self.component[gone]] = True
-            return ~dead[self.component]
         dead[self.rows.part[gone]] = True
         live: BoolArray = ~dead[self.rows.part]
         return self.rows.product(live, self.component, self.alive(live))
@@ -97,34 +104,34 @@ class Channels:
         alive = self.rows.living(live)
         alive[row[labels]] = True
         lives: BoolArray = live | (channels[self.component] & alive[row])
-        return self.rows.product(lives, self.component, channels) if self.rows.ties else lives
+        return self.rows.product(lives, self.component, channels)
 
-    def repair(self, live: BoolArray, rank: Mapping[int, float] | None = None) -> BoolArray:
+    def repair(self, live: BoolArray, rank: FloatArray | None = None) -> BoolArray:
         """The labels that live once every constraint holds: components are only brought back, best ranked first.
 
         Args:
             live: bool, one for every label, uniform over components.
-            rank: importance of components; without it earlier channels come back first.
+            rank: importance of every component, by number; without it earlier channels come back first.
         """
-        live = self.without(~live) if self.rows.ties else live.copy()
+        live = self.without(~live)
         changed = True
         while changed:  # every round brings at least one label back, so this ends
             changed = False
             for constraint in self.constraints:
                 if _holds(constraint, live):
                     continue
-                back = _bring_back(constraint, live, self.component, rank or {})
+                back = _bring_back(constraint, live, self.component, rank)
                 live = self.revived(live, back)
                 changed = True
             for excess in self.facts.ledger.excesses:
                 for row, count in zip(excess.more, excess.missing(live), strict=True):
-                    more = _best(row[~live[row]], int(count), self.component, rank or {})
+                    more = _best(row[~live[row]], int(count), self.component, rank)
                     live = self.revived(live, np.array(more, dtype=np.int64))
                     changed = changed or bool(more)
             for tie in self.rows.ties:
                 empty = self.rows.empty(tie, live)
                 if len(empty):
-                    live = self.revived(live, _best_members(tie, empty, live, self.component, rank or {}))
+                    live = self.revived(live, _best_members(tie, empty, live, self.component, rank))
                     changed = True
         return live
 
@@ -142,7 +149,7 @@ def _holds(constraint: Constraint, live: BoolArray) -> bool:
     return True
 
 
-def _bring_back(constraint: Constraint, live: BoolArray, component: IntArray, rank: Mapping[int, float]) -> IntArray:
+def _bring_back(constraint: Constraint, live: BoolArray, component: IntArray, rank: FloatArray | None) -> IntArray:
     """Labels to bring back so that the rows of a constraint become equal (all of them, if no rows are found)."""
     everything = np.concatenate([factor.numpy().reshape(-1) for factor in constraint.labels.factors])
     dead: IntArray = distinct(everything[~live[everything]])
@@ -171,16 +178,17 @@ def _must_live(constraint: Constraint, alive: IntArray) -> BoolArray:
     return stays.reshape(-1)
 
 
-def _best(gone: IntArray, count: int, component: IntArray, rank: Mapping[int, float]) -> list[int]:
+def _best(gone: IntArray, count: int, component: IntArray, rank: FloatArray | None) -> list[int]:
     """The best ranked of some labels, one for each component."""
     one_of: dict[int, int] = {}
     for label in gone.tolist():
         one_of.setdefault(int(component[label]), label)
-    return [one_of[c] for c in sorted(one_of, key=lambda c: (-rank.get(c, 0.0), c))[:count]]
+    ranked = sorted(one_of) if rank is None else sorted(one_of, key=lambda c: (-rank[c], c))
+    return [one_of[c] for c in ranked[:count]]
 
 
 def _best_members(
-    tie: RowTie, empty: IntArray, live: BoolArray, component: IntArray, rank: Mapping[int, float]
+    tie: RowTie, empty: IntArray, live: BoolArray, component: IntArray, rank: FloatArray | None
 ) -> IntArray:
     """For rows that live without a member: as many of those as the fullest row has, and one at least."""
     lives = live[tie.members]
@@ -204,8 +212,8 @@ def solve(facts: Facts, graph: fx.Graph) -> Channels:
     for freeze in ledger.freezes:
         frozen[component[freeze.labels]] = True
     for constraint in constraints:
-        frozen[_stuck(constraint, component)] = True
-        rows.frozen[_stuck(constraint, rows.row)] = True
+        frozen[stuck(constraint, component)] = True
+        rows.frozen[stuck(constraint, rows.row)] = True
     _hold_rows(constraints, component, frozen)
     frozen[component[rows.carried & rows.frozen[rows.row]]] = True
     return Channels(facts, component, frozen, constraints, soft, rows)
@@ -213,16 +221,15 @@ def solve(facts: Facts, graph: fx.Graph) -> Channels:
 
 def _rows(ledger: Ledger, component: IntArray, bonds: Sequence[tuple[IntArray, IntArray]]) -> Rows:
     """The rows that may go whole; ``bonds`` are pairs of labels whose rows go together."""
-    if not ledger.rows:
-        nothing = np.zeros(len(component), dtype=np.int64)
-        return rows_of((), component, (), (nothing, np.empty(0, dtype=np.int64)))
+    if not ledger.row_ties:
+        return Rows.none(component)
     part = component
     if any(e.spread for e in ledger.equalities):
         part = connected(len(component), ((e.left, e.right) for e in ledger.equalities if not e.spread))
-    pairs = [(part[tie.rows], part[tie.members]) for tie in ledger.rows]
+    pairs = [(part[tie.rows], part[tie.members]) for tie in ledger.row_ties]
     tied = distinct(np.concatenate([side for pair in pairs for side in pair]))
     pairs += [(part[left], part[right]) for left, right in bonds]
-    return rows_of(ledger.rows, part, ledger.freezes, (connected(len(component), pairs), tied))
+    return rows_of(ledger.row_ties, part, ledger.freezes, (connected(len(component), pairs), tied))
 
 
 def _bond(constraint: Constraint, rows: Rows) -> tuple[IntArray, IntArray] | None:
@@ -243,7 +250,7 @@ def _bond(constraint: Constraint, rows: Rows) -> tuple[IntArray, IntArray] | Non
     return labels[1:].reshape(-1), np.broadcast_to(labels[:1], labels[1:].shape).reshape(-1)
 
 
-def _stuck(constraint: Constraint, number: IntArray) -> IntArray:
+def stuck(constraint: Constraint, number: IntArray) -> IntArray:
     """Numbers (of components, or of rows) that fill a whole pinned row: they can never go."""
     if not constraint.pinned or len(constraint.labels.factors) != 1:
         return np.empty(0, dtype=np.int64)
@@ -324,7 +331,7 @@ def source_of(node: fx.Node, facts: Facts) -> fx.Node:
 def _blocks(labels: Labels, node: str) -> Iterator[Constraint]:
     for dims, factors in blocks_of(labels):
         shape = tuple(size if d in dims else 1 for d, size in enumerate(labels.shape))
-        yield Constraint(Labels(shape, tuple(factors), rows=labels.rows), frozenset(), node)
+        yield Constraint(Labels(shape, tuple(factors), row_dims=labels.row_dims), frozenset(), node)
 
 
 def _constraints(facts: Facts, graph: fx.Graph, cells: IntArray, soft: frozenset[str]) -> tuple[Constraint, ...]:
@@ -338,7 +345,7 @@ def _constraints(facts: Facts, graph: fx.Graph, cells: IntArray, soft: frozenset
         if node.name in soft or node.op in ("get_attr", "output"):
             continue
         for labels in labels_in(facts.values.get(node.name)):
-            if len(labels.factors) == 1 and not labels.rows:  # most often the very factor that the node before had
+            if len(labels.factors) == 1 and not labels.row_dims:  # most often the very factor that the node before had
                 (factor,) = labels.factors
                 key = (factor.data_ptr(), factor.shape, factor.stride())
                 if key in seen:

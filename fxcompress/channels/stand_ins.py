@@ -54,7 +54,8 @@ def stand_in(
     if name in BATCH_NORMS and fits_norm(args):
         return first.detach(), _NOTHING, _NOTHING
     if name in _BINARY and isinstance(args[1], Tensor) and args[1].dtype == first.dtype:
-        return _ones(first, torch.broadcast_shapes(first.shape, args[1].shape))
+        shapes = first.shape, args[1].shape
+        return _ones(first, shapes[0] if shapes[0] == shapes[1] else torch.broadcast_shapes(*shapes))
     return None
 
 

@@ -145,7 +145,7 @@ class Chains:
         applies = unary if other is None else binary
         if following is not None:
             found = post_op(self.module, following)
-            if found is not None and applies(found):
+            if found is not None and applies is not None and applies(found):
                 nodes.append(following)
                 post = found
         while len(nodes) > 1 and self.disturbed(nodes):

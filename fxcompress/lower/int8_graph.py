@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 from torch import fx, nn
 
@@ -115,8 +116,8 @@ class _Lowering:
 
     def _visit(self, node: fx.Node) -> None:
         if node in self.pending:
-            for site in self.pending.pop(node):
-                self._kernel(site)
+            for waiting in self.pending.pop(node):
+                self._kernel(waiting)
             return
         if node in self.grids:
             return
@@ -364,5 +365,5 @@ def averages_all(module: TracedModule, node: fx.Node) -> bool:
     name = operation(module, node)
     if name == "adaptiveavgpool2d":
         return True
-    given = dict(zip(("input", "dim", "keepdim"), node.args, strict=False)) | node.kwargs
+    given: dict[str, Any] = dict(zip(("input", "dim", "keepdim"), node.args, strict=False)) | node.kwargs
     return name == "mean" and tuple(given.get("dim") or ()) in ((2, 3), (-2, -1)) and given.get("keepdim") is True

@@ -96,7 +96,7 @@ def site_of(module: TracedModule, node: fx.Node) -> LayerSite | None:
     weight = item.integers(constant(module, edge.args[0])).to(torch.int8)
     geometry, reason = None, None
     if node.target in _OTHERS or node.target is F.conv3d:
-        reason = f"torch has no int8 kernel for {node.target.__name__}"  # type: ignore[union-attr]
+        reason = f"torch has no int8 kernel for {getattr(node.target, '__name__', node.target)}"
     elif node.target is not F.linear:
         geometry = _geometry(node, tuple(weight.shape[2:]))
         reason = "pads unevenly" if geometry is None else None
@@ -142,7 +142,7 @@ def _geometry(node: fx.Node, kernel: tuple[int, ...]) -> Geometry | None:
         if any(total % 2 for total in both):
             return None
         padding = tuple(total // 2 for total in both)
-    return Geometry(stride, _each(padding, dims), dilation, given.get("groups", 1))
+    return Geometry(stride, _each(padding, dims), dilation, int(str(given.get("groups", 1))))
 
 
 def _each(value: Any, dims: int) -> tuple[int, ...]:

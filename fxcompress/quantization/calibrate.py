@@ -97,7 +97,9 @@ class Calibrator(nn.Module):
             values, counts = self._values, (self._values != 0).to(self._values.dtype)
         else:
             assert histogram is not None
-            values, counts = histogram.centers(), histogram.counts
+            values, counts = histogram.centers(), histogram.counts.clone()
+            if isinstance(observer, Entropy):  # zero is on every grid, and would outweigh everything behind a ReLU
+                counts[:, BINS // 2] -= histogram.zeros
         found = _search(observer, values, counts, low.reshape(-1), high.reshape(-1), self.spec)
         return found[0].reshape(low.shape).to(low.dtype), found[1].reshape(high.shape).to(high.dtype)
 
@@ -119,10 +121,12 @@ class _Histogram:
     def __init__(self, values: Tensor) -> None:
         self.reach = torch.zeros(len(values), 1, dtype=torch.float64)
         self.counts = torch.zeros(len(values), BINS, dtype=torch.float64)
+        self.zeros = torch.zeros(len(values), dtype=torch.float64)
 
     def add(self, values: Tensor) -> None:
         """Count ``[rows, values]``, doubling the reach of a row until it holds them."""
         values = values.double()
+        self.zeros += (values == 0).sum(1)
         wanted = values.abs().amax(1, keepdim=True).clamp(min=2.0**-100).log2().ceil().exp2()
         while bool((grow := (self.reach > 0) & (self.reach < wanted)).any()):
             half = torch.zeros_like(self.counts)

@@ -295,9 +295,11 @@ class Quantizing(Protocol):
 
     def quantize(self, x: Tensor, spec: QuantSpec) -> Tensor:
         """``x`` on a grid of the spec's bits."""
+        ...
 
     def step(self, x: Tensor, spec: QuantSpec) -> Tensor | None:
         """The distance of neighbouring values on the grid of a weight ``x``, 0-d or per channel; None if irregular."""
+        ...
 
 
 class TransformedFakeQuantize(FakeQuantize):

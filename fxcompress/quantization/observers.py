@@ -56,7 +56,7 @@ class Percentile(Observer):
 class Entropy(Observer):
     """The range whose quantized histogram has the smallest Kullback-Leibler divergence from the original.
 
-    Migacz 2017, "8-bit Inference with TensorRT", GTC; on the histogram of values as they are, zero aside.
+    Migacz 2017, "8-bit Inference with TensorRT", GTC; on the histogram of all values but zero, which is on every grid.
     """
 
 

@@ -71,12 +71,13 @@ def _call(site: Site, x: Tensor, weight: Tensor) -> Tensor:
 
 def correct_biases(
     module: TracedModule, batches: Iterable[Any], run: Callable[[Any], object], samples: int, author: str
-) -> None:
+) -> list[str]:
     """Take the mean error that rounding weights makes out of each bias, in place; layers without one get one.
 
     Nagel et al. 2019, arXiv 1906.04721, section 4.2, the empirical form: ``b -= E[(W_q - W) x]`` per output channel,
-    over what the quantized model feeds the layer.
+    over what the quantized model feeds the layer. Returns the biases that are new.
     """
+    new: list[str] = []
     sites = _open_sites(module)
     inputs = _inputs(module, sites, batches, run, samples)
     with rewriting(module, author) as rewriter, evaluating(module), torch.no_grad():
@@ -95,6 +96,7 @@ def correct_biases(
                 rewriter.set_tensor(str(read.target), getattr(holder, leaf).detach() - shift)
             elif read is None and str(site.node.meta.get("layer", "")) == site.layer:
                 submodule(module, site.layer).register_parameter("bias", nn.Parameter(-shift))
+                new.append(f"{site.layer}.bias")
                 added = parameter_node(rewriter, f"{site.layer}.bias", before=site.node)
                 rewriter.become(
                     site.node,
@@ -102,6 +104,7 @@ def correct_biases(
                     site.node.target,
                     (*site.node.args[:2], added, *site.node.args[3:]),
                 )
+    return new
 
 
 def learn_rounding(

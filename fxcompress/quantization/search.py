@@ -63,6 +63,8 @@ def lowest_divergence(values: Tensor, counts: Tensor, low: Tensor, high: Tensor,
     levels = spec.quant_max - spec.quant_min
     best = torch.ones_like(low, dtype=torch.float64)
     for row in range(len(values)):
+        if int((counts[row] > 0).sum()) <= levels:
+            continue  # too few values to say anything: the whole range
         lowest = torch.inf
         for step in range(_CANDIDATES, 0, -1):
             fraction = step / _CANDIDATES

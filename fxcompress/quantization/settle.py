@@ -88,18 +88,15 @@ def _settle(rewriter: Rewriter, site: Site, calls: Mapping[str, int], ranks: Cal
     if step is None:
         kind = type(getattr(quantizer, "rule", quantizer)).__name__
         return [f"{site.layer} stays as it is: the values of {kind} lie on no regular grid"]
-    if factor:  # the grid is that of the folded weight already
-        values, spec = source * factor[0], quantizer.spec.frozen()
-    else:
-        values = value_of(module, _read(site))
+    values = source * factor[0] if factor else value_of(module, _read(site))
     if norm is not None:
         scale, bias = folded(submodule(module, site.layer), submodule(module, str(norm.target)))
         if not factor:
             values = scaled(submodule(module, site.layer), values, scale)
             step = (step * scale.abs()).clamp(min=torch.finfo(scale.dtype).tiny)
         _fold(rewriter, site, norm, bias)
-    if not factor:
-        spec = _plain_spec(quantizer.spec, values, step, site.axis)
+    # With a factor, the grid is that of the folded weight already.
+    spec = quantizer.spec.frozen() if factor else _plain_spec(quantizer.spec, values, step, site.axis)
     made = AffineFakeQuantize(spec, len(step) if step.dim() else 0).to(values)
     made.scale.copy_(step)
     rewriter.set_tensor(site.weight, values)
