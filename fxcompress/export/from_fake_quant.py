@@ -104,7 +104,7 @@ def _activation(rewriter: Rewriter, node: fx.Node, item: FakeQuantize) -> None:
     scale = _constant(rewriter, node, f"{node.name}.scale", grid.scale.reshape(()).clone())
     shifted = (grid.zero_point - item.spec.quant_min).reshape(()).to(torch.uint8)
     zero_point = _constant(rewriter, node, f"{node.name}.zero_point", shifted)
-    made = rewriter.insert_before(node, "call_function", quantize, (node.args[0], scale, zero_point))
+    made = rewriter.insert_before(node, "call_function", quantize, (node.args[0], scale, zero_point, node.name))
     rewriter.become(node, "call_function", dequantize, (made, scale, zero_point, 0))
 
 

@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+#: Metadata of a QuantizeLinear: the fake-quant node that it was.
+NODE = "fxcompress.node"
+
 
 @torch.library.custom_op("fxcompress::quantize", mutates_args=())
-def _quantize(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+def _quantize(x: Tensor, scale: Tensor, zero_point: Tensor, node: str) -> Tensor:
     """``saturate(round(x / scale) + zero_point)`` in the zero point's dtype; ONNX QuantizeLinear per tensor."""
     limits = torch.iinfo(zero_point.dtype)
     steps = (x / scale).round() + zero_point.to(x.dtype)
@@ -18,7 +21,7 @@ def _quantize(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 
 
 @_quantize.register_fake
-def _(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+def _(x: Tensor, scale: Tensor, zero_point: Tensor, node: str) -> Tensor:
     return torch.empty_like(x, dtype=zero_point.dtype)
 
 
@@ -45,8 +48,10 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """How the exporter writes the operators: one ONNX operator each."""
     from onnxscript import opset18 as op
 
-    def write_quantize(x: Any, scale: Any, zero_point: Any) -> Any:
-        return op.QuantizeLinear(x, scale, zero_point)
+    def write_quantize(x: Any, scale: Any, zero_point: Any, node: str) -> Any:
+        made = op.QuantizeLinear(x, scale, zero_point)
+        made.producer().metadata_props[NODE] = node
+        return made
 
     def write_dequantize(x: Any, scale: Any, zero_point: Any, axis: int = 0) -> Any:
         return op.DequantizeLinear(x, scale, zero_point, axis=axis)

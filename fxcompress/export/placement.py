@@ -64,10 +64,10 @@ def place_pairs(model: Any, *, every: bool) -> list[str]:
     """
     placer = _Placer(model)
     placer.weights()
-    placer.biases()
     if every:
         placer.movements()
         placer.blocks()
+    placer.biases()  # last: the step of a bias is that of the layer's input
     placer.sweep()
     return placer.notes()
 

@@ -112,6 +112,7 @@ def program_of(module: TracedModule, inputs: Inputs, runtime: Runtime, author: s
     with torch.no_grad(), evaluating(module):
         result = module(*pytree.tree_map_only(Tensor, Tensor.clone, values))
     written = _exported(module, values, batched, trial.batch)
+    print([(n.name,dict(n.metadata_props).get("fxcompress.node")) for n in written.graph if n.op_type=="QuantizeLinear"])
     if quantized:
         notes += place_pairs(written, every=runtime == "onnxruntime")
     leaves = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in pytree.tree_leaves(values))
