@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+from fxcompress.export.grid_operators import NODE
 
 #: Their results hold elements of their first input, or what commutes with rounding.
 _CLOSED = frozenset(
@@ -54,13 +57,30 @@ class OnnxGrid:
         return cls(scale, int(np.clip(round(-low / scale), 0, 255)))
 
 
-def place_pairs(model: Any, *, every: bool) -> list[str]:
-    """Edit an ``onnx_ir.Model`` in place; returns notes.
+@dataclass(frozen=True)
+class Rounded:
+    """Where an ONNX model computes what a fake-quant node computes.
+
+    Attributes:
+        value: name of the uint8 value.
+        steps: how many steps it can be from the simulation, given the same input: one, and what a coarser grid inside
+            the block makes of it.
+    """
+
+    value: str
+    steps: int
+
+
+def place_pairs(model: Any, *, every: bool) -> tuple[dict[str, Rounded], list[str]]:
+    """Edit an ``onnx_ir.Model`` in place.
 
     Weights that are transposed are stored transposed, and biases of convolutions and Gemm as int32 with the scale of
     the products. ``every``: also a pair behind each operator that only moves or picks values, on its input's grid, and
     inside fused blocks, behind a convolution whose result is added to or passed to an activation. There the grid is
     one beyond whose ends the block's result saturates, so that no data is needed to find it.
+
+    Returns:
+        Where each activation's fake-quant node is, by its name; and which layers stay float.
     """
     placer = _Placer(model)
     placer.weights()
@@ -68,8 +88,7 @@ def place_pairs(model: Any, *, every: bool) -> list[str]:
         placer.movements()
         placer.blocks()
     placer.biases()  # last: the step of a bias is that of the layer's input
-    placer.sweep()
-    return placer.notes()
+    return placer.rounded(), placer.notes()
 
 
 class _Placer:
@@ -79,9 +98,18 @@ class _Placer:
         self.ir, self.graph = onnx_ir, model.graph
         self.count = 0
         self.left: Counter[str] = Counter()
+        #: Of the QuantizeLinear at the end of a block: how far a grid inside can move its argument, in its steps.
+        self.inner: dict[Any, float] = {}
 
     def notes(self) -> list[str]:
         return [f"{count} convolutions stay float: {reason}" for reason, count in self.left.items()]
+
+    def rounded(self) -> dict[str, Rounded]:
+        return {
+            node.metadata_props[NODE]: Rounded(node.outputs[0].name, 1 + math.floor(self.inner.get(node, 0.0)))
+            for node in self.graph
+            if NODE in node.metadata_props
+        }
 
     # ---- reading -------------------------------------------------------------------------------------------------
 
@@ -111,10 +139,15 @@ class _Placer:
         readers = list(value.consumers())
         return readers[0] if len(readers) == 1 and not value.is_graph_output() else None
 
+    def _rounding(self, value: Any) -> Any:
+        """The one reader of a value if that is a QuantizeLinear, or None."""
+        reader = self._reader(value)
+        return reader if reader is not None and reader.op_type == "QuantizeLinear" else None
+
     def _rounds_to(self, value: Any) -> OnnxGrid | None:
         """The grid that the one reader of a value rounds to."""
-        reader = self._reader(value)
-        return self._grid_of(reader) if reader is not None and reader.op_type == "QuantizeLinear" else None
+        reader = self._rounding(value)
+        return None if reader is None else self._grid_of(reader)
 
     # ---- writing -------------------------------------------------------------------------------------------------
 
@@ -195,12 +228,6 @@ class _Placer:
             self.graph.insert_before(node, made)
             node.replace_input_with(2, made.outputs[0])
 
-    def sweep(self) -> None:
-        """Drop constants that nobody reads any more."""
-        for name, value in list(self.graph.initializers.items()):
-            if not value.uses() and not value.is_graph_output() and not value.is_graph_input():
-                del self.graph.initializers[name]
-
     # ---- pairs ---------------------------------------------------------------------------------------------------
 
     def movements(self) -> None:
@@ -227,71 +254,87 @@ class _Placer:
                 continue
             if self._maker(node.inputs[1], "DequantizeLinear") is None:
                 continue
-            value = node.outputs[0]
-            if self._rounds_to(value) is not None:
-                continue
-            grid = self._inner(value)
-            if grid is None:
+            if self._rounding(node.outputs[0]) is None and not self._block(node.outputs[0]):
                 self.left["their results are not rounded"] += 1
-            elif grid != _FUSED:
-                self._pair(value, grid)
 
-    def _inner(self, value: Any) -> OnnxGrid | None:
-        """A grid for a value inside a block, beyond whose ends the block's result does not change."""
+    def _block(self, value: Any) -> bool:
+        """Put a pair behind a convolution that is followed by something, unless the runtime fuses that."""
         readers = list(value.consumers())
         if len(readers) == 2 and {item.op_type for item in readers} == {"Sigmoid", "Mul"}:  # SiLU
             (product,) = (item for item in readers if item.op_type == "Mul")
-            end = self._rounds_to(product.outputs[0])
-            return None if end is None else _saturating(F.silu, end)
+            return self._activated(value, F.silu, self._rounding(product.outputs[0]))
         node = self._reader(value)
         if node is None:
-            return None
-        end = self._rounds_to(node.outputs[0])
-        if node.op_type == "Relu" and end is not None:
-            return _FUSED if end.zero_point == 0 else end
-        if node.op_type == "Clip" and end is not None:
-            limits = [self._array(item) for item in node.inputs[1:3]]
-            inside = len(limits) == 2 and all(item is not None for item in limits)
-            if inside and float(limits[0]) <= end.low and float(limits[1]) >= end.high - end.scale / 2:  # type: ignore[arg-type]
-                return _FUSED
-            return end
+            return False
         if node.op_type == "Add":
-            return self._addend(value, node)
-        if node.op_type in _ACTIVATIONS and end is not None:
-            function = _ACTIVATIONS[node.op_type]
-            options = {key: item.value for key, item in node.attributes.items()}
-            return _saturating(lambda x: function(x, options), end)
-        return None
+            return self._added(value, node)
+        rounding = self._rounding(node.outputs[0])
+        if node.op_type in ("Relu", "Clip"):
+            return rounding is not None and (self._fuses(node, rounding) or self._saturated(value, rounding))
+        if node.op_type not in _ACTIVATIONS:
+            return False
+        function = _ACTIVATIONS[node.op_type]
+        options = {key: item.value for key, item in node.attributes.items()}
+        return self._activated(value, lambda x: function(x, options), rounding)
 
-    def _addend(self, value: Any, node: Any) -> OnnxGrid | None:
+    def _fuses(self, node: Any, rounding: Any) -> bool:
+        """Whether saturating to the grid behind a ReLU or Clip does what it does: runtimes then drop it."""
+        end = self._grid_of(rounding)
+        if end is None or node.op_type == "Relu":
+            return end is not None and end.zero_point == 0
+        low, high = (self._array(item) for item in (*node.inputs[1:3], None, None)[:2])
+        below = low is not None and float(low) <= end.low
+        return below and (high is None or float(high) >= end.high - end.scale / 2)
+
+    def _saturated(self, value: Any, rounding: Any) -> bool:
+        """In front of what only saturates: the grid behind it."""
+        end = self._grid_of(rounding)
+        if end is not None:
+            self._pair(value, end)
+        return end is not None
+
+    def _activated(self, value: Any, function: Callable[[torch.Tensor], torch.Tensor], rounding: Any) -> bool:
+        end = None if rounding is None else self._grid_of(rounding)
+        if end is None:
+            return False
+        inner, slope = _saturating(function, end)
+        self._inner_pair(value, inner, slope, rounding, end)
+        return True
+
+    def _added(self, value: Any, node: Any) -> bool:
         """What is added to a value on a grid and rounded cannot be seen beyond the difference of the two ranges."""
         others = [item for item in node.inputs if item is not value]
         other = self._grid(others[0]) if len(others) == 1 else None
         result = node.outputs[0]
-        end = self._rounds_to(result)
-        after = self._reader(result)
-        if end is None and after is not None and after.op_type in ("Relu", "Clip"):
-            end = self._rounds_to(after.outputs[0])  # both only saturate earlier
-            if end is not None and (after.op_type == "Clip" or end.zero_point != 0):
-                self._pair(result, end)
+        rounding, after = self._rounding(result), self._reader(result)
+        saturating = after is not None and after.op_type in ("Relu", "Clip")
+        if saturating:
+            rounding = self._rounding(after.outputs[0])
+        end = None if rounding is None else self._grid_of(rounding)
         if other is None or end is None:
-            return None
-        return OnnxGrid.over(end.low - other.high, end.high - other.low)
+            return False
+        if saturating and not self._fuses(after, rounding):
+            self._pair(result, end)
+        self._inner_pair(value, OnnxGrid.over(end.low - other.high, end.high - other.low), 1.0, rounding, end)
+        return True
 
-
-#: The runtime takes an operator into the rounding behind it.
-_FUSED = OnnxGrid(0.0, 0)
+    def _inner_pair(self, value: Any, inner: OnnxGrid, slope: float, rounding: Any, end: OnnxGrid) -> None:
+        """A pair inside a block; half a step of it, times the slope of what follows, is what the end can move by."""
+        self._pair(value, inner)
+        self.inner[rounding] = self.inner.get(rounding, 0.0) + slope * inner.scale / 2 / end.scale
 
 
 def _is_nearest(node: Any) -> bool:
     return node.op_type == "Resize" and "mode" in node.attributes and node.attributes["mode"].value == "nearest"
 
 
-def _saturating(function: Callable[[torch.Tensor], torch.Tensor], end: OnnxGrid) -> OnnxGrid:
-    """The smallest grid beyond whose ends ``function``, rounded to the grid ``end``, does not change."""
+def _saturating(function: Callable[[torch.Tensor], torch.Tensor], end: OnnxGrid) -> tuple[OnnxGrid, float]:
+    """The smallest grid beyond whose ends ``function``, rounded to the grid ``end``, does not change; and its slope."""
     reach = 16.0 + 128 * max(abs(end.low), abs(end.high))  # a LeakyReLU's slope is a hundredth
     x = torch.linspace(-reach, reach, 1 + (1 << 17), dtype=torch.float64)
-    integers = ((function(x) / end.scale).round() + end.zero_point).clamp(0, 255)
+    y = function(x)
+    integers = ((y / end.scale).round() + end.zero_point).clamp(0, 255)
     low = int((integers != integers[0]).int().argmax()) if bool((integers != integers[0]).any()) else 0
     high = int((integers != integers[-1]).nonzero().max()) if bool((integers != integers[-1]).any()) else len(x) - 1
-    return OnnxGrid.over(float(x[max(low - 1, 0)]), float(x[min(high + 1, len(x) - 1)]))
+    slope = float((y.diff() / x.diff()).abs().max())
+    return OnnxGrid.over(float(x[max(low - 1, 0)]), float(x[min(high + 1, len(x) - 1)])), slope

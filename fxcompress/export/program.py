@@ -8,7 +8,7 @@ import io
 import itertools
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from fxcompress.errors import InputError, PassError
 from fxcompress.export.extras import require
 from fxcompress.export.from_fake_quant import fake_quant_nodes, write_operators
 from fxcompress.export.grid_operators import translations
-from fxcompress.export.placement import place_pairs
+from fxcompress.export.placement import Rounded, place_pairs
 from fxcompress.inputs import Inputs, check_devices, other_batch, positional
 from fxcompress.module import TracedModule, evaluating
 from fxcompress.replacing import replacing
@@ -41,20 +41,33 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Program:
-    """An ONNX model and what it takes to call it.
+class Signature:
+    """How an ONNX model is called, and what is where in it.
 
     Attributes:
-        model: the serialized ONNX model.
         given: for each leaf of the positional inputs (``torch.utils._pytree``): None for a tensor, which the model
             takes, else the value that is written into it.
         result: what the model returns, with a :class:`Slot` for each tensor.
+        rounded: where it computes what the fake-quant nodes of activations compute, by their names.
+    """
+
+    given: tuple[Any, ...]
+    result: Any
+    rounded: Mapping[str, Rounded]
+
+
+@dataclass(frozen=True)
+class Program:
+    """An ONNX model.
+
+    Attributes:
+        model: serialized.
+        signature: how it is called.
         notes: what was left in float, and why.
     """
 
     model: bytes
-    given: tuple[Any, ...]
-    result: Any
+    signature: Signature
     notes: tuple[str, ...]
 
 
@@ -112,13 +125,14 @@ def program_of(module: TracedModule, inputs: Inputs, runtime: Runtime, author: s
     with torch.no_grad(), evaluating(module):
         result = module(*pytree.tree_map_only(Tensor, Tensor.clone, values))
     written = _exported(module, values, batched, trial.batch)
-    print([(n.name,dict(n.metadata_props).get("fxcompress.node")) for n in written.graph if n.op_type=="QuantizeLinear"])
+    rounded: dict[str, Rounded] = {}
     if quantized:
-        notes += place_pairs(written, every=runtime == "onnxruntime")
+        rounded, left = place_pairs(written, every=runtime == "onnxruntime")
+        notes += left
     leaves = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in pytree.tree_leaves(values))
     numbers = itertools.count()
     result = pytree.tree_map_only(Tensor, lambda _: Slot(next(numbers)), result)
-    return Program(_serialized(written), leaves, result, tuple(notes))
+    return Program(_serialized(written), Signature(leaves, result, rounded), tuple(notes))
 
 
 class _TensorsOnly(nn.Module):
@@ -186,6 +200,9 @@ def _serialized(model: Any) -> bytes:
     for item in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
         item.metadata_props.clear()
     model.metadata_props.clear()
+    for name, value in list(model.graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output() and not value.is_graph_input():
+            del model.graph.initializers[name]  # parameters that only folded ones were made of
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     if size > _LARGEST:
         raise PassError(f"the weights take {size} bytes; an ONNX file holds at most {_LARGEST}.")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import math
 import threading
 from typing import Any
 
@@ -12,14 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fxcompress.errors import InputError, VerificationError
+from fxcompress.errors import InputError
 from fxcompress.export.extras import require
-from fxcompress.export.from_fake_quant import fake_quant_nodes
-from fxcompress.export.program import Program, Runtime, Slot, program_of
-from fxcompress.inputs import Inputs, other_batch
-from fxcompress.module import OwnedGraph, TracedModule, evaluating
-from fxcompress.outputs import tensors_of
-from fxcompress.verify import TOLERANCE, difference
+from fxcompress.export.program import Runtime, Signature, Slot, program_of
+from fxcompress.inputs import Inputs
+from fxcompress.module import OwnedGraph, TracedModule
 
 
 class OnnxModule(nn.Module):
@@ -30,16 +25,17 @@ class OnnxModule(nn.Module):
     side by side. The runtime uses ``torch.get_num_threads()`` threads, as they are on the first call.
 
     Args:
-        program: the model and how it is called.
+        model: a serialized ONNX model.
+        signature: how it is called.
         runtime: ``"onnxruntime"`` or ``"openvino"``.
     """
 
     model: Tensor
 
-    def __init__(self, program: Program, runtime: Runtime) -> None:
+    def __init__(self, model: bytes, signature: Signature, runtime: Runtime) -> None:
         super().__init__()
-        self.register_buffer("model", torch.frombuffer(bytearray(program.model), dtype=torch.uint8))
-        self.runtime, self.given, self.result = runtime, program.given, program.result
+        self.register_buffer("model", torch.frombuffer(bytearray(model), dtype=torch.uint8))
+        self.signature, self.runtime = signature, runtime
         self._forget()
 
     def _forget(self) -> None:
@@ -63,15 +59,15 @@ class OnnxModule(nn.Module):
         leaves = pytree.tree_leaves(inputs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         rest = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-        if rest != self.given:
+        if rest != self.signature.given:
             raise InputError(
-                f"the inputs beside tensors are {rest}; this model was written for {self.given}, which are part of it. "
+                f"the inputs beside tensors are {rest}; this model was written for {self.signature.given}, which are part of it. "
                 "Lower or export it with example inputs like these."
             )
         arrays = [np.ascontiguousarray(tensor.detach().cpu().numpy()) for tensor in tensors]
         found = self._ready()(arrays)
         made = [torch.from_numpy(array).to(tensors[0].device) for array in found]
-        return pytree.tree_map_only(Slot, lambda slot: made[slot.index], self.result)
+        return pytree.tree_map_only(Slot, lambda slot: made[slot.index], self.signature.result)
 
     def _ready(self) -> Any:
         """The runtime's form of the model as it is now."""
@@ -79,8 +75,12 @@ class OnnxModule(nn.Module):
         with self._lock:
             if self._session is None or self._session[0] != now:
                 kind = _OnnxRuntime if self.runtime == "onnxruntime" else _OpenVINO
-                self._session = now, kind(self.model.cpu().numpy().tobytes(), torch.get_num_threads())
+                self._session = now, kind(self.file(), torch.get_num_threads())
             return self._session[1]
+
+    def file(self) -> bytes:
+        """The model, as it would lie in a file."""
+        return self.model.cpu().numpy().tobytes()
 
     def extra_repr(self) -> str:
         """The runtime and the size."""
@@ -101,57 +101,8 @@ def in_runtime(module: TracedModule, inputs: Inputs, runtime: Runtime, notes: li
     call.meta["by"] = author
     graph.create_node("output", "output", (call,), {}, "output")
     tree = nn.Module()
-    tree.add_module(runtime, OnnxModule(program, runtime))
+    tree.add_module(runtime, OnnxModule(program.model, program.signature, runtime))
     return TracedModule.build(tree.train(training), graph, meta)
-
-
-def compare_noise(
-    simulated: TracedModule, result: TracedModule, inputs: Inputs, notes: list[str], *, what: str
-) -> float:
-    """How far a result is from the simulation, as a share of the largest value; a note compares it with rounding.
-
-    One integer that is rounded the other way becomes several on its way through a network, so that no number of steps
-    bounds the end of it. What bounds it is what rounding did to the model itself, by the same way.
-
-    A runtime rounds inside fused blocks too, on grids that may be twice as coarse: hence twice as much.
-
-    Raises:
-        VerificationError: it is further from the simulation than twice the simulation from the model without rounding,
-            in root mean square over the outputs.
-    """
-    plain = copy.deepcopy(simulated)
-    for _, item in fake_quant_nodes(plain):
-        item.quantizing = False
-    trials = [inputs, inputs.rebatched(other_batch(inputs.batch))] if result.meta["batched"] else [inputs]
-    worst = 0.0
-    for trial in trials:
-        with torch.no_grad(), evaluating(simulated), evaluating(plain):
-            right, found, free = (trial.run(item) for item in (simulated, result, plain))
-        gap = difference(right, found)
-        away, noise, size = _distance(right, found), _distance(right, free), _distance(right, None)
-        if not (away <= 2 * noise or gap <= TOLERANCE[torch.float32]):
-            raise VerificationError(
-                f"{what} differs from the simulation by {away / size:.3g} of its root mean square at batch "
-                f"{trial.batch}; expected at most twice what rounding makes of the model, {noise / size:.3g}. This is "
-                "an error in fxcompress or in the runtime; verify=False skips the check.",
-                difference=gap,
-            )
-        worst = max(worst, gap)
-    notes.append(
-        f"{away / (size or 1):.1e} of the outputs' root mean square from the simulation, which is "
-        f"{noise / (size or 1):.1e} from the model without rounding"
-    )
-    return worst
-
-
-def _distance(a: Any, b: Any) -> float:
-    """Euclidean, over every tensor of two results; of one result from zero."""
-    left, right = dict(tensors_of(a)), dict(tensors_of(b))
-    total = sum(
-        float((x.double() - right[key].double() if key in right else x.double()).square().sum())
-        for key, x in left.items()
-    )
-    return math.sqrt(total)
 
 
 class _OnnxRuntime:
