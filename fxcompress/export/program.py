@@ -153,15 +153,15 @@ class _TensorsOnly(nn.Module):
 def _exported(module: TracedModule, values: tuple[Any, ...], batched: tuple[str, ...], size: int) -> Any:
     """An ``onnx_ir.Model`` by torch's exporter."""
     batch = torch.export.Dim("batch", min=1)
-    holders = [node.target for node in module.graph.nodes if node.op == "placeholder"]
+    holders = [node for node in module.graph.nodes if node.op == "placeholder"]
     names, tensors, shapes = [], [], []
     for holder, value in zip(holders, values, strict=True):
         for path, leaf in pytree.tree_leaves_with_path(value):
             if isinstance(leaf, Tensor):
-                names.append(f"{holder}{pytree.keystr(path)}")
+                names.append(f"{holder.target}{pytree.keystr(path)}")
                 tensors.append(leaf)
                 nested = leaf is not value and bool(batched) and leaf.dim() > 0 and len(leaf) == size
-                shapes.append({0: batch} if holder in batched or nested else None)
+                shapes.append({0: batch} if holder.name in batched or nested else None)
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
@@ -181,6 +181,12 @@ def _exported(module: TracedModule, values: tuple[Any, ...], batched: tuple[str,
             "Lower(backend='torch'), whose kernels only torch has."
         ) from error
     assert program is not None
+    for value, shape in zip(program.model.graph.inputs, shapes, strict=True):
+        if shape is not None and isinstance(value.shape[0], int):
+            raise PassError(
+                f"torch.onnx.export fixed the batch size of {value.name} at {value.shape[0]}, and this model takes any. "
+                "Look for code that reads the size as a number, for example len(x) or int(x.shape[0])."
+            )
     return program.model
 
 

@@ -49,14 +49,13 @@ class OnnxModule(nn.Module):
         super().__setstate__(state)
         self._forget()
 
-    @torch.no_grad()
     def forward(self, *inputs: Any) -> Any:
         """The model's result, of the same structure, on the device of the inputs.
 
         Raises:
             InputError: what is no tensor differs from what was written into the model.
         """
-        leaves = pytree.tree_leaves(inputs)
+        leaves = inputs if all(isinstance(item, Tensor) for item in inputs) else pytree.tree_leaves(inputs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         rest = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
         if rest != self.signature.given:
@@ -67,7 +66,10 @@ class OnnxModule(nn.Module):
         arrays = [np.ascontiguousarray(tensor.detach().cpu().numpy()) for tensor in tensors]
         found = self._ready()(arrays)
         made = [torch.from_numpy(array).to(tensors[0].device) for array in found]
-        return pytree.tree_map_only(Slot, lambda slot: made[slot.index], self.signature.result)
+        result = self.signature.result
+        if isinstance(result, Slot):
+            return made[result.index]
+        return pytree.tree_map_only(Slot, lambda slot: made[slot.index], result)
 
     def _ready(self) -> Any:
         """The runtime's form of the model as it is now."""
@@ -132,5 +134,5 @@ class _OpenVINO:
     def __call__(self, arrays: list[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
         if not hasattr(self.requests, "own"):
             self.requests.own = self.compiled.create_infer_request()
-        found = self.requests.own.infer(arrays)
+        found = self.requests.own.infer(arrays, share_inputs=True)
         return [np.array(found[index]) for index in range(len(self.compiled.outputs))]
