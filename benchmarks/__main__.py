@@ -1,4 +1,4 @@
-"""`make bench` runs this: `python -m benchmarks [pace] [depth] [memory] [pricing] [stages] [lowering] [--rounds N]`."""
+"""`make bench` runs this: `python -m benchmarks [pace] [depth] [memory] [pricing] [stages] [lowering] [export] [--rounds N]`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the model zoo
 
+from benchmarks.export import export
 from benchmarks.lowering import lowering
 from benchmarks.memory import peaks
 from benchmarks.pace import beside_the_peer, by_depth
 from benchmarks.pricing import price
 from benchmarks.stages import stages
 
-BENCHMARKS = ("pace", "depth", "memory", "pricing", "stages", "lowering")
+BENCHMARKS = ("pace", "depth", "memory", "pricing", "stages", "lowering", "export")
 
 
 def main() -> None:
@@ -39,6 +40,8 @@ def main() -> None:
             console.print(str(price(rounds=options.rounds)), highlight=False)
         elif name == "lowering":
             console.print(lowering(options.rounds))
+        elif name == "export":
+            console.print(export(options.rounds))
         else:
             console.print(*stages(options.rounds))
 

@@ -23,6 +23,7 @@ from fxcompress.errors import SelectionError as SelectionError
 from fxcompress.errors import TraceError as TraceError
 from fxcompress.errors import TrainingError as TrainingError
 from fxcompress.errors import VerificationError as VerificationError
+from fxcompress.export.program import export_onnx as export_onnx
 from fxcompress.latency import Latency as Latency
 from fxcompress.latency import latency as latency
 from fxcompress.lightning_task import LightningTask as LightningTask

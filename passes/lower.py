@@ -9,7 +9,12 @@ from typing import ClassVar
 import torch
 
 from fxcompress.context import Context
-from fxcompress.errors import InputError, VerificationError
+from fxcompress.errors import InputError, PassError, VerificationError
+from fxcompress.export.agreement import compare
+from fxcompress.export.extras import require
+from fxcompress.export.from_fake_quant import fake_quant_nodes
+from fxcompress.export.program import Runtime
+from fxcompress.export.session import OnnxModule, in_runtime
 from fxcompress.inputs import other_batch
 from fxcompress.lower.agreement import agreement
 from fxcompress.lower.features import require_bfloat16, require_float, require_int8
@@ -22,6 +27,7 @@ from fxcompress.pipeline import Pass
 from fxcompress.quantization.settle import settle
 from fxcompress.verify import TOLERANCE, tolerance_of, verify
 
+_RUNTIMES: dict[str, Runtime] = {"onnx": "onnxruntime", "openvino": "openvino"}
 _FLOAT = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -43,9 +49,16 @@ class Lower(Pass):
     buffers under their layers' names (int8 ones with ``weight_scale``) and are packed when the module first runs, so
     that it can be saved, copied and loaded. Parameters that lay beside layers are listed under their new names.
 
+    ``backend="onnx"`` and ``"openvino"``: the model becomes an ONNX model (:func:`fxcompress.export_onnx`) that runs in
+    process, in ONNX Runtime or OpenVINO: a graph of one node, a module whose ``state_dict`` is the file. It can be
+    copied, pickled, loaded and run in threads. ``dtype="int8"`` (or None) needs fake-quant nodes; float models are
+    ``dtype="float32"``. Float results are checked to 1e-5; with fake-quant nodes every rounding of an activation is
+    checked, from the same values before it: one step, and what a coarser grid that the runtime needs inside a fused
+    block adds to it.
+
     Args:
-        backend: ``"torch"``.
-        dtype: see above.
+        backend: ``"torch"``, ``"onnx"`` or ``"openvino"``.
+        dtype: see above; ``"bfloat16"`` with ``"torch"`` alone.
     """
 
     backend: str = "torch"
@@ -57,10 +70,15 @@ class Lower(Pass):
     needs_inputs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.backend != "torch":
-            raise InputError(f"backend is {self.backend!r}; expected 'torch'.")
+        if self.backend not in ("torch", *_RUNTIMES):
+            raise InputError(f"backend is {self.backend!r}; expected 'torch', 'onnx' or 'openvino'.")
         if self.dtype not in (None, "int8", *_FLOAT):
             raise InputError(f"dtype is {self.dtype!r}; expected 'int8' (or None), 'float32' or 'bfloat16'.")
+        if self.backend != "torch" and self.dtype == "bfloat16":
+            raise InputError(
+                f"dtype is 'bfloat16', which backend={self.backend!r} does not run; expected 'int8' (or None) or "
+                "'float32'."
+            )
 
     @property
     def integer(self) -> bool:
@@ -70,12 +88,29 @@ class Lower(Pass):
     def requires(self, module: TracedModule, context: Context) -> None:
         """The kernels exist, and the processor has their instructions."""
         super().requires(module, context)
-        if self.integer:
+        if self.backend != "torch":
+            require("onnx", "onnx", "onnxscript", "onnxruntime" if self.backend == "onnx" else "onnxscript")
+            if self.backend == "openvino":
+                require("openvino", "openvino")
+            self._require_nodes(bool(fake_quant_nodes(module)))
+        elif self.integer:
             require_int8()
         elif self.dtype == "bfloat16":
             require_bfloat16()
         else:
             require_float()
+
+    def _require_nodes(self, there: bool) -> None:
+        if self.integer and not there:
+            raise PassError(
+                "Lower found no fake-quant node: there is nothing to lower to int8. Run a quantizer first, for example "
+                f"PTQQuantizer(...), or lower the float model with Lower(backend={self.backend!r}, dtype='float32')."
+            )
+        if there and not self.integer:
+            raise PassError(
+                f"Lower(backend={self.backend!r}, dtype='float32') found fake-quant nodes; expected a float model. "
+                "Lower it with dtype='int8'."
+            )
 
     def reference(self, module: TracedModule, context: Context) -> TracedModule:
         """The module as it came, in eval mode."""
@@ -84,6 +119,8 @@ class Lower(Pass):
     def run(self, module: TracedModule, context: Context) -> TracedModule:
         """Lower what can be lowered."""
         assert context.inputs is not None
+        if self.backend != "torch":
+            return in_runtime(module, context.inputs, _RUNTIMES[self.backend], context.notes, self.name)
         with evaluating(module):
             if self.integer:
                 context.notes += settle(module, author=self.name)
@@ -105,6 +142,11 @@ class Lower(Pass):
             return verify(
                 reference, result, inputs, batched=batched, tolerance=tolerance, what=what, raised=False
             ).difference
+        if self.backend != "torch":
+            (lowered,) = (item for item in result.children() if isinstance(item, OnnxModule))
+            gap, note = compare(reference, lowered, inputs, batched=batched, what=f"the result of {self.name}")
+            context.notes.append(note)
+            return gap
         trials = [inputs, inputs.rebatched(other_batch(inputs.batch))] if batched else [inputs]
         found = [item for trial in trials for item in agreement(reference, result, trial)]
         for item in found:

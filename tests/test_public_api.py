@@ -21,6 +21,7 @@ ROOT = Path(fxcompress.__file__).parents[1]
 CORE = {
     # what users call
     "compress", "trace", "channel_groups", "count", "latency", "report", "masks", "sparsity",
+    "export_onnx",
     # what they get
     "TracedModule", "ChannelGroups", "Group", "GroupedLayers", "LayerSet", "LayerSets", "RowSet", "Cost", "Symbolic",
     "Latency", "Report", "Step", "Epoch", "Sparsities",

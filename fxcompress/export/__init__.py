@@ -1,0 +1,1 @@
+"""Models as ONNX files, and ONNX files as modules."""

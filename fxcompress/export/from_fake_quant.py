@@ -1,0 +1,114 @@
+"""Fake-quant nodes to quantize and dequantize operators, weights to int8: the graph that is exported."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from fxcompress.errors import PassError
+from fxcompress.export.grid_operators import dequantize, quantize
+from fxcompress.module import TracedModule, submodule
+from fxcompress.quantization.fake_quantize import FakeQuantize
+from fxcompress.quantization.insert import ROLE
+from fxcompress.quantization.settle import settle, value_of
+from fxcompress.rewrite import Rewriter, describe, rewriting
+
+#: Under it lie integer weights, scales and zero points.
+GRIDS = "_grids"
+
+
+def fake_quant_nodes(module: TracedModule) -> list[tuple[fx.Node, FakeQuantize]]:
+    """The nodes that call fake-quant modules, with these."""
+    found = []
+    for node in module.graph.nodes:
+        item = submodule(module, str(node.target)) if node.op == "call_module" else None
+        if isinstance(item, FakeQuantize):
+            found.append((node, item))
+    return found
+
+
+def write_operators(module: TracedModule, author: str) -> list[str]:
+    """Replace every fake-quant node of a module in eval mode by operators, in place; returns notes.
+
+    Activations become uint8 (a signed grid is shifted by 128), weights int8.
+
+    Raises:
+        PassError: ONNX's 8-bit grids cannot hold a spec.
+    """
+    notes = settle(module, author=author)
+    nodes = fake_quant_nodes(module)
+    for node, item in nodes:
+        _require(module, node, item)
+    with rewriting(module, author) as rewriter, torch.no_grad():
+        for node, item in nodes:
+            if item.grid() is None:
+                notes.append(f"{node.target} lies on no fixed grid and is written as it computes, in float")
+            elif item.spec.role == "weight":
+                _weight(rewriter, node, item)
+            else:
+                _activation(rewriter, node, item)
+        rewriter.sweep()
+    return notes
+
+
+def _require(module: TracedModule, node: fx.Node, item: FakeQuantize) -> None:
+    """ONNX's QuantizeLinear saturates at the ends of 8 bits, and nowhere else."""
+    grid, spec = item.grid(), item.spec
+    if grid is None:
+        return
+    can = None
+    if grid.scale.dtype != torch.float32:
+        can = f"float32 scales, and this one is {grid.scale.dtype}; convert the model with .float()"
+    elif spec.role == "weight":
+        if spec.bits > 8:
+            can = "weights of 2 to 8 bits"
+        elif bool((grid.zero_point != 0).any()):
+            can = "weights with zero point 0 (symmetric=True)"
+    elif spec.quant_max - spec.quant_min != 255:
+        can = "activations of 8 bits over all 256 integers; quantize with activation_bits=8"
+    elif spec.axis is not None:
+        can = "one scale per activation tensor (axis=None)"
+    if can is not None:
+        raise PassError(
+            f"{describe(node)} has the spec {item.extra_repr()!r}, which the ONNX backends cannot run; they "
+            f"can run {can}."
+        )
+
+
+def _weight(rewriter: Rewriter, node: fx.Node, item: FakeQuantize) -> None:
+    """Integers in the place of a weight, its mask and its fake-quant node; and of a mask behind it."""
+    module, last = rewriter.module, node
+    while len(last.users) == 1 and "mask" in next(iter(last.users)).meta:
+        (last,) = last.users
+    grid, axis = item.grid(), item.spec.axis
+    assert grid is not None
+    values: Tensor = value_of(module, last)
+    along = grid.scale
+    if axis is not None and along.dim():
+        along = along.reshape([-1 if dim == axis % values.dim() else 1 for dim in range(values.dim())])
+    integers = (values / along).round().to(torch.int8)
+    args = (
+        _constant(rewriter, last, f"{node.name}.integers", integers),
+        _constant(rewriter, last, f"{node.name}.scale", grid.scale.clone()),
+        _constant(rewriter, last, f"{node.name}.zero_point", grid.zero_point.to(torch.int8)),
+        (axis or 0) % values.dim(),
+    )
+    rewriter.become(last, "call_function", dequantize, args)
+    last.meta.pop(ROLE, None)
+    last.meta.pop("mask", None)
+
+
+def _activation(rewriter: Rewriter, node: fx.Node, item: FakeQuantize) -> None:
+    grid = item.grid()
+    assert grid is not None
+    scale = _constant(rewriter, node, f"{node.name}.scale", grid.scale.reshape(()).clone())
+    shifted = (grid.zero_point - item.spec.quant_min).reshape(()).to(torch.uint8)
+    zero_point = _constant(rewriter, node, f"{node.name}.zero_point", shifted)
+    made = rewriter.insert_before(node, "call_function", quantize, (node.args[0], scale, zero_point, node.name))
+    rewriter.become(node, "call_function", dequantize, (made, scale, zero_point, 0))
+
+
+def _constant(rewriter: Rewriter, before: fx.Node, name: str, value: Tensor) -> fx.Node:
+    """A buffer, and the node that reads it."""
+    rewriter.add_buffer(f"{GRIDS}.{name}", value, persistent=True)
+    return rewriter.insert_before(before, "get_attr", f"{GRIDS}.{name}", ())

@@ -1,0 +1,340 @@
+"""Where an ONNX graph needs pairs of QuantizeLinear and DequantizeLinear so that a runtime fuses them."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from fxcompress.export.grid_operators import NODE
+
+#: Their results hold elements of their first input, or what commutes with rounding.
+_CLOSED = frozenset(
+    """MaxPool Reshape Transpose Flatten Squeeze Unsqueeze Slice Split Expand DepthToSpace SpaceToDepth Tile Gather
+    Relu""".split()
+)
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor, dict[str, Any]], torch.Tensor]] = {
+    "HardSwish": lambda x, options: F.hardswish(x),
+    "Gelu": lambda x, options: F.gelu(x, approximate=options.get("approximate", "none")),
+    "LeakyRelu": lambda x, options: F.leaky_relu(x, options.get("alpha", 0.01)),
+    "Elu": lambda x, options: F.elu(x, options.get("alpha", 1.0)),
+    "HardSigmoid": lambda x, options: (options.get("alpha", 0.2) * x + options.get("beta", 0.5)).clamp(0, 1),
+    "Sigmoid": lambda x, options: torch.sigmoid(x),
+    "Tanh": lambda x, options: torch.tanh(x),
+}
+#: Half of what an int32 bias may hold: the sum of products needs room too.
+_LARGEST_BIAS = 2**30
+
+
+@dataclass(frozen=True)
+class OnnxGrid:
+    """Scale and zero point of uint8 values, as numbers."""
+
+    scale: float
+    zero_point: int
+
+    @property
+    def low(self) -> float:
+        """The value of integer 0."""
+        return -self.zero_point * self.scale
+
+    @property
+    def high(self) -> float:
+        """The value of integer 255."""
+        return (255 - self.zero_point) * self.scale
+
+    @classmethod
+    def over(cls, low: float, high: float) -> OnnxGrid:
+        """A grid that reaches from ``low`` to ``high`` and holds zero."""
+        low, high = min(low, 0.0), max(high, 0.0)
+        scale = float(np.float32((high - low) / 255)) or 1.0
+        return cls(scale, int(np.clip(round(-low / scale), 0, 255)))
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Where an ONNX model computes what a fake-quant node computes.
+
+    Attributes:
+        value: name of the uint8 value.
+        steps: how many steps it can be from the simulation, given the same input: one, and what a coarser grid inside
+            the block makes of it.
+    """
+
+    value: str
+    steps: int
+
+
+def place_pairs(model: Any, *, every: bool) -> tuple[dict[str, Rounded], list[str]]:
+    """Edit an ``onnx_ir.Model`` in place.
+
+    Weights that are transposed are stored transposed, and biases of convolutions and Gemm as int32 with the scale of
+    the products. ``every``: also a pair behind each operator that only moves or picks values, on its input's grid, and
+    inside fused blocks, behind a convolution whose result is added to or passed to an activation. There the grid is
+    one beyond whose ends the block's result saturates, so that no data is needed to find it.
+
+    Returns:
+        Where each activation's fake-quant node is, by its name; and which layers stay float.
+    """
+    placer = _Placer(model)
+    placer.weights()
+    if every:
+        placer.movements()
+        placer.blocks()
+    placer.biases()  # last: the step of a bias is that of the layer's input
+    return placer.rounded(), placer.notes()
+
+
+class _Placer:
+    def __init__(self, model: Any) -> None:
+        import onnx_ir
+
+        self.ir, self.graph = onnx_ir, model.graph
+        self.count = 0
+        self.left: Counter[str] = Counter()
+        #: Of the QuantizeLinear at the end of a block: how far a grid inside can move its argument, in its steps.
+        self.inner: dict[Any, float] = {}
+
+    def notes(self) -> list[str]:
+        return [f"{count} convolutions stay float: {reason}" for reason, count in self.left.items()]
+
+    def rounded(self) -> dict[str, Rounded]:
+        return {
+            node.metadata_props[NODE]: Rounded(node.outputs[0].name, 1 + math.floor(self.inner.get(node, 0.0)))
+            for node in self.graph
+            if NODE in node.metadata_props
+        }
+
+    # ---- reading -------------------------------------------------------------------------------------------------
+
+    def _array(self, value: Any) -> np.ndarray[Any, Any] | None:
+        """What a constant holds."""
+        held = None if value is None else self.ir.convenience.get_const_tensor(value)
+        return None if held is None else held.numpy()
+
+    def _maker(self, value: Any, kind: str) -> Any:
+        """The node of a kind that makes a value, or None."""
+        node = None if value is None else value.producer()
+        return node if node is not None and node.op_type == kind else None
+
+    def _grid(self, value: Any) -> OnnxGrid | None:
+        """The grid of a dequantized activation."""
+        node = self._maker(value, "DequantizeLinear")
+        return None if node is None or self._array(node.inputs[0]) is not None else self._grid_of(node)
+
+    def _grid_of(self, node: Any) -> OnnxGrid | None:
+        scale, zero_point = self._array(node.inputs[1]), self._array(node.inputs[2])
+        if scale is None or zero_point is None or scale.size != 1:
+            return None
+        return OnnxGrid(float(scale.reshape(())), int(zero_point.reshape(())))
+
+    def _reader(self, value: Any) -> Any:
+        """The one node that reads a value which is no output, or None."""
+        readers = list(value.consumers())
+        return readers[0] if len(readers) == 1 and not value.is_graph_output() else None
+
+    def _rounding(self, value: Any) -> Any:
+        """The one reader of a value if that is a QuantizeLinear, or None."""
+        reader = self._reader(value)
+        return reader if reader is not None and reader.op_type == "QuantizeLinear" else None
+
+    def _rounds_to(self, value: Any) -> OnnxGrid | None:
+        """The grid that the one reader of a value rounds to."""
+        reader = self._rounding(value)
+        return None if reader is None else self._grid_of(reader)
+
+    # ---- writing -------------------------------------------------------------------------------------------------
+
+    def _constant(self, array: np.ndarray[Any, Any]) -> Any:
+        self.count += 1
+        tensor = self.ir.tensor(array, name=f"placed_{self.count}")
+        value = self.ir.Value(
+            name=tensor.name,
+            shape=self.ir.Shape(array.shape),
+            type=self.ir.TensorType(tensor.dtype),
+            const_value=tensor,
+        )
+        self.graph.register_initializer(value)
+        return value
+
+    def _node(self, kind: str, inputs: list[Any], like: Any = None, **attributes: Any) -> Any:
+        self.count += 1
+        node = self.ir.node(kind, inputs, attributes or None, name=f"placed_{self.count}")
+        node.outputs[0].name = f"placed_{self.count}_value"
+        if like is not None:
+            node.outputs[0].shape = like.shape
+        return node
+
+    def _pair(self, value: Any, grid: OnnxGrid) -> None:
+        """Let all who read a value read it rounded."""
+        uses = list(value.uses())
+        scale = self._constant(np.array(grid.scale, np.float32))
+        zero_point = self._constant(np.array(grid.zero_point, np.uint8))
+        rounded = self._node("QuantizeLinear", [value, scale, zero_point], value)
+        back = self._node("DequantizeLinear", [rounded.outputs[0], scale, zero_point], value)
+        rounded.outputs[0].type = self.ir.TensorType(self.ir.DataType.UINT8)
+        back.outputs[0].type = value.type
+        self.graph.insert_after(value.producer(), [rounded, back])
+        for node, index in uses:
+            node.replace_input_with(index, back.outputs[0])
+
+    # ---- constants -----------------------------------------------------------------------------------------------
+
+    def weights(self) -> None:
+        """A transposed weight is stored transposed."""
+        for node in list(self.graph):
+            source = self._maker(node.inputs[0], "DequantizeLinear") if node.op_type == "Transpose" else None
+            held = None if source is None else self._array(source.inputs[0])
+            if source is None or held is None:
+                continue
+            order = node.attributes["perm"].as_ints() if "perm" in node.attributes else range(held.ndim)[::-1]
+            axis = source.attributes["axis"].as_int() if "axis" in source.attributes else 1
+            integers = self._constant(np.ascontiguousarray(held.transpose(order)))
+            made = self._node(
+                "DequantizeLinear", [integers, *source.inputs[1:]], node.outputs[0], axis=list(order).index(axis)
+            )
+            made.outputs[0].type = node.outputs[0].type
+            self.graph.insert_after(node, made)
+            node.outputs[0].replace_all_uses_with(made.outputs[0])
+            self.graph.remove(node, safe=True)
+            if not source.outputs[0].uses():
+                self.graph.remove(source, safe=True)
+
+    def biases(self) -> None:
+        """Biases as int32 multiples of the scale of the products (Jacob et al. 2018, section 2.4)."""
+        for node in list(self.graph):
+            if node.op_type not in ("Conv", "Gemm") or len(node.inputs) < 3:
+                continue
+            grid, bias = self._grid(node.inputs[0]), self._array(node.inputs[2])
+            weight = self._maker(node.inputs[1], "DequantizeLinear")
+            scales = None if weight is None else self._array(weight.inputs[1])
+            if grid is None or bias is None or weight is None or scales is None or bias.ndim != 1:
+                continue
+            step = scales.astype(np.float64) * grid.scale
+            if (np.abs(bias) > step * _LARGEST_BIAS).any():
+                continue  # weights so small beside their bias that no int32 holds it in their steps
+            step = np.broadcast_to(step, bias.shape).astype(np.float32)
+            integers = self._constant(np.rint(bias / step.astype(np.float64)).astype(np.int32))
+            per_channel = scales.ndim > 0 and scales.size > 1
+            scale = self._constant(step if per_channel else step[:1].reshape(()))
+            made = self._node("DequantizeLinear", [integers, scale], node.inputs[2], axis=0)
+            made.outputs[0].type = node.inputs[2].type
+            self.graph.insert_before(node, made)
+            node.replace_input_with(2, made.outputs[0])
+
+    # ---- pairs ---------------------------------------------------------------------------------------------------
+
+    def movements(self) -> None:
+        """Values that stay on a grid get a pair of it."""
+        for node in list(self.graph):
+            if node.op_type in _CLOSED:
+                sources = node.inputs[:1]
+            elif node.op_type == "Concat" or _is_nearest(node):
+                sources = node.inputs if node.op_type == "Concat" else node.inputs[:1]
+            else:
+                continue
+            grids = {self._grid(source) for source in sources}
+            (grid,) = grids if len(grids) == 1 else (None,)
+            if grid is None:
+                continue
+            for value in node.outputs:
+                if value.uses() and not value.is_graph_output() and self._rounds_to(value) != grid:
+                    self._pair(value, grid)
+
+    def blocks(self) -> None:
+        """A convolution has an integer kernel only where its own result is rounded."""
+        for node in list(self.graph):
+            if node.op_type != "Conv" or self._grid(node.inputs[0]) is None:
+                continue
+            if self._maker(node.inputs[1], "DequantizeLinear") is None:
+                continue
+            if self._rounding(node.outputs[0]) is None and not self._block(node.outputs[0]):
+                self.left["their results are not rounded"] += 1
+
+    def _block(self, value: Any) -> bool:
+        """Put a pair behind a convolution that is followed by something, unless the runtime fuses that."""
+        readers = list(value.consumers())
+        if len(readers) == 2 and {item.op_type for item in readers} == {"Sigmoid", "Mul"}:  # SiLU
+            (product,) = (item for item in readers if item.op_type == "Mul")
+            return self._activated(value, F.silu, self._rounding(product.outputs[0]))
+        node = self._reader(value)
+        if node is None:
+            return False
+        if node.op_type == "Add":
+            return self._added(value, node)
+        rounding = self._rounding(node.outputs[0])
+        if node.op_type in ("Relu", "Clip"):
+            return rounding is not None and (self._fuses(node, rounding) or self._saturated(value, rounding))
+        if node.op_type not in _ACTIVATIONS:
+            return False
+        function = _ACTIVATIONS[node.op_type]
+        options = {key: item.value for key, item in node.attributes.items()}
+        return self._activated(value, lambda x: function(x, options), rounding)
+
+    def _fuses(self, node: Any, rounding: Any) -> bool:
+        """Whether saturating to the grid behind a ReLU or Clip does what it does: runtimes then drop it."""
+        end = self._grid_of(rounding)
+        if end is None or node.op_type == "Relu":
+            return end is not None and end.zero_point == 0
+        low, high = (self._array(item) for item in (*node.inputs[1:3], None, None)[:2])
+        below = low is not None and float(low) <= end.low
+        return below and (high is None or float(high) >= end.high - end.scale / 2)
+
+    def _saturated(self, value: Any, rounding: Any) -> bool:
+        """In front of what only saturates: the grid behind it."""
+        end = self._grid_of(rounding)
+        if end is not None:
+            self._pair(value, end)
+        return end is not None
+
+    def _activated(self, value: Any, function: Callable[[torch.Tensor], torch.Tensor], rounding: Any) -> bool:
+        end = None if rounding is None else self._grid_of(rounding)
+        if end is None:
+            return False
+        inner, slope = _saturating(function, end)
+        self._inner_pair(value, inner, slope, rounding, end)
+        return True
+
+    def _added(self, value: Any, node: Any) -> bool:
+        """What is added to a value on a grid and rounded cannot be seen beyond the difference of the two ranges."""
+        others = [item for item in node.inputs if item is not value]
+        other = self._grid(others[0]) if len(others) == 1 else None
+        result = node.outputs[0]
+        rounding, after = self._rounding(result), self._reader(result)
+        saturating = after is not None and after.op_type in ("Relu", "Clip")
+        if saturating:
+            rounding = self._rounding(after.outputs[0])
+        end = None if rounding is None else self._grid_of(rounding)
+        if other is None or end is None:
+            return False
+        if saturating and not self._fuses(after, rounding):
+            self._pair(result, end)
+        self._inner_pair(value, OnnxGrid.over(end.low - other.high, end.high - other.low), 1.0, rounding, end)
+        return True
+
+    def _inner_pair(self, value: Any, inner: OnnxGrid, slope: float, rounding: Any, end: OnnxGrid) -> None:
+        """A pair inside a block; half a step of it, times the slope of what follows, is what the end can move by."""
+        self._pair(value, inner)
+        self.inner[rounding] = self.inner.get(rounding, 0.0) + slope * inner.scale / 2 / end.scale
+
+
+def _is_nearest(node: Any) -> bool:
+    return node.op_type == "Resize" and "mode" in node.attributes and node.attributes["mode"].value == "nearest"
+
+
+def _saturating(function: Callable[[torch.Tensor], torch.Tensor], end: OnnxGrid) -> tuple[OnnxGrid, float]:
+    """The smallest grid beyond whose ends ``function``, rounded to the grid ``end``, does not change; and its slope."""
+    reach = 16.0 + 128 * max(abs(end.low), abs(end.high))  # a LeakyReLU's slope is a hundredth
+    x = torch.linspace(-reach, reach, 1 + (1 << 17), dtype=torch.float64)
+    y = function(x)
+    integers = ((y / end.scale).round() + end.zero_point).clamp(0, 255)
+    low = int((integers != integers[0]).int().argmax()) if bool((integers != integers[0]).any()) else 0
+    high = int((integers != integers[-1]).nonzero().max()) if bool((integers != integers[-1]).any()) else len(x) - 1
+    slope = float((y.diff() / x.diff()).abs().max())
+    return OnnxGrid.over(float(x[max(low - 1, 0)]), float(x[min(high + 1, len(x) - 1)])), slope

@@ -1,0 +1,138 @@
+"""An ONNX model that runs in process, as a module."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fxcompress.errors import InputError
+from fxcompress.export.extras import require
+from fxcompress.export.program import Runtime, Signature, Slot, program_of
+from fxcompress.inputs import Inputs
+from fxcompress.module import OwnedGraph, TracedModule
+
+
+class OnnxModule(nn.Module):
+    """Runs an ONNX model in ONNX Runtime or OpenVINO, on the CPU. For inference: no gradients.
+
+    The model is the uint8 buffer ``model``, so that it is saved, loaded, copied and pickled with the rest; the runtime
+    makes its own form of it on the first call, which copies and pickles leave behind. Calls from several threads run
+    side by side. The runtime uses ``torch.get_num_threads()`` threads, as they are on the first call.
+
+    Args:
+        model: a serialized ONNX model.
+        signature: how it is called.
+        runtime: ``"onnxruntime"`` or ``"openvino"``.
+    """
+
+    model: Tensor
+
+    def __init__(self, model: bytes, signature: Signature, runtime: Runtime) -> None:
+        super().__init__()
+        self.register_buffer("model", torch.frombuffer(bytearray(model), dtype=torch.uint8))
+        self.signature, self.runtime = signature, runtime
+        self._forget()
+
+    def _forget(self) -> None:
+        self._lock = threading.Lock()
+        self._session: tuple[tuple[int, int], Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("_lock", "_session")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget()
+
+    def forward(self, *inputs: Any) -> Any:
+        """The model's result, of the same structure, on the device of the inputs.
+
+        Raises:
+            InputError: what is no tensor differs from what was written into the model.
+        """
+        leaves = inputs if all(isinstance(item, Tensor) for item in inputs) else pytree.tree_leaves(inputs)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        rest = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        if rest != self.signature.given:
+            raise InputError(
+                f"the inputs beside tensors are {rest}; this model was written for {self.signature.given}, which are part of it. "
+                "Lower or export it with example inputs like these."
+            )
+        arrays = [np.ascontiguousarray(tensor.detach().cpu().numpy()) for tensor in tensors]
+        found = self._ready()(arrays)
+        made = [torch.from_numpy(array).to(tensors[0].device) for array in found]
+        result = self.signature.result
+        if isinstance(result, Slot):
+            return made[result.index]
+        return pytree.tree_map_only(Slot, lambda slot: made[slot.index], result)
+
+    def _ready(self) -> Any:
+        """The runtime's form of the model as it is now."""
+        now = (id(self.model), self.model._version)
+        with self._lock:
+            if self._session is None or self._session[0] != now:
+                kind = _OnnxRuntime if self.runtime == "onnxruntime" else _OpenVINO
+                self._session = now, kind(self.file(), torch.get_num_threads())
+            return self._session[1]
+
+    def file(self) -> bytes:
+        """The model, as it would lie in a file."""
+        return self.model.cpu().numpy().tobytes()
+
+    def extra_repr(self) -> str:
+        """The runtime and the size."""
+        return f"{self.runtime}, {self.model.numel()} bytes"
+
+
+def in_runtime(module: TracedModule, inputs: Inputs, runtime: Runtime, notes: list[str], author: str) -> TracedModule:
+    """A traced module of one node that runs the model in a runtime; ``module`` is used up. Notes are added."""
+    holders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    meta, training = dict(module.meta), module.training
+    program = program_of(module, inputs, runtime, author)
+    notes += [f"one ONNX model of {len(program.model)} bytes, in {runtime}", *program.notes]
+    graph = OwnedGraph()
+    made = [graph.create_node("placeholder", node.target, node.args, {}, node.name) for node in holders]
+    for old, new in zip(holders, made, strict=True):
+        new.meta = dict(old.meta)
+    call = graph.create_node("call_module", runtime, tuple(made), {}, runtime)
+    call.meta["by"] = author
+    graph.create_node("output", "output", (call,), {}, "output")
+    tree = nn.Module()
+    tree.add_module(runtime, OnnxModule(program.model, program.signature, runtime))
+    return TracedModule.build(tree.train(training), graph, meta)
+
+
+class _OnnxRuntime:
+    def __init__(self, model: bytes, threads: int) -> None:
+        (onnxruntime,) = require("onnx", "onnxruntime")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        options.log_severity_level = 3
+        self.session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        self.names = [item.name for item in self.session.get_inputs()]
+
+    def __call__(self, arrays: list[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+        found: list[np.ndarray[Any, Any]] = self.session.run(None, dict(zip(self.names, arrays, strict=True)))
+        return found
+
+
+class _OpenVINO:
+    """One request for each thread: a request runs once at a time."""
+
+    def __init__(self, model: bytes, threads: int) -> None:
+        (openvino,) = require("openvino", "openvino")
+        options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+        core = openvino.Core()
+        self.compiled = core.compile_model(core.read_model(model), "CPU", options)
+        self.requests = threading.local()
+
+    def __call__(self, arrays: list[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+        if not hasattr(self.requests, "own"):
+            self.requests.own = self.compiled.create_infer_request()
+        found = self.requests.own.infer(arrays, share_inputs=True)
+        return [np.array(found[index]) for index in range(len(self.compiled.outputs))]
