@@ -1,5 +1,6 @@
 """A compiler that makes PyTorch models smaller and faster."""
 
+from fxcompress.budget import Budget as Budget
 from fxcompress.channels.dependencies import GroupedLayers as GroupedLayers
 from fxcompress.channels.dependencies import LayerSet as LayerSet
 from fxcompress.channels.dependencies import LayerSets as LayerSets

@@ -1,0 +1,141 @@
+"""Polynomials of a model's cost as arrays: thousands of allocations at once, and what one more unit of each costs.
+
+Nearly all terms have at most two widths in them (inputs times outputs), so that a figure is a quadratic form, and its
+value at many allocations a product of matrices. Terms of more widths, which an einsum may have, are kept apart.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Protocol
+
+import numpy as np
+import sympy
+
+from fxcompress.channels.labels import FloatArray, IntArray
+from fxcompress.symbolic import Sum
+
+#: Coefficients by the widths that they multiply, as indices in rising order.
+Terms = dict[tuple[int, ...], Fraction]
+
+
+class Figure(Protocol):
+    """What allocations cost: never less where one of them keeps more."""
+
+    def value(self, kept: FloatArray) -> FloatArray:
+        """What allocations cost: (allocations, groups) -> (allocations,)."""
+        ...
+
+    def growth(self, kept: FloatArray, by: FloatArray) -> FloatArray:
+        """What allocations cost more if one group grows: (allocations, groups), twice -> (allocations, groups)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Polynomial:
+    """``constant + linear @ k + k @ quadratic @ k + sum_t coefficients[t] * prod_j (k @ units.T + fixed)[powers[t, j]]``
+    for units ``k``.
+
+    Attributes:
+        linear: (groups,).
+        quadratic: (groups, groups), symmetric.
+        coefficients: (terms,), of the terms of more than two widths.
+        powers: (terms, degree): their widths; the number of widths stands for 1.
+        units: (widths, groups): how wide a width gets with each unit.
+        fixed: (widths,): how wide it is without any.
+    """
+
+    constant: float
+    linear: FloatArray
+    quadratic: FloatArray
+    coefficients: FloatArray
+    powers: IntArray
+    units: FloatArray
+    fixed: FloatArray
+
+    @classmethod
+    def of(cls, sums: Iterable[Sum], symbols: Mapping[Any, int], units: FloatArray, fixed: FloatArray) -> Polynomial:
+        """The total of some sums, never less than what they are rounded up to.
+
+        Args:
+            sums: of a figure.
+            symbols: for every width its index.
+            units: (widths, groups): how wide a width gets with each unit that is kept of a group.
+            fixed: (widths,): how wide it is without any.
+        """
+        total: Terms = {}
+        for item in sums:
+            for product in item.products:
+                terms: Terms = {(): Fraction(product.coefficient, product.denominator * item.samples)}
+                for factor in product.factors:
+                    terms = _times(terms, _terms(factor, symbols))
+                for key, coefficient in terms.items():
+                    total[key] = total.get(key, Fraction(0)) + coefficient
+            if item.samples > 1:
+                total[()] = total.get((), Fraction(0)) + 1  # it is rounded up
+        size = len(fixed)
+        linear, quadratic = np.zeros(size), np.zeros((size, size))
+        high = {key: coefficient for key, coefficient in total.items() if len(key) > 2}
+        for key, coefficient in total.items():
+            if len(key) == 1:
+                linear[key[0]] += float(coefficient)
+            elif len(key) == 2:
+                quadratic[key[0], key[1]] += float(coefficient) / 2
+                quadratic[key[1], key[0]] += float(coefficient) / 2
+        constant = float(total.get((), Fraction(0))) + linear @ fixed + fixed @ quadratic @ fixed
+        degree = max(map(len, high), default=0)
+        powers = np.array([[*key, *[size] * (degree - len(key))] for key in high], dtype=np.int64)
+        return cls(
+            float(constant),
+            (linear + 2 * fixed @ quadratic) @ units,
+            units.T @ quadratic @ units,
+            np.array([float(coefficient) for coefficient in high.values()]),
+            powers.reshape(len(high), degree),
+            units,
+            fixed,
+        )
+
+    def value(self, kept: FloatArray) -> FloatArray:
+        """See :class:`Figure`."""
+        total: FloatArray = ((kept @ self.quadratic + self.linear) * kept).sum(axis=-1) + self.constant
+        return total + self._high(kept) if len(self.coefficients) else total
+
+    def growth(self, kept: FloatArray, by: FloatArray) -> FloatArray:
+        """See :class:`Figure`."""
+        more: FloatArray = (2 * kept @ self.quadratic + self.linear + by * np.diag(self.quadratic)) * by
+        if len(self.coefficients):
+            before = self._high(kept)
+            for group in range(kept.shape[1]):
+                grown = kept.copy()
+                grown[:, group] += by[:, group]
+                more[:, group] += self._high(grown) - before
+        return more
+
+    def _high(self, kept: FloatArray) -> FloatArray:
+        """What the terms of more than two widths add: (allocations,)."""
+        widths = np.ones((len(kept), len(self.fixed) + 1))
+        widths[:, :-1] = kept @ self.units.T + self.fixed
+        total: FloatArray = widths[:, self.powers].prod(axis=-1) @ self.coefficients
+        return total
+
+
+def _times(left: Terms, right: Terms) -> Terms:
+    made: Terms = {}
+    for (one, first), (two, second) in itertools.product(left.items(), right.items()):
+        key = tuple(sorted((*one, *two)))
+        made[key] = made.get(key, Fraction(0)) + first * second
+    return made
+
+
+def _terms(factor: Any, symbols: Mapping[Any, int]) -> Terms:
+    """The terms of a polynomial in widths."""
+    made: Terms = {}
+    for term in sympy.Add.make_args(sympy.expand(factor)):
+        coefficient, rest = term.as_coeff_Mul()
+        powers = {} if rest == 1 else rest.as_powers_dict()
+        key = tuple(sorted(symbols[symbol] for symbol, power in powers.items() for _ in range(int(power))))
+        made[key] = made.get(key, Fraction(0)) + Fraction(int(coefficient.p), int(coefficient.q))
+    return made
