@@ -9,14 +9,17 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 
-from fxcompress.channels.groups import ChannelGroups, analyse
-from fxcompress.channels.labels import FloatArray, IntArray
+from fxcompress.channels.groups import ChannelGroups, Group, analyse
+from fxcompress.channels.labels import BoolArray, FloatArray, IntArray
+from fxcompress.channels.solve import Channels
 from fxcompress.errors import InputError
 from fxcompress.inputs import Inputs
 from fxcompress.masking import Masking
 from fxcompress.module import TracedModule
 from fxcompress.plan import settled
+from fxcompress.removable_units import channel_units
 from fxcompress.search.trial import Proposal
 from fxcompress.search.twin import Twin
 from fxcompress.task import Task
@@ -30,6 +33,7 @@ class Ladder:
     Attributes:
         name: of the group.
         units: how many it has.
+        gone: how many of these are masked already.
         components: (components, units that may go), lowest first: what goes with each of them.
         rows: (rows, units that may go): numbers of whole rows, likewise.
         ranked: the group's components.
@@ -38,6 +42,7 @@ class Ladder:
 
     name: str
     units: int
+    gone: int
     components: IntArray
     rows: IntArray
     ranked: IntArray
@@ -48,6 +53,44 @@ class Ladder:
         """How many units stay at least."""
         most: int = max(self.components.shape[1], self.rows.shape[1])
         return self.units - most
+
+
+def ladders(
+    items: Sequence[Group], scores: Sequence[FloatArray], channels: Channels, live: BoolArray, *, aligned: bool = False
+) -> tuple[Ladder, ...]:
+    """For every group in which order its units go: what is gone already first, then the lowest scores.
+
+    Args:
+        items: the groups.
+        scores: for each of them its channels', (width,).
+        channels: the analysis.
+        live: for every label whether it lives.
+        aligned: the channels of a unit have the same position in every row; else they are every row's lowest.
+    """
+    alive = channels.alive(live)
+    made = []
+    for group, values in zip(items, scores, strict=True):
+        row = channels.rows.row[group.components]
+        units = channel_units(group, values, alive[group.components], row, aligned=aligned)
+        made.append(
+            Ladder(group.name, units.number, units.gone, units.components, units.rows, units.ranked, units.importance)
+        )
+    return tuple(made)
+
+
+def norms(items: Sequence[Group], module: TracedModule, masking: Masking) -> list[FloatArray]:
+    """For every group the L1 norms of its channels' slices, those of coupled layers added up: (width,)."""
+    made = []
+    for group in items:
+        total = np.zeros(group.width)
+        for item in group.slices:
+            weight = module.get_parameter(item.parameter).detach()
+            mask = masking.elements.get(item.parameter)
+            lines = item.lines(weight if mask is None else weight * mask)
+            values = lines[torch.from_numpy(item.rows)].abs().flatten(1).double().sum(1)
+            total += np.bincount(item.channels, values.cpu().numpy(), group.width)
+        made.append(total)
+    return made
 
 
 def masking_of(
