@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from fxcompress.allocation import allocatable, numbered_cells, unit_count, unit_size
 from fxcompress.budget import Budget
-from fxcompress.channels.groups import ChannelGroups
-from fxcompress.channels.labels import FloatArray, IntArray
+from fxcompress.channels.groups import ChannelGroups, Group
+from fxcompress.channels.labels import BoolArray, FloatArray, IntArray
 from fxcompress.cost import count
 from fxcompress.errors import InputError
 from fxcompress.figures import Figure, Polynomial
@@ -22,7 +22,24 @@ from fxcompress.module import TracedModule
 from fxcompress.symbolic import derive
 from fxcompress.water_filling import Limits, fill, smallest
 
+#: Where a module's ``meta`` says what the caller's dense model cost, in a run before.
+DENSE = "dense_cost"
+
 _EXACT = ("params", "macs", "bytes")
+
+
+def dense_cost(module: TracedModule, inputs: Inputs) -> Mapping[str, float]:
+    """What the caller's dense model costs: of what the module was before anything was removed from it.
+
+    Args:
+        module: without mask nodes; remembers what it costs, if nothing is remembered.
+        inputs: to count with.
+    """
+    if DENSE not in module.meta:
+        cost = count(module, inputs)
+        module.meta[DENSE] = {name: float(getattr(cost, name)) for name in _EXACT}
+    found: Mapping[str, float] = module.meta[DENSE]
+    return found
 
 
 class Prices:
@@ -84,6 +101,15 @@ class Prices:
             {cell.name: widths[..., index] for index, cell in enumerate(self._symbolic.cells)}
         )
         return {name: np.asarray(getattr(found, name), dtype=np.float64) for name in _EXACT}
+
+    def price(self, live: BoolArray) -> Mapping[str, float]:
+        """What is left costs, given for every label of the analysis whether it lives (all rows do)."""
+        found = self._symbolic.evaluate(self._symbolic.at(live))
+        return {name: float(getattr(found, name)) for name in _EXACT}
+
+    def parts(self, group: Group) -> tuple[Group, ...]:
+        """A group as it is priced: itself, or in parts. None where it cannot be."""
+        return allocatable([group], self._symbolic.cells)
 
     def fill(
         self,
