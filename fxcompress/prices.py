@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fxcompress.allocation import allocatable, numbered_cells, unit_count, unit_size
+from fxcompress.allocation import Allocatable, numbered_cells, unit_count, unit_size
 from fxcompress.budget import Budget
 from fxcompress.channels.groups import ChannelGroups, Group
 from fxcompress.channels.labels import BoolArray, FloatArray, IntArray
@@ -55,7 +55,8 @@ class Prices:
 
     Attributes:
         groups: what may be cut, in the order of the graph. A group whose channels are not all used alike is here in
-            parts, called ``name:0``, ``name:1`` and so on.
+            parts, called ``name:0``, ``name:1`` and so on; groups that have to keep equally many channels of rows that
+            they share are here as one, called ``name+name``.
         units: (groups,): how many units each has, which are channels that have to go together: one, or one of every
             row (head, group of a convolution).
         sizes: (groups,): how many channels a unit has.
@@ -66,7 +67,8 @@ class Prices:
         cost = count(module, inputs)
         everything = np.ones(len(groups.channels.component), dtype=bool)
         self._symbolic = derive(module, groups, cost.table, inputs.batch, everything)
-        self.groups = allocatable(groups, self._symbolic.cells)
+        self._allocatable = Allocatable(groups, self._symbolic.cells)
+        self.groups = self._allocatable.groups
         self.units: IntArray = np.array([unit_count(group) for group in self.groups], dtype=np.int64)
         self.sizes: IntArray = np.array([unit_size(group) for group in self.groups], dtype=np.int64)
         self.dense: Mapping[str, float] = MappingProxyType({name: float(getattr(cost, name)) for name in _EXACT})
@@ -107,9 +109,9 @@ class Prices:
         found = self._symbolic.evaluate(self._symbolic.at(live))
         return {name: float(getattr(found, name)) for name in _EXACT}
 
-    def parts(self, group: Group) -> tuple[Group, ...]:
-        """A group as it is priced: itself, or in parts. None where it cannot be."""
-        return allocatable([group], self._symbolic.cells)
+    def parts(self, chosen: Iterable[Group]) -> list[tuple[Group, tuple[str, ...]]]:
+        """Some of the model's removable groups as they are priced, each with the names of those that it is of."""
+        return self._allocatable.parts(chosen)
 
     def fill(
         self,

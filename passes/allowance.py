@@ -112,10 +112,11 @@ class Allowance:
         prices = Prices(module, groups, context.inputs)
         return cls(budget, prices, dense_cost(module, context.inputs))
 
-    def parts(self, item: Group | RowSet) -> tuple[Group, ...]:
-        """A group as it is priced."""
-        assert isinstance(item, Group), "whole rows are refused where the pruner is made"
-        return self.prices.parts(item)
+    def parts(self, chosen: Sequence[tuple[Group | RowSet, float]]) -> list[tuple[Group | RowSet, float]]:
+        """Groups as they are priced, with their sparsities; of several the smallest."""
+        shares = {item.name: share for item, share in chosen}
+        groups = [item for item, _ in chosen if isinstance(item, Group)]
+        return [(part, min(shares[name] for name in names)) for part, names in self.prices.parts(groups)]
 
     def met(self, ranking: Ranking, counts: Callable[[Allowance], list[int]]) -> tuple[list[int], Settled]:
         """How many units go so that what is left meets the budget, and what that is.

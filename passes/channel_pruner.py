@@ -130,7 +130,7 @@ class ChannelPruner(Pass):
         chosen = self._choose(groups, module, context)
         allowance = None if self.budget is None else Allowance.of(self.budget, module, groups, context)
         if allowance is not None:
-            chosen = [(part, share) for item, share in chosen for part in allowance.parts(item)]
+            chosen = allowance.parts(chosen)
         while True:  # what had to come back leaves room for others: every further round masks more, so this ends
             live = masking.live(groups.channels)
             kept, uneven, stuck, problems = self._settled(chosen, module, groups, masking, context, allowance)
