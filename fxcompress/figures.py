@@ -36,8 +36,8 @@ class Figure(Protocol):
 
 @dataclass(frozen=True)
 class Polynomial:
-    """``constant + linear @ k + k @ quadratic @ k + sum_t coefficients[t] * prod_j (k @ units.T + fixed)[powers[t, j]]``
-    for units ``k``.
+    """``constant + linear @ k + k @ quadratic @ k + sum_t coefficients[t] * prod_j w[powers[t, j]]`` for units ``k`` of
+    every group, which are widths ``w = units @ k + fixed``.
 
     Attributes:
         linear: (groups,).

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fxcompress.allocation import allocatable, numbered_cells, unit_count, unit_size
+from fxcompress.allocation import Allocatable, numbered_cells, unit_count, unit_size
 from fxcompress.budget import Budget
-from fxcompress.channels.groups import ChannelGroups
-from fxcompress.channels.labels import FloatArray, IntArray
+from fxcompress.channels.groups import ChannelGroups, Group
+from fxcompress.channels.labels import BoolArray, FloatArray, IntArray
 from fxcompress.cost import count
 from fxcompress.errors import InputError
 from fxcompress.figures import Figure, Polynomial
@@ -22,7 +22,24 @@ from fxcompress.module import TracedModule
 from fxcompress.symbolic import derive
 from fxcompress.water_filling import Limits, fill, smallest
 
+#: Where a module's ``meta`` says what the caller's dense model cost, in a run before.
+DENSE = "dense_cost"
+
 _EXACT = ("params", "macs", "bytes")
+
+
+def dense_cost(module: TracedModule, inputs: Inputs) -> Mapping[str, float]:
+    """What the caller's dense model costs: of what the module was before anything was removed from it.
+
+    Args:
+        module: without mask nodes; remembers what it costs, if nothing is remembered.
+        inputs: to count with.
+    """
+    if DENSE not in module.meta:
+        cost = count(module, inputs)
+        module.meta[DENSE] = {name: float(getattr(cost, name)) for name in _EXACT}
+    found: Mapping[str, float] = module.meta[DENSE]
+    return found
 
 
 class Prices:
@@ -38,7 +55,8 @@ class Prices:
 
     Attributes:
         groups: what may be cut, in the order of the graph. A group whose channels are not all used alike is here in
-            parts, called ``name:0``, ``name:1`` and so on.
+            parts, called ``name:0``, ``name:1`` and so on; groups that have to keep equally many channels of rows that
+            they share are here as one, called ``name+name``.
         units: (groups,): how many units each has, which are channels that have to go together: one, or one of every
             row (head, group of a convolution).
         sizes: (groups,): how many channels a unit has.
@@ -49,7 +67,8 @@ class Prices:
         cost = count(module, inputs)
         everything = np.ones(len(groups.channels.component), dtype=bool)
         self._symbolic = derive(module, groups, cost.table, inputs.batch, everything)
-        self.groups = allocatable(groups, self._symbolic.cells)
+        self._allocatable = Allocatable(groups, self._symbolic.cells)
+        self.groups = self._allocatable.groups
         self.units: IntArray = np.array([unit_count(group) for group in self.groups], dtype=np.int64)
         self.sizes: IntArray = np.array([unit_size(group) for group in self.groups], dtype=np.int64)
         self.dense: Mapping[str, float] = MappingProxyType({name: float(getattr(cost, name)) for name in _EXACT})
@@ -84,6 +103,15 @@ class Prices:
             {cell.name: widths[..., index] for index, cell in enumerate(self._symbolic.cells)}
         )
         return {name: np.asarray(getattr(found, name), dtype=np.float64) for name in _EXACT}
+
+    def price(self, live: BoolArray) -> Mapping[str, float]:
+        """What is left costs, given for every label of the analysis whether it lives (all rows do)."""
+        found = self._symbolic.evaluate(self._symbolic.at(live))
+        return {name: float(getattr(found, name)) for name in _EXACT}
+
+    def parts(self, chosen: Iterable[Group]) -> list[tuple[Group, tuple[str, ...]]]:
+        """Some of the model's removable groups as they are priced, each with the names of those that it is of."""
+        return self._allocatable.parts(chosen)
 
     def fill(
         self,

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 
 from fxcompress.budget import Budget
-from fxcompress.channels.groups import ChannelGroups
 from fxcompress.channels.labels import FloatArray, IntArray
 from fxcompress.context import Context
 from fxcompress.errors import InputError
@@ -21,11 +20,12 @@ from fxcompress.module import TracedModule, state_of
 from fxcompress.passes.channel_pruner import ChannelPruner
 from fxcompress.passes.l1_filter_pruner import L1FilterPruner
 from fxcompress.pipeline import Pass
-from fxcompress.prices import Prices
+from fxcompress.prices import Prices, dense_cost
+from fxcompress.ranking import Ranking
 from fxcompress.search.history import SearchHistory
 from fxcompress.search.search import Search
 from fxcompress.search.trial import Proposal, Trial
-from fxcompress.search.widths import Ladder, WidthSubject, ladders, masking_of
+from fxcompress.search.widths import WidthSubject, masking_of
 from fxcompress.task import Need
 
 
@@ -36,10 +36,9 @@ class Ground:
     Attributes:
         module: the clean module.
         context: of the run.
-        groups: the channel analysis.
         masking: what was masked before.
         prices: of allocations.
-        ladders: for each of the prices' groups.
+        ranking: the units of each of the prices' groups.
         free: (groups,): whether a group may lose units.
         dense: what the budget is a fraction of, by figure.
         budget: what has to be met.
@@ -48,10 +47,9 @@ class Ground:
 
     module: TracedModule
     context: Context
-    groups: ChannelGroups
     masking: Masking
     prices: Prices
-    ladders: tuple[Ladder, ...]
+    ranking: Ranking
     free: Any
     dense: Mapping[str, float]
     budget: Budget
@@ -60,17 +58,17 @@ class Ground:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the groups, as proposals list them."""
-        return tuple(ladder.name for ladder in self.ladders)
+        return tuple(group.name for group in self.prices.groups)
 
     @property
     def most(self) -> IntArray:
         """(groups,): the most units that each group keeps: those that are not masked already."""
-        return np.array([ladder.units - ladder.gone for ladder in self.ladders], dtype=np.int64)
+        return np.array([units.number - units.gone for units in self.ranking.tables], dtype=np.int64)
 
     @property
     def least(self) -> IntArray:
         """(groups,): the fewest units that each group keeps."""
-        fewest = np.array([ladder.least for ladder in self.ladders], dtype=np.int64)
+        fewest = np.array([units.number - len(units.scores) for units in self.ranking.tables], dtype=np.int64)
         found: IntArray = np.where(self.free, fewest, self.most)
         return found
 
@@ -102,17 +100,39 @@ class Ground:
         context = self.context
         assert context.task is not None
         assert context.inputs is not None
+        tables, groups = self.ranking.tables, self.ranking.groups
         module = copy.deepcopy(self.module)
-        return WidthSubject(module, context.inputs, context.task, self.masking, self.ladders, epochs, self.groups)
+        return WidthSubject(module, context.inputs, context.task, self.masking, tables, epochs, groups)
 
-    def mask(self, kept: tuple[int, ...]) -> None:
-        """Mask what an allocation does not keep."""
-        self.context.masking = masking_of(kept, self.ladders, self.module, self.groups, self.masking)
+    def mask(self, kept: Sequence[int]) -> float:
+        """Mask what an allocation does not keep.
+
+        Channels may come back (coupled rows that must stay equal, nodes that cannot be rewritten); the allocation is
+        tightened until what is left meets the budget.
+
+        Returns:
+            What is left, of the scarcest figure, as a fraction of what the budget allows.
+
+        Raises:
+            InputError: what comes back is more than all others can make up for.
+        """
+        channels, factor, taken = self.ranking.groups.channels, 1.0, np.array(kept, dtype=np.int64)
+        while True:
+            masking = masking_of(taken.tolist(), self.ranking, self.masking)
+            have = self.prices.price(masking.live(channels))
+            over = max(have[name] / (ratio * self.dense[name]) for name, ratio in self.budget.ratios.items())
+            if over <= 1 + 1e-9:
+                self.context.masking = masking
+                return over
+            factor *= over  # fill() raises where that is below what can be reached
+            budget = Budget(**{name: ratio / factor for name, ratio in self.budget.ratios.items()})
+            taken = self.fill(1 - taken / self.prices.units, budget)
 
     def history(self, search: Search, **known: Any) -> SearchHistory:
         """What was tried, with the groups by name."""
-        widths = tuple(ladder.units for ladder in self.ladders)
-        return search.history(groups=self.names, widths=widths, budget=dict(self.budget.ratios), **known)
+        return search.history(
+            groups=self.names, widths=tuple(self.prices.units.tolist()), budget=dict(self.budget.ratios), **known
+        )
 
 
 @dataclass(frozen=True)
@@ -128,7 +148,7 @@ class SearchingPruner(Pass):
     """
 
     budget: Budget
-    inner: ChannelPruner = L1FilterPruner(0.5)
+    inner: ChannelPruner = field(default_factory=partial(L1FilterPruner, 0.5))
 
     needs_inputs: ClassVar[bool] = True
     lifts: ClassVar[bool] = True
@@ -159,22 +179,22 @@ class SearchingPruner(Pass):
         groups = context.groups(module)
         masking = complete(module, context.masking or Masking(), groups.channels)
         prices = Prices(module, groups, context.inputs)
-        taken = self.inner.selected(prices.groups, module, context)
-        free = {item.name for item, sparsity in taken if sparsity > 0}
+        shares = {item.name: share for item, share in self.inner._choose(groups, module, context)}
+        taken = [group for group in groups if shares.get(group.name, 0) > 0]
+        free = {part.name for part, _ in prices.parts(taken)}
         if not free:
             raise InputError(f"{self.name} has no group to prune; expected at least one that {self.inner!r} takes.")
         items = list(prices.groups)
-        scores = self.inner.scores(items, module, groups, masking, context)
+        scores = self.inner._scores(items, module, groups, masking, context)
         aligned = self.inner.granularity == "head_dim"
         return Ground(
             module,
             context,
-            groups,
             masking,
             prices,
-            ladders(items, scores, groups.channels, masking.live(groups.channels), aligned=aligned),
+            Ranking.of(module, groups, masking, items, scores, aligned=aligned),
             np.array([item.name in free for item in items]),
-            dense_cost(module, context, prices),
+            dense_cost(module, context.inputs),
             budget or self.budget,
             self.inner.round_to,
         )
@@ -232,11 +252,3 @@ def outcome(chosen: Trial, ground: Ground) -> str:
     """The trial that was taken, in a line."""
     cost = ", ".join(f"{chosen.proposal.cost[name]:.2%} of the {name}" for name in ground.budget.ratios)
     return f"trial {chosen.number} is taken: score {chosen.score:.6g}, {cost}"
-
-
-def dense_cost(module: TracedModule, context: Context, prices: Prices) -> Mapping[str, float]:
-    """What the caller's dense model costs, by figure, remembered across calls."""
-    known: dict[str, float] | None = module.meta.get("dense_cost")
-    if known is None:
-        known = module.meta["dense_cost"] = dict(prices.dense)
-    return known
