@@ -39,8 +39,11 @@ from fxcompress.report import Report as Report
 from fxcompress.report import report as report
 from fxcompress.rewrite import Rewriter as Rewriter
 from fxcompress.search.history import SearchHistory as SearchHistory
+from fxcompress.search.sweep import Curve as Curve
 from fxcompress.search.trial import Proposal as Proposal
 from fxcompress.search.trial import Trial as Trial
+from fxcompress.sensitivity import Sensitivity as Sensitivity
+from fxcompress.sensitivity import sensitivity as sensitivity
 from fxcompress.sparsity import Sparsities as Sparsities
 from fxcompress.sparsity import sparsity as sparsity
 from fxcompress.symbolic import Symbolic as Symbolic

@@ -105,7 +105,7 @@ def compress(
     context = Context(
         inputs=inputs, seed=seed, verify=verify, task=task and task.begun_with(model), dense=model, console=console,
         checkpoint=_parse_checkpoint(checkpoint, model, pipeline, inputs, task, seed),
-        executor=_parse_executor(executor),
+        executor=parse_executor(executor),
     )  # fmt: skip
     for item in pipeline:
         if item.needs:
@@ -195,7 +195,12 @@ def _parse_checkpoint(
     return Checkpoint(path, fingerprint(pipeline, shapes, seed, plain, model, state_of(model)), seed)
 
 
-def _parse_executor(executor: Executor | None) -> Executor | None:
+def parse_executor(executor: Executor | None) -> Executor | None:
+    """The executor, if it is one.
+
+    Raises:
+        InputError: it is something else.
+    """
     if executor is not None and not isinstance(executor, Executor):
         raise InputError(
             f"executor is a {type(executor).__name__}; expected a concurrent.futures.Executor: a ProcessPoolExecutor, "

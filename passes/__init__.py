@@ -37,6 +37,8 @@ from fxcompress.passes.random_filter_pruner import RandomFilterPruner as RandomF
 from fxcompress.passes.recalibrate_batch_norm import RecalibrateBatchNorm as RecalibrateBatchNorm
 from fxcompress.passes.scheduled_pruner import ScheduledPruner as ScheduledPruner
 from fxcompress.passes.scoring import Layer as Layer
+from fxcompress.passes.simulated_annealing_pruner import SimulatedAnnealingPruner as SimulatedAnnealingPruner
 from fxcompress.passes.slim_pruner import SlimPruner as SlimPruner
 from fxcompress.passes.speedup import Speedup as Speedup
 from fxcompress.passes.taylor_fo_pruner import TaylorFOPruner as TaylorFOPruner
+from fxcompress.passes.tuned_pruner import TunedPruner as TunedPruner

@@ -14,7 +14,7 @@ import numpy as np
 from fxcompress.budget import Budget
 from fxcompress.channels.labels import FloatArray, IntArray
 from fxcompress.context import Context
-from fxcompress.errors import InputError
+from fxcompress.errors import InputError, SearchError
 from fxcompress.masking import Masking, complete
 from fxcompress.module import TracedModule, state_of
 from fxcompress.passes.channel_pruner import ChannelPruner
@@ -210,7 +210,7 @@ class SearchingPruner(Pass):
     def look(self, ground: Ground, search: Search) -> SearchHistory:
         """Try allocations, and say which is taken (:attr:`SearchHistory.best`)."""
 
-    def trials(self, ground: Ground) -> int:
+    def expected(self, ground: Ground) -> int:
         """How many trials are expected."""
         raise NotImplementedError
 
@@ -229,13 +229,30 @@ class SearchingPruner(Pass):
 
     def _searched(self, module: TracedModule, context: Context, budget: Budget | None, label: str) -> SearchHistory:
         ground = self.ground(module, context, budget)
-        with self.begin(ground, self.trials(ground), label) as search:
+        with self.begin(ground, self.expected(ground), label) as search:
             history = self.look(ground, search)
         chosen = history.chosen
         assert chosen is not None
         ground.mask(chosen.proposal.kept)
         context.notes += [*told(history), outcome(chosen, ground)]
         return history
+
+
+def require_dense(search: Search, found: list[Trial]) -> list[Trial]:
+    """The first trials of a search, of which the very first tried the model as it came.
+
+    Raises:
+        SearchError: that one failed.
+        KeyboardInterrupt: the search was interrupted before it ended.
+    """
+    if not found:
+        raise KeyboardInterrupt
+    if found[0].score is None:
+        raise SearchError(
+            f"{search.name}: task.score(model) fails on the model as it came ({found[0].error}); expected a score to "
+            "compare others with. Call it yourself to see where."
+        )
+    return found
 
 
 def told(history: SearchHistory) -> list[str]:

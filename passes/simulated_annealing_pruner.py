@@ -9,10 +9,9 @@ import numpy as np
 
 from fxcompress.channels.labels import FloatArray, IntArray
 from fxcompress.errors import InputError
-from fxcompress.passes.searching_pruner import Ground, SearchingPruner
+from fxcompress.passes.searching_pruner import Ground, SearchingPruner, require_dense
 from fxcompress.search.history import SearchHistory
 from fxcompress.search.search import Search
-from fxcompress.search.trial import Trial
 from fxcompress.task import require_count
 
 
@@ -59,7 +58,7 @@ class SimulatedAnnealingPruner(SearchingPruner):
         count = math.ceil(math.log(self.stop / self.start) / math.log(self.cooling) - 1e-9)
         return tuple(self.start * self.cooling**power for power in range(count))
 
-    def trials(self, ground: Ground) -> int:
+    def expected(self, ground: Ground) -> int:
         """The dense model, the uniform allocation, and the candidates of every temperature."""
         return 2 + len(self.temperatures) * self.trials_per_temperature
 
@@ -75,12 +74,9 @@ class SimulatedAnnealingPruner(SearchingPruner):
         """Anneal from the uniform allocation."""
         units = ground.prices.units
         uniform = ground.fill(np.ones(len(units)))
-        dense, *begun = search.evaluate(ground.proposals(np.stack([ground.most, uniform])))
-        current = begun[0] if begun and begun[0].done else dense
-        if dense.score is None:
-            search.best()  # says why, if the other failed too
-            raise_dense(dense)
+        dense, *begun = require_dense(search, search.evaluate(ground.proposals(np.stack([ground.most, uniform]))))
         assert dense.score is not None
+        current = begun[0] if begun and begun[0].done else dense
         for number, temperature in enumerate(self.temperatures):
             if search.interrupted:
                 break
@@ -105,10 +101,3 @@ class SimulatedAnnealingPruner(SearchingPruner):
             )
         best = search.best(ground.meets)
         return ground.history(search, best=best.number, dense=dense.score)
-
-
-def raise_dense(dense: Trial) -> None:
-    """Say that the model cannot be scored as it is."""
-    raise InputError(
-        f"task.score(model) fails on the model as it came: {dense.error}. Expected a score to compare with."
-    )
