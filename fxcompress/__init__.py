@@ -20,6 +20,7 @@ from fxcompress.errors import FxCompressError as FxCompressError
 from fxcompress.errors import GraphError as GraphError
 from fxcompress.errors import InputError as InputError
 from fxcompress.errors import PassError as PassError
+from fxcompress.errors import SearchError as SearchError
 from fxcompress.errors import SelectionError as SelectionError
 from fxcompress.errors import TraceError as TraceError
 from fxcompress.errors import TrainingError as TrainingError
@@ -37,6 +38,9 @@ from fxcompress.quantization.spec import QuantSpec as QuantSpec
 from fxcompress.report import Report as Report
 from fxcompress.report import report as report
 from fxcompress.rewrite import Rewriter as Rewriter
+from fxcompress.search.history import SearchHistory as SearchHistory
+from fxcompress.search.trial import Proposal as Proposal
+from fxcompress.search.trial import Trial as Trial
 from fxcompress.sparsity import Sparsities as Sparsities
 from fxcompress.sparsity import sparsity as sparsity
 from fxcompress.symbolic import Symbolic as Symbolic

@@ -15,9 +15,9 @@ from fxcompress.context import Context
 from fxcompress.errors import InputError
 from fxcompress.masking import Masking
 from fxcompress.module import TracedModule
-from fxcompress.passes.removable_units import Units, channel_units
 from fxcompress.plan import Settled, settled
 from fxcompress.prices import Prices, dense_cost
+from fxcompress.removable_units import Units, channel_units
 
 #: How often a budget is tightened for what comes back after a choice.
 _ROUNDS = 8

@@ -1,0 +1,242 @@
+"""Pruning to a budget by trying: what all searches for widths share."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+
+from fxcompress.budget import Budget
+from fxcompress.channels.groups import ChannelGroups
+from fxcompress.channels.labels import FloatArray, IntArray
+from fxcompress.context import Context
+from fxcompress.errors import InputError
+from fxcompress.masking import Masking, complete
+from fxcompress.module import TracedModule, state_of
+from fxcompress.passes.channel_pruner import ChannelPruner
+from fxcompress.passes.l1_filter_pruner import L1FilterPruner
+from fxcompress.pipeline import Pass
+from fxcompress.prices import Prices
+from fxcompress.search.history import SearchHistory
+from fxcompress.search.search import Search
+from fxcompress.search.trial import Proposal, Trial
+from fxcompress.search.widths import Ladder, WidthSubject, ladders, masking_of
+from fxcompress.task import Need
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What a search for widths stands on: the groups, in which order their units go, and what they cost.
+
+    Attributes:
+        module: the clean module.
+        context: of the run.
+        groups: the channel analysis.
+        masking: what was masked before.
+        prices: of allocations.
+        ladders: for each of the prices' groups.
+        free: (groups,): whether a group may lose units.
+        dense: what the budget is a fraction of, by figure.
+        budget: what has to be met.
+        round_to: kept channels are a multiple of it.
+    """
+
+    module: TracedModule
+    context: Context
+    groups: ChannelGroups
+    masking: Masking
+    prices: Prices
+    ladders: tuple[Ladder, ...]
+    free: Any
+    dense: Mapping[str, float]
+    budget: Budget
+    round_to: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the groups, as proposals list them."""
+        return tuple(ladder.name for ladder in self.ladders)
+
+    @property
+    def most(self) -> IntArray:
+        """(groups,): the most units that each group keeps: those that are not masked already."""
+        return np.array([ladder.units - ladder.gone for ladder in self.ladders], dtype=np.int64)
+
+    @property
+    def least(self) -> IntArray:
+        """(groups,): the fewest units that each group keeps."""
+        fewest = np.array([ladder.least for ladder in self.ladders], dtype=np.int64)
+        found: IntArray = np.where(self.free, fewest, self.most)
+        return found
+
+    def fill(self, sparsities: FloatArray, budget: Budget | None = None) -> IntArray:
+        """Allocations (.., groups) that meet the budget, by sparsities of the same shape."""
+        shares = np.where(self.free, sparsities, 0.0)
+        return self.prices.fill(
+            shares, budget or self.budget, self.round_to, least=self.least, most=self.most, dense=self.dense
+        )
+
+    def cost(self, kept: IntArray) -> list[dict[str, float]]:
+        """What each of some allocations, (allocations, groups), costs as fractions of the dense model."""
+        figures = self.prices.of(kept)
+        shares = {name: figures[name] / self.dense[name] for name in figures}
+        return [{name: float(share[i]) for name, share in shares.items()} for i in range(len(kept))]
+
+    def proposals(self, kept: IntArray, **notes: float) -> list[Proposal]:
+        """Allocations, (allocations, groups), as proposals."""
+        lists = zip(kept.tolist(), self.cost(kept), strict=True)
+        return [Proposal(tuple(numbers), cost=cost, notes=notes) for numbers, cost in lists]
+
+    def meets(self, trial: Trial) -> bool:
+        """Whether a trial is within the budget."""
+        cost = trial.proposal.cost
+        return all(cost[name] <= ratio * (1 + 1e-9) for name, ratio in self.budget.ratios.items())
+
+    def subject(self, epochs: int = 0) -> WidthSubject:
+        """What trials are about: a copy of the module."""
+        context = self.context
+        assert context.task is not None
+        assert context.inputs is not None
+        module = copy.deepcopy(self.module)
+        return WidthSubject(module, context.inputs, context.task, self.masking, self.ladders, epochs, self.groups)
+
+    def mask(self, kept: tuple[int, ...]) -> None:
+        """Mask what an allocation does not keep."""
+        self.context.masking = masking_of(kept, self.ladders, self.module, self.groups, self.masking)
+
+    def history(self, search: Search, **known: Any) -> SearchHistory:
+        """What was tried, with the groups by name."""
+        widths = tuple(ladder.units for ladder in self.ladders)
+        return search.history(groups=self.names, widths=widths, budget=dict(self.budget.ratios), **known)
+
+
+@dataclass(frozen=True)
+class SearchingPruner(Pass):
+    """Finds how many channels each group keeps, so that the model meets a budget and scores best.
+
+    Args:
+        budget: what may be left, as fractions of the caller's dense model.
+        inner: says in which order the channels of a group go, which layers are taken, and what kept widths are rounded
+            to; how many go is what is searched. Groups to which it gives a sparsity of 0 stay whole.
+
+    Needs the task's score, and what the inner pruner needs. Masks that were there stay.
+    """
+
+    budget: Budget
+    inner: ChannelPruner = L1FilterPruner(0.5)
+
+    needs_inputs: ClassVar[bool] = True
+    lifts: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.budget, Budget):
+            raise InputError(
+                f"budget is {self.budget!r}, a {type(self.budget).__name__}; expected a Budget, such as "
+                "fxcompress.Budget(macs=0.5)."
+            )
+        if not isinstance(self.inner, ChannelPruner):
+            raise InputError(f"inner is {self.inner!r}; expected a channel pruner, such as L1FilterPruner(0.5).")
+        if self.inner.granularity == "head":
+            raise InputError(f"inner is {self.inner!r}; searches count channels, not heads: expected 'head_dim'.")
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """A score, and what the inner pruner needs."""
+        return tuple(dict.fromkeys(("score", *self.inner.needs)))
+
+    def ground(self, module: TracedModule, context: Context, budget: Budget | None = None) -> Ground:
+        """Analyse, rank and price a module whose masks are lifted.
+
+        Raises:
+            InputError: there is nothing to prune.
+        """
+        assert context.inputs is not None
+        groups = context.groups(module)
+        masking = complete(module, context.masking or Masking(), groups.channels)
+        prices = Prices(module, groups, context.inputs)
+        taken = self.inner.selected(prices.groups, module, context)
+        free = {item.name for item, sparsity in taken if sparsity > 0}
+        if not free:
+            raise InputError(f"{self.name} has no group to prune; expected at least one that {self.inner!r} takes.")
+        items = list(prices.groups)
+        scores = self.inner.scores(items, module, groups, masking, context)
+        aligned = self.inner.granularity == "head_dim"
+        return Ground(
+            module,
+            context,
+            groups,
+            masking,
+            prices,
+            ladders(items, scores, groups.channels, masking.live(groups.channels), aligned=aligned),
+            np.array([item.name in free for item in items]),
+            dense_cost(module, context, prices),
+            budget or self.budget,
+            self.inner.round_to,
+        )
+
+    def begin(self, ground: Ground, total: int, label: str = "") -> Search:
+        """A search over allocations."""
+        context = ground.context
+        search = context.search(self.name, total, self, ground.names, state_of(ground.module), label=label)
+        search.about(ground.subject)
+        return search
+
+    @abstractmethod
+    def look(self, ground: Ground, search: Search) -> SearchHistory:
+        """Try allocations, and say which is taken (:attr:`SearchHistory.best`)."""
+
+    def trials(self, ground: Ground) -> int:
+        """How many trials are expected."""
+        raise NotImplementedError
+
+    def run(self, module: TracedModule, context: Context) -> TracedModule:
+        """Search, then mask what the best allocation does not keep."""
+        self.search(module, context)
+        return module
+
+    def search(
+        self, module: TracedModule, context: Context, budget: Budget | None = None, label: str = ""
+    ) -> SearchHistory:
+        """Search, mask what the best allocation does not keep, and say what was tried."""
+        history = context.step(module, partial(self._searched, module, context, budget, label))
+        context.searches.append(history)
+        return history
+
+    def _searched(self, module: TracedModule, context: Context, budget: Budget | None, label: str) -> SearchHistory:
+        ground = self.ground(module, context, budget)
+        with self.begin(ground, self.trials(ground), label) as search:
+            history = self.look(ground, search)
+        chosen = history.chosen
+        assert chosen is not None
+        ground.mask(chosen.proposal.kept)
+        context.notes += [*told(history), outcome(chosen, ground)]
+        return history
+
+
+def told(history: SearchHistory) -> list[str]:
+    """What a search met, for the notes."""
+    notes = []
+    if history.failed:
+        notes.append(f"{len(history.failed)} of {len(history.trials)} trials failed; first: {history.failed[0].error}")
+    if history.interrupted:
+        notes.append(f"interrupted after {len(history.trials)} trials; the best so far is taken")
+    return notes
+
+
+def outcome(chosen: Trial, ground: Ground) -> str:
+    """The trial that was taken, in a line."""
+    cost = ", ".join(f"{chosen.proposal.cost[name]:.2%} of the {name}" for name in ground.budget.ratios)
+    return f"trial {chosen.number} is taken: score {chosen.score:.6g}, {cost}"
+
+
+def dense_cost(module: TracedModule, context: Context, prices: Prices) -> Mapping[str, float]:
+    """What the caller's dense model costs, by figure, remembered across calls."""
+    known: dict[str, float] | None = module.meta.get("dense_cost")
+    if known is None:
+        known = module.meta["dense_cost"] = dict(prices.dense)
+    return known
