@@ -7,7 +7,8 @@ value at many allocations a product of matrices. Terms of more widths, which an 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Protocol
@@ -57,35 +58,24 @@ class Polynomial:
     fixed: FloatArray
 
     @classmethod
-    def of(cls, sums: Iterable[Sum], symbols: Mapping[Any, int], units: FloatArray, fixed: FloatArray) -> Polynomial:
-        """The total of some sums, never less than what they are rounded up to.
+    def of(cls, terms: Terms, units: FloatArray, fixed: FloatArray) -> Polynomial:
+        """A polynomial in widths as one in units.
 
         Args:
-            sums: of a figure.
-            symbols: for every width its index.
+            terms: their coefficients.
             units: (widths, groups): how wide a width gets with each unit that is kept of a group.
             fixed: (widths,): how wide it is without any.
         """
-        total: Terms = {}
-        for item in sums:
-            for product in item.products:
-                terms: Terms = {(): Fraction(product.coefficient, product.denominator * item.samples)}
-                for factor in product.factors:
-                    terms = _times(terms, _terms(factor, symbols))
-                for key, coefficient in terms.items():
-                    total[key] = total.get(key, Fraction(0)) + coefficient
-            if item.samples > 1:
-                total[()] = total.get((), Fraction(0)) + 1  # it is rounded up
         size = len(fixed)
         linear, quadratic = np.zeros(size), np.zeros((size, size))
-        high = {key: coefficient for key, coefficient in total.items() if len(key) > 2}
-        for key, coefficient in total.items():
+        high = {key: coefficient for key, coefficient in terms.items() if len(key) > 2}
+        for key, coefficient in terms.items():
             if len(key) == 1:
                 linear[key[0]] += float(coefficient)
             elif len(key) == 2:
                 quadratic[key[0], key[1]] += float(coefficient) / 2
                 quadratic[key[1], key[0]] += float(coefficient) / 2
-        constant = float(total.get((), Fraction(0))) + linear @ fixed + fixed @ quadratic @ fixed
+        constant = float(terms.get((), Fraction(0))) + linear @ fixed + fixed @ quadratic @ fixed
         degree = max(map(len, high), default=0)
         powers = np.array([[*key, *[size] * (degree - len(key))] for key in high], dtype=np.int64)
         return cls(
@@ -120,6 +110,54 @@ class Polynomial:
         widths[:, :-1] = kept @ self.units.T + self.fixed
         total: FloatArray = widths[:, self.powers].prod(axis=-1) @ self.coefficients
         return total
+
+
+class Exact:
+    """A figure in integers: ``sum_parts ceil(polynomial / divisor)``, at widths that a removal can leave.
+
+    Doubles count exactly up to 2^53: 9e15 MACs for each sample.
+
+    Args:
+        sums: of the figure.
+        symbols: for every width its index.
+    """
+
+    def __init__(self, sums: Sequence[Sum], symbols: Mapping[Any, int]) -> None:
+        whole = [item for item in sums if item.samples == 1]
+        rounded = [item for item in sums if item.samples > 1 and item.products]  # each of them by itself
+        size = len(symbols)
+        self.terms: Terms = {}
+        self._parts: list[tuple[Polynomial, int]] = []
+        for items in (whole, *([item] for item in rounded)):
+            terms = _total(items, symbols)
+            divisor = math.lcm(*(coefficient.denominator for coefficient in terms.values()))
+            numerator = {key: coefficient * divisor for key, coefficient in terms.items()}
+            self._parts.append((Polynomial.of(numerator, np.eye(size), np.zeros(size)), divisor))
+            _add(self.terms, terms)
+        _add(self.terms, {(): Fraction(len(rounded))})
+
+    def value(self, widths: IntArray) -> FloatArray:
+        """(allocations, widths) -> (allocations,)."""
+        given = widths.astype(np.float64)
+        total: FloatArray = np.sum([np.ceil(part.value(given) / divisor) for part, divisor in self._parts], axis=0)
+        return total
+
+
+def _total(sums: Iterable[Sum], symbols: Mapping[Any, int]) -> Terms:
+    """Everything that sums have, before it is rounded up."""
+    total: Terms = {}
+    for item in sums:
+        for product in item.products:
+            terms: Terms = {(): Fraction(product.coefficient, product.denominator * item.samples)}
+            for factor in product.factors:
+                terms = _times(terms, _terms(factor, symbols))
+            _add(total, terms)
+    return total
+
+
+def _add(total: Terms, more: Terms) -> None:
+    for key, coefficient in more.items():
+        total[key] = total.get(key, Fraction(0)) + coefficient
 
 
 def _times(left: Terms, right: Terms) -> Terms:

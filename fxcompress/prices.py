@@ -16,7 +16,7 @@ from fxcompress.channels.groups import ChannelGroups, Group
 from fxcompress.channels.labels import BoolArray, FloatArray, IntArray
 from fxcompress.cost import count
 from fxcompress.errors import InputError
-from fxcompress.figures import Figure, Polynomial
+from fxcompress.figures import Exact, Figure, Polynomial
 from fxcompress.inputs import Inputs
 from fxcompress.module import TracedModule
 from fxcompress.symbolic import derive
@@ -73,6 +73,7 @@ class Prices:
         self.sizes: IntArray = np.array([unit_size(group) for group in self.groups], dtype=np.int64)
         self.dense: Mapping[str, float] = MappingProxyType({name: float(getattr(cost, name)) for name in _EXACT})
         self._widths, self._fixed = self._cells()
+        self._integers: dict[str, Exact] = {}
         self._figures: dict[str, Figure] = {}
 
     def _cells(self) -> tuple[IntArray, IntArray]:
@@ -98,16 +99,13 @@ class Prices:
             InputError: another shape, or numbers outside the groups.
         """
         allocation = self._checked(kept)
-        widths = allocation @ self._widths.T + self._fixed
-        found = self._symbolic.evaluate(
-            {cell.name: widths[..., index] for index, cell in enumerate(self._symbolic.cells)}
-        )
-        return {name: np.asarray(getattr(found, name), dtype=np.float64) for name in _EXACT}
+        widths = np.atleast_2d(allocation @ self._widths.T + self._fixed)
+        return {name: self._exact(name).value(widths).reshape(allocation.shape[:-1]) for name in _EXACT}
 
     def price(self, live: BoolArray) -> Mapping[str, float]:
         """What is left costs, given for every label of the analysis whether it lives (all rows do)."""
-        found = self._symbolic.evaluate(self._symbolic.at(live))
-        return {name: float(getattr(found, name)) for name in _EXACT}
+        widths = np.array([[live[cell.components].sum() for cell in self._symbolic.cells]], dtype=np.int64)
+        return {name: float(self._exact(name).value(widths)[0]) for name in _EXACT}
 
     def parts(self, chosen: Iterable[Group]) -> list[tuple[Group, tuple[str, ...]]]:
         """Some of the model's removable groups as they are priced, each with the names of those that it is of."""
@@ -169,13 +167,18 @@ class Prices:
 
     # ---- inside ------------------------------------------------------------------------------------------------
 
+    def _exact(self, name: str) -> Exact:
+        if name not in self._integers:
+            symbols = {cell.symbol: index for index, cell in enumerate(self._symbolic.cells)}
+            self._integers[name] = Exact(self._symbolic.sums(name), symbols)
+        return self._integers[name]
+
     def _figure(self, name: str) -> Figure:
         if name not in self._figures:
             if name not in _EXACT:
                 raise InputError(f"these prices do not know the {name}; expected a budget of {', '.join(_EXACT)}.")
-            symbols = {cell.symbol: index for index, cell in enumerate(self._symbolic.cells)}
             units, fixed = self._widths.astype(np.float64), self._fixed.astype(np.float64)
-            self._figures[name] = Polynomial.of(self._symbolic.sums(name), symbols, units, fixed)
+            self._figures[name] = Polynomial.of(self._exact(name).terms, units, fixed)
         return self._figures[name]
 
     def _checked(self, kept: npt.ArrayLike) -> IntArray:

@@ -162,7 +162,7 @@ class ChannelPruner(Pass):
         and how many at nodes that could not be rewritten, with those."""
         channels, live = groups.channels, masking.live(groups.channels)
         alive, rows = channels.alive(live), channels.rows.living(live)
-        scores = self._scores([item for item, _ in chosen], module, groups, masking, context)
+        scores = self.scores([item for item, _ in chosen], module, groups, masking, context)
         tables = [
             self._units(item, score, channels, alive, rows) for (item, _), score in zip(chosen, scores, strict=True)
         ]
@@ -203,15 +203,20 @@ class ChannelPruner(Pass):
         self, groups: ChannelGroups, module: TracedModule, context: Context
     ) -> list[tuple[Group | RowSet, float]]:
         """The removable groups, or sets of rows, that the selection takes, each with its sparsity."""
+        rows = groups.row_sets if self.granularity == "head" else ()
+        covered = {name for item in rows for name in item.groups}
+        return self.selected([*rows, *(group for group in groups if group.name not in covered)], module, context)
+
+    def selected(
+        self, items: Sequence[Group | RowSet], module: TracedModule, context: Context
+    ) -> list[tuple[Group | RowSet, float]]:
+        """Those of some groups, or sets of rows, that are removable and that the selection takes, with sparsities."""
         modules = modules_of(module)
         layers = {n: item for n, item in modules.items() if any(p is not None for p in item._parameters.values())}
         Selection(self.include, self.exclude).chosen(layers)  # raises where a selector matches nothing
         included = Selection(self.include).chosen(layers)
         excluded = frozenset() if self.exclude is None else Selection(self.exclude).chosen(layers)
         sparsities = Sparsity.parse(self._shares).sparsities(layers)
-        rows = groups.row_sets if self.granularity == "head" else ()
-        covered = {name for item in rows for name in item.groups}
-        items: list[Group | RowSet] = [*rows, *(group for group in groups if group.name not in covered)]
         taken = [item for item in items if set(item.layers) & included and not set(item.layers) & excluded]
         removable = [item for item in taken if isinstance(item, RowSet) or item.removable]
         if not removable:
@@ -228,7 +233,7 @@ class ChannelPruner(Pass):
 
     # ---- scores ------------------------------------------------------------------------------------------------
 
-    def _scores(
+    def scores(
         self,
         items: Sequence[Group | RowSet],
         module: TracedModule,

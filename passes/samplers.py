@@ -112,7 +112,8 @@ def grid_levels(count: int, dimensions: int, low: float, high: float) -> list[fl
             f"trials is {count}; a grid with two levels of each of {dimensions} dimensions has {2**dimensions:,} "
             "points. Give more trials, include fewer layers, or take another sampler."
         )
-    return np.linspace(low, high, levels).tolist()
+    found: list[float] = np.linspace(low, high, levels).tolist()
+    return found
 
 
 def _optuna() -> Any:

@@ -185,7 +185,7 @@ class SearchingPruner(Pass):
         if not free:
             raise InputError(f"{self.name} has no group to prune; expected at least one that {self.inner!r} takes.")
         items = list(prices.groups)
-        scores = self.inner._scores(items, module, groups, masking, context)
+        scores = self.inner.scores(items, module, groups, masking, context)
         aligned = self.inner.granularity == "head_dim"
         return Ground(
             module,
