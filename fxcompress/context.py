@@ -145,7 +145,9 @@ class Context:
         score = None if self.task is None else self.task.score
         journal = Journal(
             None if path is None else path.with_name(f"{path.name}.{index}{label}.jsonl"),
-            "" if path is None else fingerprint(name, self.seed, index, label, type(self.task), score, *parts),
+            ""
+            if path is None
+            else fingerprint(name, self.checkpoint.run, self.seed, index, label, type(self.task), score, *parts),
         )
         seeds = self.seed, index, *label.encode()
         return Search(name, total, seeds, journal, self.executor, self.console)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ from fxcompress.channels.labels import FloatArray, IntArray
 from fxcompress.context import Context
 from fxcompress.errors import InputError, SearchError
 from fxcompress.masking import Masking, complete
-from fxcompress.module import TracedModule, state_of
+from fxcompress.module import TracedModule
 from fxcompress.passes.channel_pruner import ChannelPruner
 from fxcompress.passes.l1_filter_pruner import L1FilterPruner
 from fxcompress.pipeline import Pass
@@ -104,11 +104,11 @@ class Ground:
         module = copy.deepcopy(self.module)
         return WidthSubject(module, context.inputs, context.task, self.masking, tables, epochs, groups)
 
-    def mask(self, kept: Sequence[int]) -> float:
+    def mask(self, kept: Sequence[int], budget: Budget | None = None) -> float:
         """Mask what an allocation does not keep.
 
         Channels may come back (coupled rows that must stay equal, nodes that cannot be rewritten); the allocation is
-        tightened until what is left meets the budget.
+        tightened until what is left meets the budget (another one than the search's, if it is given).
 
         Returns:
             What is left, of the scarcest figure, as a fraction of what the budget allows.
@@ -117,16 +117,17 @@ class Ground:
             InputError: what comes back is more than all others can make up for.
         """
         channels, factor, taken = self.ranking.groups.channels, 1.0, np.array(kept, dtype=np.int64)
+        ratios = (budget or self.budget).ratios
         while True:
             masking = masking_of(taken.tolist(), self.ranking, self.masking)
             have = self.prices.price(masking.live(channels))
-            over = max(have[name] / (ratio * self.dense[name]) for name, ratio in self.budget.ratios.items())
+            over = max(have[name] / (ratio * self.dense[name]) for name, ratio in ratios.items())
             if over <= 1 + 1e-9:
                 self.context.masking = masking
                 return over
             factor *= over  # fill() raises where that is below what can be reached
-            budget = Budget(**{name: ratio / factor for name, ratio in self.budget.ratios.items()})
-            taken = self.fill(1 - taken / self.prices.units, budget)
+            tighter = Budget(**{name: ratio / factor for name, ratio in ratios.items()})
+            taken = self.fill(np.maximum(1 - taken / self.prices.units, 1e-6), tighter)
 
     def history(self, search: Search, **known: Any) -> SearchHistory:
         """What was tried, with the groups by name."""
@@ -202,7 +203,7 @@ class SearchingPruner(Pass):
     def begin(self, ground: Ground, total: int, label: str = "") -> Search:
         """A search over allocations."""
         context = ground.context
-        search = context.search(self.name, total, self, ground.names, state_of(ground.module), label=label)
+        search = context.search(self.name, total, self, ground.names, ground.budget, label=label)
         search.about(ground.subject)
         return search
 
@@ -220,22 +221,41 @@ class SearchingPruner(Pass):
         return module
 
     def search(
-        self, module: TracedModule, context: Context, budget: Budget | None = None, label: str = ""
+        self,
+        module: TracedModule,
+        context: Context,
+        budget: Budget | None = None,
+        label: str = "",
+        *,
+        masks: bool = True,
     ) -> SearchHistory:
-        """Search, mask what the best allocation does not keep, and say what was tried."""
-        history = context.step(module, partial(self._searched, module, context, budget, label))
+        """Search, mask what the best allocation does not keep, and say what was tried.
+
+        Args:
+            module: its masks are lifted.
+            context: of the run.
+            budget: another than the pass's own.
+            label: tells the search from others of the same run.
+            masks: whether to mask; without, the masks are left as they were.
+        """
+        history = context.step(module, partial(self._searched, module, context, budget, label, masks))
         context.searches.append(history)
         return history
 
-    def _searched(self, module: TracedModule, context: Context, budget: Budget | None, label: str) -> SearchHistory:
+    def _searched(
+        self, module: TracedModule, context: Context, budget: Budget | None, label: str, masks: bool
+    ) -> SearchHistory:
         ground = self.ground(module, context, budget)
         with self.begin(ground, self.expected(ground), label) as search:
             history = self.look(ground, search)
-        chosen = history.chosen
-        assert chosen is not None
-        ground.mask(chosen.proposal.kept)
-        context.notes += [*told(history), outcome(chosen, ground)]
-        return history
+        taken, chosen = history.taken, history.chosen
+        if taken is None:
+            assert chosen is not None
+            taken = chosen.proposal
+        if masks:
+            ground.mask(taken.kept)
+        context.notes += [*told(history), outcome(taken, chosen, ground)]
+        return replace(history, taken=taken)
 
 
 def require_dense(search: Search, found: list[Trial]) -> list[Trial]:
@@ -265,7 +285,9 @@ def told(history: SearchHistory) -> list[str]:
     return notes
 
 
-def outcome(chosen: Trial, ground: Ground) -> str:
-    """The trial that was taken, in a line."""
-    cost = ", ".join(f"{chosen.proposal.cost[name]:.2%} of the {name}" for name in ground.budget.ratios)
+def outcome(taken: Proposal, chosen: Trial | None, ground: Ground) -> str:
+    """What was taken, in a line."""
+    cost = ", ".join(f"{taken.cost[name]:.2%} of the {name}" for name in ground.budget.ratios)
+    if chosen is None or chosen.score is None:
+        return f"taken without a score: {cost}"
     return f"trial {chosen.number} is taken: score {chosen.score:.6g}, {cost}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from rich import box
 from rich.table import Table
 
-from fxcompress.search.trial import Trial, best_of
+from fxcompress.search.trial import Proposal, Trial, best_of
 from fxcompress.text import as_text
 
 
@@ -25,6 +25,7 @@ class SearchHistory:
         dense: the score before the search; None where it was not measured.
         budget: the fractions of the dense model that were asked for, by figure.
         interrupted: whether it was ended by hand.
+        taken: the proposal that was taken, tried or not.
     """
 
     name: str
@@ -35,6 +36,7 @@ class SearchHistory:
     dense: float | None = None
     budget: Mapping[str, float] = field(default_factory=dict)
     interrupted: bool = False
+    taken: Proposal | None = None
 
     @property
     def chosen(self) -> Trial | None:
