@@ -45,3 +45,4 @@ from fxcompress.passes.slim_pruner import SlimPruner as SlimPruner
 from fxcompress.passes.speedup import Speedup as Speedup
 from fxcompress.passes.taylor_fo_pruner import TaylorFOPruner as TaylorFOPruner
 from fxcompress.passes.tuned_pruner import TunedPruner as TunedPruner
+from fxcompress.passes.tuned_quantizer import TunedQuantizer as TunedQuantizer

@@ -29,8 +29,8 @@ class SensitivityPruner(SearchingPruner):
 
     In each of ``rounds`` rounds the score is measured against the sparsity of each group (Li et al. 2017, arXiv
     1608.08710, section 3.2; of coupled layers together). What a group may lose before the score has fallen by ``drop``
-    is its share; shares are scaled to the budget of the round, ``budget^(round / rounds)``, and the model is trained for
-    ``epochs``.
+    is its share; shares are scaled to the budget of the round, ``budget^(round / rounds)``, and the model is trained
+    for ``epochs``.
 
     Args:
         budget: what may be left, as fractions of the caller's dense model.
