@@ -256,4 +256,5 @@ class _BytePrices:
         count = len(self.choices)
         # A little less than its place, a layer has moved.
         place = np.ceil(wishes * count - 1e-9).astype(np.int64) - 1
-        return self.choices[place.clip(0, count - 1)]
+        found: IntArray = self.choices[place.clip(0, count - 1)]
+        return found
