@@ -1,5 +1,6 @@
 """A compiler that makes PyTorch models smaller and faster."""
 
+from fxcompress.budget import Budget as Budget
 from fxcompress.channels.dependencies import GroupedLayers as GroupedLayers
 from fxcompress.channels.dependencies import LayerSet as LayerSet
 from fxcompress.channels.dependencies import LayerSets as LayerSets
@@ -19,6 +20,7 @@ from fxcompress.errors import FxCompressError as FxCompressError
 from fxcompress.errors import GraphError as GraphError
 from fxcompress.errors import InputError as InputError
 from fxcompress.errors import PassError as PassError
+from fxcompress.errors import SearchError as SearchError
 from fxcompress.errors import SelectionError as SelectionError
 from fxcompress.errors import TraceError as TraceError
 from fxcompress.errors import TrainingError as TrainingError
@@ -37,6 +39,12 @@ from fxcompress.quantization.spec import QuantSpec as QuantSpec
 from fxcompress.report import Report as Report
 from fxcompress.report import report as report
 from fxcompress.rewrite import Rewriter as Rewriter
+from fxcompress.search.history import SearchHistory as SearchHistory
+from fxcompress.search.sweep import Curve as Curve
+from fxcompress.search.trial import Proposal as Proposal
+from fxcompress.search.trial import Trial as Trial
+from fxcompress.sensitivity import Sensitivity as Sensitivity
+from fxcompress.sensitivity import sensitivity as sensitivity
 from fxcompress.sparsity import Sparsities as Sparsities
 from fxcompress.sparsity import sparsity as sparsity
 from fxcompress.symbolic import Symbolic as Symbolic

@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from fxcompress.inputs import Inputs, check_devices, other_batch
 from fxcompress.module import TracedModule, copied, state_of
 from fxcompress.pipeline import Pass, PassResult, parse_passes, run_pass
 from fxcompress.report import report
+from fxcompress.search.history import SearchHistory
 from fxcompress.task import Task
 from fxcompress.trace import capture
 from fxcompress.verify import TOLERANCE, difference, run_seeded
@@ -42,6 +44,7 @@ class Step:
         seconds: how long it took.
         notes: what it reported.
         difference: the largest relative difference that verification found, where the pass preserves the function.
+        searches: what it searched.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Step:
     seconds: float
     notes: tuple[str, ...]
     difference: float | None
+    searches: tuple[SearchHistory, ...] = ()
 
 
 @exclusive
@@ -61,6 +65,7 @@ def compress(
     task: Task | None = None,
     verify: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
+    executor: Executor | None = None,
     seed: int = 0,
     progress: bool | None = None,
 ) -> TracedModule:
@@ -76,7 +81,10 @@ def compress(
             function do.
         checkpoint: a file that holds how far the run is. The same call goes on from there after it was killed, and ends
             as if it had not been, bit for bit (on the same machine, if batches depend on nothing but torch's, NumPy's
-            and Python's random numbers). It is pickled: give only files that you wrote.
+            and Python's random numbers). It is pickled: give only files that you wrote. Every finished trial of a
+            search is in a journal next to it (``<checkpoint>.<pass>.jsonl``).
+        executor: any ``concurrent.futures.Executor``, for the trials of searches: a process pool, or a Dask client's.
+            By default they run here, one after the other. The result does not depend on the number of workers.
         seed: for whatever is random.
         progress: print what was done and a table of before and after; by default where stderr is a terminal.
 
@@ -97,6 +105,7 @@ def compress(
     context = Context(
         inputs=inputs, seed=seed, verify=verify, task=task and task.begun_with(model), dense=model, console=console,
         checkpoint=_parse_checkpoint(checkpoint, model, pipeline, inputs, task, seed),
+        executor=parse_executor(executor),
     )  # fmt: skip
     for item in pipeline:
         if item.needs:
@@ -130,7 +139,8 @@ def _run(model: nn.Module, pipeline: Sequence[Pass], context: Context) -> Traced
         with seeded(context.seed, context.checkpoint.index):
             result = run_pass(item, module, context, lays=following is None or not following.lifts)
         module = result.module
-        module.meta["history"] = (*module.meta["history"], _step(item, result))
+        searches, context.searches = tuple(context.searches), []
+        module.meta["history"] = (*module.meta["history"], _step(item, result, searches))
         context.checkpoint.passed(partial(context.position, module))
         if not context.console.quiet:
             context.console.print(_line(item, result))
@@ -185,6 +195,20 @@ def _parse_checkpoint(
     return Checkpoint(path, fingerprint(pipeline, shapes, seed, plain, model, state_of(model)), seed)
 
 
+def parse_executor(executor: Executor | None) -> Executor | None:
+    """The executor, if it is one.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if executor is not None and not isinstance(executor, Executor):
+        raise InputError(
+            f"executor is a {type(executor).__name__}; expected a concurrent.futures.Executor: a ProcessPoolExecutor, "
+            "or that of a Dask client, client.get_executor()."
+        )
+    return executor
+
+
 def _check_trace(model: nn.Module, module: TracedModule, inputs: Inputs) -> None:
     """The traced graph computes what the model does, at the example's batch size and at another where there is one."""
     twin, trial = copied(model, plainly=True), copy.deepcopy(module)
@@ -214,8 +238,8 @@ def _gap(model: nn.Module, module: TracedModule, inputs: Inputs) -> float:
     return difference(run_seeded(model, inputs), run_seeded(module, inputs))
 
 
-def _step(item: Pass, result: PassResult) -> Step:
-    return Step(item.name, repr(item), result.modified, result.seconds, result.notes, result.difference)
+def _step(item: Pass, result: PassResult, searches: tuple[SearchHistory, ...]) -> Step:
+    return Step(item.name, repr(item), result.modified, result.seconds, result.notes, result.difference, searches)
 
 
 def _line(item: Pass, result: PassResult) -> str:

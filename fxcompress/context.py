@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,11 +13,14 @@ from rich.console import Console
 from torch import Tensor, fx, nn
 
 from fxcompress.channels.groups import ChannelGroups, analyse
-from fxcompress.checkpoint import Checkpoint, Position, Stateful
+from fxcompress.checkpoint import Checkpoint, Position, Stateful, fingerprint
 from fxcompress.errors import InputError
 from fxcompress.inputs import Inputs
 from fxcompress.masking import Masking, lay, lift
 from fxcompress.module import TracedModule, state_of
+from fxcompress.search.history import SearchHistory
+from fxcompress.search.journal import Journal
+from fxcompress.search.search import Search
 from fxcompress.task import Need, Task, missing
 from fxcompress.training import Epoch, Training, summary
 from fxcompress.verify import Align
@@ -43,6 +47,8 @@ class Context:
         dense: the model that the run began with, never changed; a teacher for instance.
         checkpoint: where the run's steps are stored.
         console: where progress is shown.
+        executor: where trials of searches run; in this process if it is None.
+        searches: what the pass under way searched, for the history.
     """
 
     inputs: Inputs | None = None
@@ -56,6 +62,8 @@ class Context:
     dense: nn.Module | None = None
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     console: Console = field(default_factory=lambda: Console(quiet=True))
+    executor: Executor | None = None
+    searches: list[SearchHistory] = field(default_factory=list)
     _snapshot: tuple[TracedModule, Snapshot] | None = None
     _latest: tuple[Any, ChannelGroups] | None = None
     _analyses: dict[str, ChannelGroups] = field(default_factory=dict)
@@ -123,6 +131,26 @@ class Context:
     def position(self, module: TracedModule) -> Position:
         """How far the run is, for a checkpoint."""
         return Position("", 0, module, self.masking)
+
+    def search(self, name: str, total: int, *parts: object, label: str = "") -> Search:
+        """A search of the pass under way, whose journal lies next to the checkpoint.
+
+        Args:
+            name: of the pass.
+            total: how many trials are expected.
+            parts: what tells it from other searches, besides the seed and the task.
+            label: tells it from other searches of the same pass.
+        """
+        index, path = self.checkpoint.index, self.checkpoint.path
+        score = None if self.task is None else self.task.score
+        journal = Journal(
+            None if path is None else path.with_name(f"{path.name}.{index}{label}.jsonl"),
+            ""
+            if path is None
+            else fingerprint(name, self.checkpoint.run, self.seed, index, label, type(self.task), score, *parts),
+        )
+        seeds = self.seed, index, *label.encode()
+        return Search(name, total, seeds, journal, self.executor, self.console)
 
     def step(self, module: TracedModule, work: Callable[[], Result]) -> Result:
         """What ``work`` returns; in a run that goes on after it was killed, what it returned then.

@@ -50,3 +50,7 @@ class TrainingError(FxCompressError):
 
 class CheckpointError(FxCompressError):
     """A checkpoint cannot be read, or belongs to another run."""
+
+
+class SearchError(FxCompressError):
+    """A search found no candidate: all trials failed, or its executor does not work any more."""

@@ -167,6 +167,15 @@ class Symbolic:
     def __repr__(self) -> str:
         return f"Symbolic({len(self.symbols)} widths, {len(self.table)} rows)"
 
+    @property
+    def cells(self) -> tuple[Cell, ...]:
+        """What the symbols count, in the same order."""
+        return self._cells
+
+    def sums(self, figure: str) -> list[Sum]:
+        """The terms of a figure ("macs", "params", "bytes"), row by row."""
+        return [row._figures[Figures._fields.index(figure)] for row in self.table]
+
     def at(self, live: BoolArray) -> dict[str, int]:
         """The width of every cell, given for every label of the analysis whether it lives (all rows do)."""
         return {cell.name: int(live[cell.components].sum()) for cell in self._cells}

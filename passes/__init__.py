@@ -14,6 +14,7 @@ from fxcompress.passes.activation_mean_rank_filter_pruner import (
 )
 from fxcompress.passes.admm_pruner import ADMMPruner as ADMMPruner
 from fxcompress.passes.agp_pruner import AGPPruner as AGPPruner
+from fxcompress.passes.autocompress_pruner import AutoCompressPruner as AutoCompressPruner
 from fxcompress.passes.bnn_quantizer import BNNQuantizer as BNNQuantizer
 from fxcompress.passes.channel_pruner import ChannelPruner as ChannelPruner
 from fxcompress.passes.compensate_bias import CompensateBias as CompensateBias
@@ -30,6 +31,7 @@ from fxcompress.passes.lower import Lower as Lower
 from fxcompress.passes.lsq_quantizer import LSQQuantizer as LSQQuantizer
 from fxcompress.passes.movement_pruner import MovementPruner as MovementPruner
 from fxcompress.passes.naive_quantizer import NaiveQuantizer as NaiveQuantizer
+from fxcompress.passes.netadapt_pruner import NetAdaptPruner as NetAdaptPruner
 from fxcompress.passes.ptq_quantizer import PTQQuantizer as PTQQuantizer
 from fxcompress.passes.qat_quantizer import QATQuantizer as QATQuantizer
 from fxcompress.passes.quantizer import Quantizer as Quantizer
@@ -37,6 +39,10 @@ from fxcompress.passes.random_filter_pruner import RandomFilterPruner as RandomF
 from fxcompress.passes.recalibrate_batch_norm import RecalibrateBatchNorm as RecalibrateBatchNorm
 from fxcompress.passes.scheduled_pruner import ScheduledPruner as ScheduledPruner
 from fxcompress.passes.scoring import Layer as Layer
+from fxcompress.passes.sensitivity_pruner import SensitivityPruner as SensitivityPruner
+from fxcompress.passes.simulated_annealing_pruner import SimulatedAnnealingPruner as SimulatedAnnealingPruner
 from fxcompress.passes.slim_pruner import SlimPruner as SlimPruner
 from fxcompress.passes.speedup import Speedup as Speedup
 from fxcompress.passes.taylor_fo_pruner import TaylorFOPruner as TaylorFOPruner
+from fxcompress.passes.tuned_pruner import TunedPruner as TunedPruner
+from fxcompress.passes.tuned_quantizer import TunedQuantizer as TunedQuantizer

@@ -6,13 +6,15 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import numpy as np
 from torch import Tensor
 
+from fxcompress.budget import Budget
 from fxcompress.channels.groups import ChannelGroups, Group
-from fxcompress.channels.labels import BoolArray, FloatArray, IntArray
+from fxcompress.channels.labels import BoolArray, FloatArray
 from fxcompress.channels.propagate import OUTPUT
 from fxcompress.channels.row_sets import RowSet
 from fxcompress.channels.solve import Channels
@@ -20,14 +22,13 @@ from fxcompress.context import Context
 from fxcompress.errors import InputError
 from fxcompress.masking import Masking, complete
 from fxcompress.module import TracedModule, modules_of
-from fxcompress.passes.removable_units import Units, channel_units, row_units
+from fxcompress.passes.allowance import Allowance
 from fxcompress.passes.scoring import NEEDS, Criterion, Layer, Reads, elements, normalised
 from fxcompress.pipeline import Pass
-from fxcompress.plan import settled
+from fxcompress.ranking import Ranking
+from fxcompress.removable_units import Units, channel_units, row_units
 from fxcompress.select import Selection, Selectors, Sparsity
 from fxcompress.task import Need, require_count
-
-_NONE = np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class ChannelPruner(Pass):
 
     Args:
         sparsity: fraction of channels to remove, in [0, 1), or a mapping of name pattern to fraction (the last match
-            counts; unmatched layers are not pruned).
+            counts; unmatched layers are not pruned). With a budget: in which proportions, all alike by default.
         include: name patterns, module types or predicates that choose layers; all by default.
         exclude: layers to leave alone; a group with one of them stays whole.
         scope: ``"layer"``: every group loses ``int(width * sparsity)``; ``"global"``: one ranking over all groups.
@@ -47,12 +48,13 @@ class ChannelPruner(Pass):
             ``"channel"``: every row loses equally many channels, those that score lowest in it; ``"head_dim"``: every
             row loses the channels at the same positions; ``"head"``: rows go whole, a head with its queries, keys,
             values and all that reads them, and those that stay keep their width. Channels without rows go one by one.
+        budget: what is left may cost so much of the caller's dense model: sparsities are scaled until it does.
 
     N counts what may go on its own: with ``"head"`` the heads of an attention, else the channels of a row. A group is
     never emptied. Ties go by order in the graph, then by index.
     """
 
-    sparsity: float | Mapping[str, float]
+    sparsity: float | Mapping[str, float] | None = None
     include: Selectors | None = None
     exclude: Selectors | None = None
     scope: Literal["layer", "global"] = "layer"
@@ -62,6 +64,7 @@ class ChannelPruner(Pass):
     norm_by: Literal["none", "size", "layer"] = "none"
     max_sparsity_per_group: float | None = None
     batches: int | None = None
+    budget: Budget | None = None
 
     #: What the criterion looks at: :attr:`Layer.weight` alone, or :attr:`Layer.activation` or :attr:`Layer.gradient`
     #: too, which are measured on the task's batches.
@@ -72,7 +75,15 @@ class ChannelPruner(Pass):
     versioned: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        Sparsity.parse(self.sparsity)
+        if self.sparsity is None and self.budget is None:
+            raise InputError("sparsity is missing: give the fraction of channels to remove, in [0, 1), or a budget.")
+        if self.budget is not None and not isinstance(self.budget, Budget):
+            raise InputError(f"budget is {self.budget!r}; expected a Budget, such as Budget(macs=0.5).")
+        if self.budget is not None and self.granularity == "head":
+            raise InputError("what whole heads cost is not priced; expected granularity 'channel' or 'head_dim'.")
+        if self.budget is not None and self.scope == "global" and self.sparsity is not None:
+            raise InputError("scope='global' ranks all channels at once; give a sparsity or a budget, not both.")
+        Sparsity.parse(self._shares)
         Selection(self.include, self.exclude)
         if self.scope not in ("layer", "global"):
             raise InputError(f"scope is {self.scope!r}; expected 'layer' or 'global'.")
@@ -108,14 +119,22 @@ class ChannelPruner(Pass):
         Where :attr:`reads` says that it looks at data, it is asked once for each batch, and the scores are averaged.
         """
 
+    @property
+    def _shares(self) -> float | Mapping[str, float]:
+        """The sparsity; all alike where there is a budget alone."""
+        return 0.5 if self.sparsity is None else self.sparsity
+
     def run(self, module: TracedModule, context: Context) -> TracedModule:
         """Score, choose, and mask."""
         groups = context.groups(module)
         masking = complete(module, context.masking or Masking(), groups.channels)
         chosen = self._choose(groups, module, context)
+        allowance = None if self.budget is None else Allowance.of(self.budget, module, groups, context)
+        if allowance is not None:
+            chosen = allowance.parts(chosen)
         while True:  # what had to come back leaves room for others: every further round masks more, so this ends
             live = masking.live(groups.channels)
-            kept, uneven, stuck, problems = self._settled(chosen, module, groups, masking, live, context)
+            kept, uneven, stuck, problems = self._settled(chosen, module, groups, masking, context, allowance)
             if (kept == live).all():
                 break
             context.masking = masking.with_live(groups.channels, kept)
@@ -136,45 +155,51 @@ class ChannelPruner(Pass):
         module: TracedModule,
         groups: ChannelGroups,
         masking: Masking,
-        live: BoolArray,
         context: Context,
+        allowance: Allowance | None,
     ) -> tuple[BoolArray, int, int, tuple[str, ...]]:
         """For every label whether it lives once the lowest have gone, how many had to come back for the sake of rows,
         and how many at nodes that could not be rewritten, with those."""
         channels = groups.channels
-        components, whole, rank = self._lowest(chosen, module, groups, masking, live, context)
-        found = settled(module, groups, live & channels.live(components, whole), rank)
+        ranking = self._ranked(chosen, module, groups, masking, context)
+        tables = list(ranking.tables)
+        if allowance is None:
+            counts = self._counts(tables, [sparsity for _, sparsity in chosen])
+            found = ranking.without(counts)
+        else:
+            counts, found = allowance.met(ranking, partial(self._affordable, tables, chosen))
+        components, whole = ranking.lowest(counts)
         uneven, back = (
             int(channels.alive(kept)[components].sum()) + int(channels.rows.living(kept)[whole].sum())
             for kept in (found.repaired, found.live)
         )
         return found.live, uneven, back - uneven, found.problems
 
-    def _lowest(
+    def _ranked(
         self,
-        chosen: list[tuple[Group | RowSet, float]],
+        chosen: Sequence[tuple[Group | RowSet, float]],
         module: TracedModule,
         groups: ChannelGroups,
         masking: Masking,
-        live: BoolArray,
         context: Context,
-    ) -> tuple[IntArray, IntArray, FloatArray]:
-        """The components and the rows that score lowest, as many as are to go, and what components score."""
-        channels = groups.channels
+    ) -> Ranking:
+        """The units of the chosen groups, or sets of rows, by their scores now."""
+        channels, live = groups.channels, masking.live(groups.channels)
         alive, rows = channels.alive(live), channels.rows.living(live)
-        scores = self._scores([item for item, _ in chosen], module, groups, masking, context)
+        scores = self.scores([item for item, _ in chosen], module, groups, masking, context)
         tables = [
             self._units(item, score, channels, alive, rows) for (item, _), score in zip(chosen, scores, strict=True)
         ]
-        counts = self._counts(tables, [sparsity for _, sparsity in chosen])
-        rank = np.zeros(len(channels.component))
-        for units in tables:
-            rank[units.ranked] = units.importance
-        gone = [units.lowest(count) for units, count in zip(tables, counts, strict=True)]
-        components, whole = (
-            np.concatenate([_NONE, *parts]) for parts in (zip(*gone, strict=True) if gone else ((), ()))
-        )
-        return components, whole, rank
+        return Ranking(module, groups, live, tuple(tables))
+
+    def _affordable(
+        self, tables: list[Units], chosen: list[tuple[Group | RowSet, float]], allowance: Allowance
+    ) -> list[int]:
+        """How many units each group loses for a budget."""
+        names, most = [item.name for item, _ in chosen], self._most(tables)
+        if self.scope == "global":
+            return allowance.ranked(names, tables, most, self.round_to)
+        return allowance.shared(names, tables, most, [share for _, share in chosen], self.round_to)
 
     def _units(
         self, item: Group | RowSet, scores: FloatArray, channels: Channels, alive: BoolArray, rows: BoolArray
@@ -191,15 +216,20 @@ class ChannelPruner(Pass):
         self, groups: ChannelGroups, module: TracedModule, context: Context
     ) -> list[tuple[Group | RowSet, float]]:
         """The removable groups, or sets of rows, that the selection takes, each with its sparsity."""
+        rows = groups.row_sets if self.granularity == "head" else ()
+        covered = {name for item in rows for name in item.groups}
+        return self.selected([*rows, *(group for group in groups if group.name not in covered)], module, context)
+
+    def selected(
+        self, items: Sequence[Group | RowSet], module: TracedModule, context: Context
+    ) -> list[tuple[Group | RowSet, float]]:
+        """Those of some groups, or sets of rows, that are removable and that the selection takes, with sparsities."""
         modules = modules_of(module)
         layers = {n: item for n, item in modules.items() if any(p is not None for p in item._parameters.values())}
         Selection(self.include, self.exclude).chosen(layers)  # raises where a selector matches nothing
         included = Selection(self.include).chosen(layers)
         excluded = frozenset() if self.exclude is None else Selection(self.exclude).chosen(layers)
-        sparsities = Sparsity.parse(self.sparsity).sparsities(layers)
-        rows = groups.row_sets if self.granularity == "head" else ()
-        covered = {name for item in rows for name in item.groups}
-        items: list[Group | RowSet] = [*rows, *(group for group in groups if group.name not in covered)]
+        sparsities = Sparsity.parse(self._shares).sparsities(layers)
         taken = [item for item in items if set(item.layers) & included and not set(item.layers) & excluded]
         removable = [item for item in taken if isinstance(item, RowSet) or item.removable]
         if not removable:
@@ -216,7 +246,7 @@ class ChannelPruner(Pass):
 
     # ---- scores ------------------------------------------------------------------------------------------------
 
-    def _scores(
+    def scores(
         self,
         items: Sequence[Group | RowSet],
         module: TracedModule,
@@ -252,15 +282,20 @@ class ChannelPruner(Pass):
 
     def _counts(self, tables: list[Units], sparsities: list[float]) -> list[int]:
         """How many units each group loses."""
-        most = [len(t.scores) for t in tables]  # the last unit of a group is not among them
-        if self.max_sparsity_per_group is not None:
-            cap = self.max_sparsity_per_group
-            most = [min(n, max(int(t.number * cap), t.gone)) for n, t in zip(most, tables, strict=True)]
+        most = self._most(tables)
         if self.scope == "layer":
             counts = [min(int(t.number * s), n) for t, s, n in zip(tables, sparsities, most, strict=True)]
         else:
             counts = _global_counts(tables, most, sparsities[0] if sparsities else 0.0)
         return [units.rounded(count, self.round_to) for units, count in zip(tables, counts, strict=True)]
+
+    def _most(self, tables: list[Units]) -> list[int]:
+        """How many units each group may lose at most."""
+        most = [len(t.scores) for t in tables]  # the last unit of a group is not among them
+        if self.max_sparsity_per_group is None:
+            return most
+        cap = self.max_sparsity_per_group
+        return [min(n, max(int(t.number * cap), t.gone)) for n, t in zip(most, tables, strict=True)]
 
 
 def _global_counts(tables: list[Units], most: list[int], sparsity: float) -> list[int]:

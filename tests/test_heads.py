@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import fxcompress
 from fxcompress import InputError, TracedModule
 from fxcompress.passes import ChannelPruner, L1FilterPruner, Layer, RandomFilterPruner, Speedup
-from fxcompress.passes.removable_units import crossed_units
+from fxcompress.removable_units import crossed_units
 
 
 def shapes(module: nn.Module, *names: str) -> list[tuple[int, ...]]:

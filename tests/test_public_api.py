@@ -26,7 +26,7 @@ CORE = {
     "TracedModule", "ChannelGroups", "Group", "GroupedLayers", "LayerSet", "LayerSets", "RowSet", "Cost", "Symbolic",
     "Latency", "Report", "Step", "Epoch", "Sparsities",
     # what a model is for
-    "Task", "Distill", "LightningTask", "TransformersTask",
+    "Task", "Budget", "Distill", "LightningTask", "TransformersTask",
     # what authors of passes need
     "Pass", "PassResult", "Context", "Rewriter", "graph_pass", "Kept", "Training",
     # what quantization puts into a graph

@@ -17,8 +17,8 @@ from fxcompress.channels.labels import BoolArray
 from fxcompress.inputs import Inputs, other_batch
 from fxcompress.module import TracedModule
 from fxcompress.passes import L1FilterPruner, Speedup
-from fxcompress.passes.removable_units import channel_units
 from fxcompress.plan import settle
+from fxcompress.removable_units import channel_units
 from fxcompress.verify import default_dtype, difference, precise
 
 CONTRACTIONS = (

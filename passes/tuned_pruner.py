@@ -1,0 +1,104 @@
+"""Widths found by a sampler of Optuna."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fxcompress.channels.labels import FloatArray, IntArray
+from fxcompress.errors import InputError
+from fxcompress.passes.samplers import SAMPLERS, Suggestions, grid_levels, require_sampler
+from fxcompress.passes.searching_pruner import Ground, SearchingPruner, require_dense
+from fxcompress.search.history import SearchHistory
+from fxcompress.search.search import GENERATION, Search
+from fxcompress.search.trial import Trial
+from fxcompress.task import require_count
+
+#: The largest sparsity that is suggested; what a group cannot lose it does not.
+_LARGEST = 0.99
+_FIGURES = ("params", "macs", "bytes", "latency")
+
+
+@dataclass(frozen=True)
+class TunedPruner(SearchingPruner):
+    """Lets Optuna choose every group's sparsity; they are scaled so that each trial meets the budget.
+
+    Akiba et al. 2019, "Optuna", arXiv 1907.10902. The first trials are the dense model and the uniform allocation.
+
+    Args:
+        budget: what may be left, as fractions of the caller's dense model. Every trial with one objective uses it up,
+            to within 0.5 % where units are that small.
+        inner: in which order channels go, and which layers are taken.
+        sampler: ``"tpe"``, ``"cmaes"``, ``"nsga2"``, ``"random"`` or ``"grid"`` (as many levels of each group as the
+            trials allow).
+        trials: how many, besides the first two.
+        objectives: ``("score",)``, or the score and figures to be kept small (``("score", "macs")``): then trials cost
+            at most the budget, the history has the front, and the best score is taken.
+
+    Needs ``fxcompress[search]``.
+    """
+
+    sampler: str = "tpe"
+    trials: int = 64
+    objectives: Sequence[str] = ("score",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_sampler(self.sampler)
+        require_count("trials", self.trials)
+        wrong = [name for name in self.objectives[1:] if name not in _FIGURES]
+        if isinstance(self.objectives, str) or list(self.objectives[:1]) != ["score"] or wrong:
+            raise InputError(
+                f"objectives is {self.objectives!r}; expected 'score' first, then figures of {', '.join(_FIGURES)}."
+            )
+        if len(self.objectives) > 1 and not SAMPLERS[self.sampler].several:
+            raise InputError(f"the {self.sampler} sampler takes one objective; expected 'nsga2', 'tpe' or 'random'.")
+
+    def expected(self, ground: Ground) -> int:
+        """All of them."""
+        return 2 + self.trials
+
+    def look(self, ground: Ground, search: Search) -> SearchHistory:
+        """Ask, try, tell, a generation at a time."""
+        uniform = ground.fill(np.ones(len(ground.free)))
+        dense, *_ = require_dense(search, search.evaluate(ground.proposals(np.stack([ground.most, uniform]))))
+        study = self._study(ground, search)
+        free = np.flatnonzero(ground.free)
+        left = self.trials
+        while left and not search.interrupted:
+            asked = study.ask(min(left, GENERATION))
+            left -= len(asked)
+            sparsities = np.zeros((len(asked), len(ground.free)))
+            sparsities[:, free] = asked
+            found = search.evaluate(ground.proposals(self._allocations(sparsities, ground)))
+            study.tell([self._values(trial) for trial in found])
+        best = search.best(ground.meets)
+        return ground.history(search, best=best.number, dense=dense.score)
+
+    def _study(self, ground: Ground, search: Search) -> Suggestions:
+        names = [name for name, free in zip(ground.names, ground.free, strict=True) if free]
+        levels = [0.0, _LARGEST]
+        if self.sampler == "grid":
+            levels = grid_levels(self.trials, len(names), *levels)
+        directions = ["maximize", *("minimize" for _ in self.objectives[1:])]
+        seed = int(np.random.SeedSequence(search.seeds).generate_state(1)[0])
+        return Suggestions(self.sampler, names, [levels] * len(names), directions, seed)
+
+    def _allocations(self, sparsities: FloatArray, ground: Ground) -> IntArray:
+        """What is tried: with one objective, the whole budget is used; with several, at most the budget."""
+        if len(self.objectives) == 1:
+            return ground.fill(np.maximum(sparsities, 1e-6))  # all zero says nothing about proportions
+        units = ground.prices.units
+        kept: IntArray = np.clip(units - (units * sparsities).astype(np.int64), ground.least, ground.most)
+        ratios = ground.budget.ratios
+        over = np.array([any(cost[f] > ratio for f, ratio in ratios.items()) for cost in ground.cost(kept)])
+        if over.any():
+            kept[over] = ground.fill(np.maximum(sparsities[over], 1e-6))
+        return kept
+
+    def _values(self, trial: Trial) -> list[float] | None:
+        if trial.score is None:
+            return None
+        return [trial.score, *(trial.proposal.cost[figure] for figure in self.objectives[1:])]
