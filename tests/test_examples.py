@@ -147,6 +147,35 @@ def test_pruners_are_measured_one_by_one_and_what_is_finished_is_kept(
     assert not (tmp_path / "page.md").exists()
 
 
+def test_quantizers_are_measured_one_by_one_and_what_is_finished_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = runpy.run_path(str(EXAMPLES / "benchmarks/quantizers.py"))
+    results, page = tmp_path / "rows.json", tmp_path / "page.md"
+    page.write_text("before\n" + "\nold\n".join(script["MARKS"]) + "\nafter\n")
+    arguments = ["--quick", "--only", "PTQ", "--network", "CNN", "--seeds", "1"]
+    arguments += ["--results", str(results), "--page", str(page)]
+    assert script["main"](arguments) == 1  # not every row is there
+    rows = json.loads(results.read_text())
+    assert list(rows) == ["residual CNN | float | 1", "residual CNN | 8-bit PTQ | 1"]
+    assert all(10 < value <= 100 for value in rows.values())
+    assert len(capsys.readouterr().err.splitlines()) == 2
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "old" not in text
+    assert f"{rows['residual CNN | 8-bit PTQ | 1']:.1f}" in text
+    assert script["main"](arguments) == 1
+    assert not capsys.readouterr().err  # nothing was measured again
+
+
+def test_the_quantization_page_shows_what_was_measured() -> None:
+    script = runpy.run_path(str(EXAMPLES / "benchmarks/quantizers.py"))
+    docs = EXAMPLES.parent / "docs"
+    shown = (docs / "quantization.md").read_text().split(script["MARKS"][0])[1].split(script["MARKS"][1])[0]
+    assert shown.strip() == script["table"](json.loads((docs / "quantization.json").read_text()))
+
+
 def test_custom_quantizer() -> None:
     source = (EXAMPLES / "custom_quantizer.py").read_text()
     (found,) = [n for n in ast.parse(source).body if isinstance(n, ast.ClassDef)]

@@ -181,7 +181,8 @@ BATCH = 64
 class Bench:
     """The data, and the float networks by seed, trained when they are first asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, quick: bool = False) -> None:
+        self.quick = quick
         pixels, answers = load_digits(return_X_y=True)
         images = torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8) / 8 - 1
         labels = torch.tensor(answers)
@@ -210,7 +211,8 @@ class Bench:
         if (name, seed) not in self.float:
             network = NETWORKS[name]
             torch.manual_seed(seed)
-            made = self.run(network.make(), [FineTune()], self.task(network, network.epochs, network.rate), seed)
+            epochs = 1 if self.quick else network.epochs
+            made = self.run(network.make(), [FineTune()], self.task(network, epochs, network.rate), seed)
             self.float[name, seed] = made
         return self.float[name, seed]
 
@@ -223,7 +225,7 @@ class Bench:
         made = self.trained(name, seed)
         if row is not None:
             network, entry = NETWORKS[name], ROWS[row]
-            epochs = entry.epochs[list(NETWORKS).index(name)]
+            epochs = 1 if self.quick else entry.epochs[list(NETWORKS).index(name)]
             task = self.task(network, epochs, entry.rate * network.rate)
             if entry.distill:
                 task = Distill(task, made, temperature=4.0, weight=0.5)
@@ -290,11 +292,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--results", type=Path, default=DOCS / "quantization.json", help="the rows that are finished")
     parser.add_argument("--page", type=Path, default=DOCS / "quantization.md")
     parser.add_argument("--fresh", action="store_true", help="measure everything again")
+    parser.add_argument("--quick", action="store_true", help="one epoch, to see that it runs")
     parser.add_argument("--write", action="store_true", help="measure nothing, write the table of what is there")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     found: Found = {} if options.fresh or not options.results.exists() else json.loads(options.results.read_text())
-    bench = Bench()
+    bench = Bench(options.quick)
     for seed in () if options.write else options.seeds:
         for name in (name for name in NETWORKS if options.network in name):
             for row in (None, *(row for row in ROWS if options.only in row)):
