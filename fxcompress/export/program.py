@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from fxcompress.errors import InputError, PassError
 from fxcompress.export.extras import require
-from fxcompress.export.from_fake_quant import fake_quant_nodes, write_operators
+from fxcompress.export.from_fake_quant import fake_quant_nodes, fold_masks, write_operators
 from fxcompress.export.grid_operators import translations
 from fxcompress.export.placement import Rounded, place_pairs
 from fxcompress.inputs import Inputs, check_devices, other_batch, positional
@@ -117,6 +117,7 @@ def program_of(module: TracedModule, inputs: Inputs, runtime: Runtime, author: s
     module.eval()
     quantized = bool(fake_quant_nodes(module))
     notes = write_operators(module, author) if quantized else []
+    fold_masks(module, author)
     module.ready()
     # A batch of one would be taken for a constant.
     trial = inputs.rebatched(other_batch(inputs.batch)) if inputs.batch == 1 else inputs
@@ -184,8 +185,8 @@ def _exported(module: TracedModule, values: tuple[Any, ...], batched: tuple[str,
     for value, shape in zip(program.model.graph.inputs, shapes, strict=True):
         if shape is not None and isinstance(value.shape[0], int):
             raise PassError(
-                f"torch.onnx.export fixed the batch size of {value.name} at {value.shape[0]}, and this model takes any. "
-                "Look for code that reads the size as a number, for example len(x) or int(x.shape[0])."
+                f"torch.onnx.export fixed the batch size of {value.name} at {value.shape[0]}, and this model takes "
+                "any. Look for code that reads the size as a number, for example len(x) or int(x.shape[0])."
             )
     return program.model
 
