@@ -130,7 +130,7 @@ def test_every_rounding_agrees_with_the_simulation(
 def test_only_coarser_grids_inside_a_block_allow_more_than_a_step(
     convolutions: tuple[fxcompress.TracedModule, fxcompress.TracedModule],
 ) -> None:
-    simulated, lowered = convolutions
+    lowered = convolutions[1]
     rounded = inner(lowered).signature.rounded
     stored = {item.name: numpy_helper.to_array(item) for item in file_of(lowered).graph.initializer}
     nodes = list(file_of(lowered).graph.node)
@@ -153,7 +153,9 @@ def test_a_block_that_computes_something_else_is_found(
     step = simulated.get_submodule("_quant.activations.relu6").get_buffer("scale")
     with torch.no_grad():
         simulated.get_parameter("last.bias").add_(3 * step)
-    with pytest.raises(fxcompress.VerificationError, match="by . quantization steps at node _quant_activations_relu6"):
+    with pytest.raises(
+        fxcompress.VerificationError, match=r"by \d quantization steps at node _quant_activations_relu6"
+    ):
         compare(simulated, inner(lowered), Inputs.parse(IMAGES), batched=True, what="the result")
     simulated = copy.deepcopy(convolutions[0])
     with torch.no_grad():
