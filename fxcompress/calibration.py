@@ -1,7 +1,4 @@
-"""Running a model on a task's batches to learn something about it: on a copy, in eval mode, leaving no trace.
-
-With several processes (``torch.distributed``) each reads its own part of every batch, and what they found is averaged.
-"""
+"""Running a model on a task's batches to learn something about it: on a copy, in eval mode, leaving no trace."""
 
 from __future__ import annotations
 
@@ -10,8 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from fxcompress.channels.groups import ChannelGroups
 from fxcompress.masking import Masking, lay
@@ -97,22 +93,3 @@ def _as_read(node: fx.Node) -> fx.Node:
         if not masked or "mask" not in masked[0].meta:
             return node
         node = masked[0]
-
-
-def processes() -> int:
-    """How many processes share the work."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return 1
-    return torch.distributed.get_world_size()
-
-
-def summed(tensor: Tensor) -> Tensor:
-    """The sum over all processes; changed in place."""
-    if processes() > 1:
-        torch.distributed.all_reduce(tensor)
-    return tensor
-
-
-def averaged(tensor: Tensor) -> Tensor:
-    """The mean over all processes; changed in place."""
-    return summed(tensor).div_(processes()) if processes() > 1 else tensor

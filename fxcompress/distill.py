@@ -145,6 +145,10 @@ class Distill(Task):
         """What of ``needs`` the task within was not given; there is a loss in any case."""
         return [need for need in self.task.lacking(needs) if need != "loss"]
 
+    def steps(self, model: nn.Module, epochs: int) -> int:
+        """As many as the task within."""
+        return self.task.steps(model, epochs)
+
     def train(self, model: nn.Module, training: Training) -> tuple[Epoch, ...]:
         """Train as the task within does, whichever library that uses."""
         assert self.loss is not None

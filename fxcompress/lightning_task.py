@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -18,17 +18,7 @@ from fxcompress.errors import InputError
 from fxcompress.module import modules_of
 from fxcompress.processes import unwrapped
 from fxcompress.task import Need, Task
-from fxcompress.trainers import Batches, Watched, leave_to_trainer, lent
-
-if TYPE_CHECKING:
-    from fxcompress.training import Epoch, Training
-
-_LEFT = {
-    "device": "accelerator= and devices=",
-    "precision": "precision=",
-    "clip": "gradient_clip_val=",
-    "patience": "the callback EarlyStopping",
-}
+from fxcompress.trainers import Batches, TrainerTask, Watched
 
 
 def _library() -> Any:
@@ -48,7 +38,7 @@ def _library() -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LightningTask(Task):
+class LightningTask(TrainerTask):
     """A task that Lightning's Trainer trains.
 
     Give ``loss`` and ``optimizer`` as to any task, or a ``module``: then its ``training_step`` is the loss, and its
@@ -71,9 +61,15 @@ class LightningTask(Task):
     module: nn.Module | None = None
     network: str = "model"
 
+    left: ClassVar[Mapping[str, str]] = {
+        "device": "accelerator= and devices=",
+        "precision": "precision=",
+        "clip": "gradient_clip_val=",
+        "patience": "the callback EarlyStopping",
+    }
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        leave_to_trainer(self, _LEFT)
         library = _library()
         if not callable(self.trainer):
             raise InputError(
@@ -101,28 +97,21 @@ class LightningTask(Task):
         """What of ``needs`` was not given; a module brings its optimizer."""
         return [need for need in super().lacking(needs) if need != "optimizer" or self.module is None]
 
-    def train(self, model: nn.Module, training: Training) -> tuple[Epoch, ...]:
-        """Train a model in place.
+    def accumulated(self, model: nn.Module, epochs: int) -> int:
+        """The Trainer's ``accumulate_grad_batches``."""
+        return int(self._trainer(epochs).accumulate_grad_batches)
 
-        Raises:
-            TrainingError: the loss is no finite number, at which step.
-        """
-        if training.epochs == 0:
-            return ()
-        return training.step(partial(self._train, model, training))  # type: ignore[no-any-return]
-
-    def _train(self, model: nn.Module, training: Training) -> tuple[Epoch, ...]:
-        watched = Watched(training, self, model)
-        with lent(model):
-            self._fit(model, watched)
-        return tuple(watched.done)
-
-    def _fit(self, model: nn.Module, watched: Watched) -> None:
-        library = _library()
+    def _trainer(self, epochs: int) -> Any:
         assert self.trainer is not None
-        trainer = self.trainer(max_epochs=watched.training.epochs)
-        if not isinstance(trainer, library.Trainer):
+        trainer = self.trainer(max_epochs=epochs)
+        if not isinstance(trainer, _library().Trainer):
             raise InputError(f"trainer(max_epochs=...) gave a {type(trainer).__name__}; expected a lightning.Trainer.")
+        return trainer
+
+    def fit(self, model: nn.Module, watched: Watched) -> None:
+        """Let a Trainer train, with the task's loss and batches."""
+        library = _library()
+        trainer = self._trainer(watched.training.epochs)
         hooks = library.Callback()
         hooks.on_train_epoch_start = lambda *_: watched.begin_epoch()
         hooks.on_train_batch_end = lambda trainer, *_: watched.stepped(trainer.global_step)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from fxcompress.errors import InputError
 
 
 def together() -> bool:
@@ -30,14 +33,46 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def mean(values: list[float], device: torch.device) -> list[float]:
-    """Each value's mean over the processes, the same in all of them; ``device`` is one that they can send from."""
+def summed(tensor: Tensor) -> Tensor:
+    """The sum over the processes, the same in all of them; changed in place."""
+    if together():
+        distributed.all_reduce(tensor)
+    return tensor
+
+
+def averaged(tensor: Tensor) -> Tensor:
+    """The mean over the processes, the same in all of them; changed in place."""
+    return summed(tensor).div_(distributed.get_world_size()) if together() else tensor
+
+
+def averages(values: list[float], device: torch.device) -> list[float]:
+    """Each number's mean over the processes; ``device`` is one that they can send from."""
     if not together():
         return values
-    held = torch.tensor(values, dtype=torch.float64, device=device)
-    distributed.all_reduce(held)
-    found: list[float] = (held / distributed.get_world_size()).tolist()
+    found: list[float] = averaged(torch.tensor(values, dtype=torch.float64, device=device)).tolist()
     return found
+
+
+def in_step(batches: Iterator[Any], where: str, device: torch.device) -> Iterator[Any]:
+    """Batches, as many in every process: one that has none left would leave the others waiting.
+
+    Raises:
+        InputError: some of the processes have fewer; says at which step of ``where``.
+    """
+    for step in itertools.count(1):
+        batch = next(batches, _END)
+        (having,) = averages([float(batch is not _END)], device)
+        if having == 0:
+            return
+        if having < 1:
+            raise InputError(
+                f"batches ended before step {step} of {where} in {1 - having:.0%} of the processes; expected as many "
+                "in each, such as a DistributedSampler gives."
+            )
+        yield batch
+
+
+_END = object()
 
 
 def share_statistics(model: nn.Module) -> None:

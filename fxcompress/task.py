@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -195,6 +195,11 @@ class Task:
     def without_patience(self) -> Task:
         """This task, all epochs of which run."""
         return replace(self, patience=None)
+
+    def steps(self, model: nn.Module, epochs: int) -> int:
+        """How many steps the optimizer takes in a training: the batches are counted if their number is not known."""
+        source = self.batches() if callable(self.batches) else self.batches
+        return epochs * (len(source) if isinstance(source, Sized) else sum(1 for _ in self.read()))
 
     def train(self, model: nn.Module, training: Training) -> tuple[Epoch, ...]:
         """Train a model in place; trainers of other libraries take this method's place."""

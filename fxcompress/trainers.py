@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -115,11 +117,50 @@ def lent(model: nn.Module) -> Iterator[None]:
             gc.collect()  # trainers, their loops and connectors keep one another alive, and with them the model
 
 
-def leave_to_trainer(task: Task, options: dict[str, str]) -> None:
-    """Raise :class:`InputError` where a task gives what a trainer is given: option of the task to what to say there."""
-    defaults = Task()
-    for name, instead in options.items():
-        if getattr(task, name) != getattr(defaults, name):
-            raise InputError(
-                f"{name} is {getattr(task, name)!r}; expected it to be left to the trainer. Give the trainer {instead}."
-            )
+@dataclass(frozen=True, kw_only=True)
+class TrainerTask(Task, ABC):
+    """A task that a trainer of another library trains, a training as one step of a run.
+
+    Attributes:
+        left: options that are the trainer's, and what to give it instead.
+    """
+
+    left: ClassVar[Mapping[str, str]] = {}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        defaults = Task()
+        for name, instead in self.left.items():
+            if getattr(self, name) != getattr(defaults, name):
+                raise InputError(
+                    f"{name} is {getattr(self, name)!r}; expected it to be left to the trainer. Give the trainer "
+                    f"{instead}."
+                )
+
+    @abstractmethod
+    def fit(self, model: nn.Module, watched: Watched) -> None:
+        """Let the trainer train a model in place, and tell ``watched``."""
+
+    @abstractmethod
+    def accumulated(self, model: nn.Module, epochs: int) -> int:
+        """How many batches the trainer takes for one step of the optimizer."""
+
+    def steps(self, model: nn.Module, epochs: int) -> int:
+        """How many steps the optimizer takes: the trainer may accumulate gradients, each epoch by itself."""
+        return math.ceil(Batches.of(self).length / self.accumulated(model, epochs)) * epochs
+
+    def train(self, model: nn.Module, training: Training) -> tuple[Epoch, ...]:
+        """Train a model in place.
+
+        Raises:
+            TrainingError: the loss is no finite number, at which step.
+        """
+        if training.epochs == 0:
+            return ()
+        return training.step(partial(self._train, model, training))  # type: ignore[no-any-return]
+
+    def _train(self, model: nn.Module, training: Training) -> tuple[Epoch, ...]:
+        watched = Watched(training, self, model)
+        with lent(model):
+            self.fit(model, watched)
+        return tuple(watched.done)

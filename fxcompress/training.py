@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +19,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from fxcompress.checkpoint import Kept, Stateful
 from fxcompress.errors import InputError, TrainingError
-from fxcompress.processes import averaging, mean, share_statistics
+from fxcompress.processes import averages, averaging, in_step, share_statistics
 from fxcompress.task import Task
 
 Result = TypeVar("Result")
@@ -135,7 +134,8 @@ class _Loop:
         bar.begin(number)
         losses, penalties = [], []
         updated = False
-        for step, batch in enumerate(self._batches(number), 1):
+        batches = in_step(self.task.read(device=self.device), f"epoch {number + 1}", self.device)
+        for step, batch in enumerate(batches, 1):
             loss, penalty, stepped = self._step(batch, f"epoch {number + 1}, step {step}")
             losses.append(loss)
             penalties.append(penalty)
@@ -149,7 +149,7 @@ class _Loop:
         share_statistics(self.model)
         score = None
         if self.task.score is not None:
-            (score,) = mean([self.task.measure(self.model)], self.device)
+            (score,) = averages([self.task.measure(self.model)], self.device)
         loss = math.fsum(losses) / len(losses)
         if updated:  # else float16 overflowed in all steps, and the optimizer has not begun
             self._adjust_rate(loss, score)
@@ -157,27 +157,12 @@ class _Loop:
         seconds = time.perf_counter() - start
         return Epoch(loss, math.fsum(penalties) / len(penalties), score, len(losses), seconds), waited
 
-    def _batches(self, number: int) -> Iterator[Any]:
-        """The task's batches, as many in every process: one that has none left would leave the others waiting."""
-        source = self.task.read(device=self.device)
-        for step in itertools.count(1):
-            batch = next(source, _END)
-            (having,) = mean([float(batch is not _END)], self.device)
-            if having == 0:
-                return
-            if having < 1:
-                raise InputError(
-                    f"batches ended before step {step} of epoch {number + 1} in {1 - having:.0%} of the processes; "
-                    "expected as many in each, such as a DistributedSampler gives."
-                )
-            yield batch
-
     def _step(self, batch: Any, place: str) -> tuple[float, float, bool]:
         """Loss and penalty, each the mean over the processes, and whether the optimizer took its step."""
         self._forget_gradients()
         loss = self.task.objective(self.runner, batch)  # type: ignore[arg-type]  # DDP around the module
         penalty = loss.new_zeros(()) if self.training.penalty is None else self.training.penalty()
-        found, added = mean([float(loss.detach()), float(penalty.detach())], self.device)
+        found, added = averages([float(loss.detach()), float(penalty.detach())], self.device)
         require_finite(found + added, place, self.training.title)
         self.scaler.scale(loss + penalty).backward()
         if self.task.clip is not None:
@@ -220,9 +205,6 @@ class _Loop:
         state: Mapping[str, Tensor] | None = self.best["state"]
         if state is not None:
             self.model.load_state_dict(state)
-
-
-_END = object()
 
 
 def require_finite(total: float, place: str, title: str) -> None:

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,18 +14,7 @@ from torch import Tensor, nn
 from fxcompress.checkpoint import seeded
 from fxcompress.errors import InputError
 from fxcompress.task import Need, Task
-from fxcompress.trainers import Batches, Watched, leave_to_trainer, lent
-
-if TYPE_CHECKING:
-    from fxcompress.training import Epoch, Training
-
-_LEFT = {
-    "device": "its arguments use_cpu= or the environment",
-    "precision": "its arguments bf16= or fp16=",
-    "clip": "its argument max_grad_norm=",
-    "patience": "the callback EarlyStoppingCallback",
-    "schedule": "its argument lr_scheduler_type=",
-}
+from fxcompress.trainers import Batches, TrainerTask, Watched, lent
 
 
 def _library() -> Any:
@@ -70,7 +59,7 @@ def own_loss(model: nn.Module, batch: Any) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransformersTask(Task):
+class TransformersTask(TrainerTask):
     """A task that the Trainer of transformers trains.
 
     The Trainer reads the task's ``batches``, which are mappings of keyword arguments with labels unless there is a
@@ -88,9 +77,16 @@ class TransformersTask(Task):
 
     trainer: Callable[[nn.Module], Any] | None = None
 
+    left: ClassVar[Mapping[str, str]] = {
+        "device": "its arguments use_cpu= or the environment",
+        "precision": "its arguments bf16= or fp16=",
+        "clip": "its argument max_grad_norm=",
+        "patience": "the callback EarlyStoppingCallback",
+        "schedule": "its argument lr_scheduler_type=",
+    }
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        leave_to_trainer(self, _LEFT)
         _library()
         if not callable(self.trainer):
             raise InputError(
@@ -104,29 +100,24 @@ class TransformersTask(Task):
         """What of ``needs`` was not given; a Trainer has an optimizer."""
         return [need for need in super().lacking(needs) if need != "optimizer"]
 
-    def train(self, model: nn.Module, training: Training) -> tuple[Epoch, ...]:
-        """Train a model in place.
+    def accumulated(self, model: nn.Module, epochs: int) -> int:
+        """The Trainer's ``gradient_accumulation_steps``."""
+        with lent(model), seeded(0):
+            return int(self._trainer(model).args.gradient_accumulation_steps)
 
-        Raises:
-            TrainingError: the loss is no finite number, at which step.
-        """
-        if training.epochs == 0:
-            return ()
-        return training.step(partial(self._train, model, training))  # type: ignore[no-any-return]
-
-    def _train(self, model: nn.Module, training: Training) -> tuple[Epoch, ...]:
-        watched = Watched(training, self, model)
-        with lent(model):
-            self._fit(model, watched)
-        return tuple(watched.done)
-
-    def _fit(self, model: nn.Module, watched: Watched) -> None:
-        library = _library()
+    def _trainer(self, model: nn.Module) -> Any:
+        """A Trainer, which seeds everything by its own arguments."""
         assert self.trainer is not None
-        seed = int(torch.randint(2**31, ()))
-        trainer = self.trainer(model)  # which seeds everything by its own arguments
-        if not isinstance(trainer, library.Trainer):
+        trainer = self.trainer(model)
+        if not isinstance(trainer, _library().Trainer):
             raise InputError(f"trainer(model) gave a {type(trainer).__name__}; expected a transformers.Trainer.")
+        return trainer
+
+    def fit(self, model: nn.Module, watched: Watched) -> None:
+        """Let a Trainer train, with the task's loss and batches."""
+        library = _library()
+        seed = int(torch.randint(2**31, ()))
+        trainer = self._trainer(model)
         if trainer.label_smoother is not None or trainer.compute_loss_func is not None:
             raise InputError("the Trainer has a loss of its own; expected it in the task: TransformersTask(loss=...).")
         trainer.args = copy.copy(trainer.args)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,12 @@ from fxcompress.errors import InputError
 from fxcompress.masking import Masking, complete
 from fxcompress.module import TracedModule
 from fxcompress.passes.channel_pruner import ChannelPruner
-from fxcompress.passes.inner_pruner import needs_of, prune, require_pruner
+from fxcompress.passes.inner_pruner import AroundPruner, prune, require_pruner
 from fxcompress.passes.level_pruner import LevelPruner
 from fxcompress.passes.scoring import Layer
 from fxcompress.pipeline import Pass
 from fxcompress.select import Selectors
-from fxcompress.task import Need, require_count
+from fxcompress.task import require_count
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class _EnergyPruner(ChannelPruner):
 
 
 @dataclass(frozen=True)
-class ADMMPruner(Pass):
+class ADMMPruner(AroundPruner):
     """Trains weights towards the sparse set before they are masked.
 
     Zhang et al. 2018, "A Systematic DNN Weight Pruning Framework using Alternating Direction Method of Multipliers",
@@ -82,8 +82,6 @@ class ADMMPruner(Pass):
     granularity: Literal["element", "channel", "head_dim", "head"] = "element"
     inner: Pass | None = None
 
-    lifts: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         if self.inner is not None:
             require_pruner(self.inner, self.name, scaled=False)
@@ -93,7 +91,7 @@ class ADMMPruner(Pass):
                 raise InputError("inner decides what is masked; leave sparsity, include, exclude and scope out.")
         elif self.sparsity is None:
             raise InputError("sparsity is missing: give the fraction to mask, in [0, 1), or an inner pruner.")
-        self.projection  # noqa: B018 - raises where an option is wrong
+        self.pruner  # noqa: B018 - raises where an option is wrong
         require_count("iterations", self.iterations)
         if self.epochs is not None:
             require_count("epochs", self.epochs)
@@ -101,7 +99,7 @@ class ADMMPruner(Pass):
             raise InputError(f"rho is {self.rho!r}; expected a positive number, the weight of the penalty.")
 
     @property
-    def projection(self) -> Pass:
+    def pruner(self) -> Pass:
         """The pruner whose masks make Z of W + U."""
         if self.inner is not None:
             return self.inner
@@ -111,21 +109,6 @@ class ADMMPruner(Pass):
         return _EnergyPruner(
             self.sparsity, self.include, self.exclude, scope=self.scope, granularity=self.granularity
         )  # fmt: skip
-
-    @property
-    def needs(self) -> tuple[Need, ...]:
-        """What training needs, and the inner pruner."""
-        return needs_of(self.projection)
-
-    @property
-    def needs_inputs(self) -> bool:  # type: ignore[override]  # of a pass around another it depends on that one
-        """Whether channels are looked at."""
-        return self.projection.needs_inputs
-
-    def requires(self, module: TracedModule, context: Context) -> None:
-        """Raise if training or the inner pruner cannot run."""
-        super().requires(module, context)
-        self.projection.requires(module, context)
 
     def run(self, module: TracedModule, context: Context) -> TracedModule:
         """Alternate, then mask."""
@@ -173,7 +156,7 @@ class ADMMPruner(Pass):
         """What the projection would mask now, and its masks of weights; the context's own masking stays."""
         start = context.masking
         try:
-            prune(self.projection, module, context)
+            prune(self.pruner, module, context)
             found = context.masking or Masking()
         finally:
             context.masking = start

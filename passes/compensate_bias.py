@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from fxcompress.calibration import replica, summed, watch
+from fxcompress.calibration import replica, watch
 from fxcompress.channels.constants import Affine, affine_of
 from fxcompress.channels.labels import Labels
 from fxcompress.constant_channels import fold, live_outputs, output_dim, users
@@ -20,6 +20,7 @@ from fxcompress.layers import functional
 from fxcompress.masking import Masking, complete
 from fxcompress.module import TracedModule
 from fxcompress.pipeline import Pass
+from fxcompress.processes import summed
 from fxcompress.recurrent import operator_of, weight_names
 from fxcompress.rewrite import rewriting
 from fxcompress.task import Need, require_count

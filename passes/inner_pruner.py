@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from fxcompress.context import Context
 from fxcompress.errors import InputError, PassError
@@ -33,9 +34,30 @@ def require_pruner(inner: Any, who: str, *, scaled: bool = True) -> None:
         )
 
 
-def needs_of(inner: Pass) -> tuple[Need, ...]:
-    """What training and the inner pruner need of a task."""
-    return tuple(dict.fromkeys((*TRAINING, *inner.needs)))
+class AroundPruner(Pass):
+    """A pass that trains a module and lets a pruner mask it."""
+
+    lifts: ClassVar[bool] = True
+
+    @property
+    @abstractmethod
+    def pruner(self) -> Pass:
+        """What masks."""
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """What training needs, and the pruner."""
+        return tuple(dict.fromkeys((*TRAINING, *self.pruner.needs)))
+
+    @property
+    def needs_inputs(self) -> bool:  # type: ignore[override]  # it depends on the pruner
+        """Whether the pruner looks at channels."""
+        return self.pruner.needs_inputs
+
+    def requires(self, module: TracedModule, context: Context) -> None:
+        """Raise if training or the pruner cannot run."""
+        super().requires(module, context)
+        self.pruner.requires(module, context)
 
 
 def sparsities_of(inner: Pass) -> tuple[float, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,14 +12,14 @@ from fxcompress.checkpoint import Kept
 from fxcompress.context import Context
 from fxcompress.errors import InputError
 from fxcompress.module import TracedModule, state_of
-from fxcompress.passes.inner_pruner import needs_of, prune, require_pruner, with_sparsity
+from fxcompress.passes.inner_pruner import AroundPruner, prune, require_pruner, with_sparsity
 from fxcompress.pipeline import Pass
 from fxcompress.processes import share_statistics
-from fxcompress.task import Need, require_count
+from fxcompress.task import require_count
 
 
 @dataclass(frozen=True)
-class LotteryTicketPruner(Pass):
+class LotteryTicketPruner(AroundPruner):
     """Finds a sparse network that trains well from its own initial values.
 
     Frankle & Carbin 2019, "The Lottery Ticket Hypothesis", arXiv 1803.03635, section 1 and appendix B, around any
@@ -45,8 +44,6 @@ class LotteryTicketPruner(Pass):
     reset_to_step: int = 0
     epochs: int | None = None
 
-    lifts: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         require_pruner(self.inner, self.name)
         require_count("rounds", self.rounds)
@@ -55,19 +52,9 @@ class LotteryTicketPruner(Pass):
             require_count("epochs", self.epochs)
 
     @property
-    def needs(self) -> tuple[Need, ...]:
-        """What training needs, and the inner pruner."""
-        return needs_of(self.inner)
-
-    @property
-    def needs_inputs(self) -> bool:  # type: ignore[override]  # of a pass around another it depends on that one
-        """Whether the inner pruner looks at channels."""
-        return self.inner.needs_inputs
-
-    def requires(self, module: TracedModule, context: Context) -> None:
-        """Raise if training or the inner pruner cannot run."""
-        super().requires(module, context)
-        self.inner.requires(module, context)
+    def pruner(self) -> Pass:
+        """What masks."""
+        return self.inner
 
     def sparsity_at(self, round_: int, final: float) -> float:
         """1 - (1 - s)^(i/n) for i = ``round_`` in 0 .. n, with s = ``final``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, Literal
@@ -27,7 +27,7 @@ from fxcompress.passes.scoring import Layer
 from fxcompress.pipeline import Pass
 from fxcompress.rewrite import Rewriter, rewriting
 from fxcompress.select import Selectors
-from fxcompress.task import Need, Task, require_count
+from fxcompress.task import Need, require_count
 
 #: Where the scores are while they are learned.
 SCORES = "_scores"
@@ -116,14 +116,14 @@ class MovementPruner(Pass):
         epochs = task.epochs if self.epochs is None else self.epochs
         start = Kept(masking=context.masking)
         release = context.keep(start)
-        batches = context.step(module, partial(self._begin, module, context, task))
+        steps = context.step(module, partial(self._begin, module, context, partial(task.steps, module, epochs)))
         before: Masking = start["masking"] or Masking()
         learned = self._learned(module, context, before)
         context.task = task.without_patience()  # the best epoch would be the one with the least masked
         try:
             with context.laid(module, self.name):
                 _attach(module, self.name)
-                renew = partial(self._renew, module, learned, batches * epochs)
+                renew = partial(self._renew, module, learned, steps)
                 context.train(module, epochs=epochs, after_step=renew, title=self.name)
         finally:
             context.task = task
@@ -133,8 +133,8 @@ class MovementPruner(Pass):
         release()
         return module
 
-    def _begin(self, module: TracedModule, context: Context, task: Task) -> int:
-        """Put scores of zero and masks without holes in place; returns the number of batches."""
+    def _begin(self, module: TracedModule, context: Context, steps: Callable[[], int]) -> int:
+        """Put scores of zero and masks without holes in place; returns the number of steps to come."""
         masking = context.masking or Masking()
         learned = self._learned(module, context, masking)
         rewriter, parameters = Rewriter(module, self.name), dict(module.named_parameters())
@@ -142,7 +142,7 @@ class MovementPruner(Pass):
             rewriter.add_parameter(f"{SCORES}.{name}", parameters[name].new_zeros(shape))
         whole = {name: torch.ones_like(parameters[name], dtype=torch.bool) for name in learned.masked}
         context.masking = masking.joined(whole)
-        return _batches(task)
+        return steps()
 
     def _learned(self, module: TracedModule, context: Context, before: Masking) -> _Elements | _Channels:
         chooser = self.chooser
@@ -272,9 +272,3 @@ def _attach(module: TracedModule, author: str) -> None:
                 given = rewriter.insert_before(node, "get_attr", name, ())
                 given.meta["mask"] = True
                 rewriter.become(node, "call_function", learned_mask, (weight, mask, given))
-
-
-def _batches(task: Task) -> int:
-    """How many batches an epoch has: what their source says, or counted."""
-    source = task.batches() if callable(task.batches) else task.batches
-    return len(source) if isinstance(source, Sized) else sum(1 for _ in task.read())

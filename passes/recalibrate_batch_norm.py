@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from fxcompress.calibration import averaged, replica
+from fxcompress.calibration import replica
 from fxcompress.context import Context
 from fxcompress.errors import PassError
 from fxcompress.module import TracedModule
 from fxcompress.pipeline import Pass
+from fxcompress.processes import averaged
 from fxcompress.rewrite import rewriting
 from fxcompress.task import Need, require_count
 

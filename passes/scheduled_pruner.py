@@ -5,18 +5,17 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
 
 from fxcompress.context import Context
 from fxcompress.errors import InputError
 from fxcompress.module import TracedModule
-from fxcompress.passes.inner_pruner import needs_of, prune, require_pruner, sparsities_of, with_sparsity
+from fxcompress.passes.inner_pruner import AroundPruner, prune, require_pruner, sparsities_of, with_sparsity
 from fxcompress.pipeline import Pass
-from fxcompress.task import Need, require_count
+from fxcompress.task import require_count
 
 
 @dataclass(frozen=True)
-class ScheduledPruner(Pass):
+class ScheduledPruner(AroundPruner):
     """Lets a pruner mask in n iterations, each with a sparsity on a curve, and trains after each.
 
     In iteration t = 1 .. n the pruner masks s_t = s_f + (s_i - s_f) * :meth:`remaining` (t / n), scores taken anew, and
@@ -36,8 +35,6 @@ class ScheduledPruner(Pass):
     iterations: int = 10
     epochs_per_iteration: int = 1
 
-    lifts: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         require_pruner(self.inner, self.name)
         require_count("iterations", self.iterations)
@@ -51,24 +48,14 @@ class ScheduledPruner(Pass):
                 "that: masks only grow. To leave layers alone, exclude them."
             )
 
+    @property
+    def pruner(self) -> Pass:
+        """What masks."""
+        return self.inner
+
     @abstractmethod
     def remaining(self, progress: float) -> float:
         """How much of the way from the initial to the final sparsity is left: 1 at progress 0, 0 at progress 1."""
-
-    @property
-    def needs(self) -> tuple[Need, ...]:
-        """What training needs, and the inner pruner."""
-        return needs_of(self.inner)
-
-    @property
-    def needs_inputs(self) -> bool:  # type: ignore[override]  # of a pass around another it depends on that one
-        """Whether the inner pruner looks at channels."""
-        return self.inner.needs_inputs
-
-    def requires(self, module: TracedModule, context: Context) -> None:
-        """Raise if training or the inner pruner cannot run."""
-        super().requires(module, context)
-        self.inner.requires(module, context)
 
     def sparsity_at(self, iteration: int, final: float) -> float:
         """s_t for t = ``iteration`` in 0 .. n, with s_f = ``final``."""

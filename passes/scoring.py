@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fxcompress.calibration import averaged, replica, summed, watch
+from fxcompress.calibration import replica, watch
 from fxcompress.channels.activations import Activations, Place
 from fxcompress.channels.groups import ChannelGroups, Slices
 from fxcompress.channels.labels import FloatArray, IntArray
@@ -19,6 +19,7 @@ from fxcompress.context import Context
 from fxcompress.errors import InputError, PassError, TrainingError
 from fxcompress.masking import Masking
 from fxcompress.module import TracedModule, owner
+from fxcompress.processes import averaged, in_step, summed
 from fxcompress.task import Need, Task
 
 #: What a criterion looks at besides weights.
@@ -141,7 +142,7 @@ class Criterion:
         names = list(dict.fromkeys(item.parameter for item in slices))
         wanted = [trial.get_parameter(name).requires_grad_(True) for name in names]
         recurrent = any(isinstance(layer, nn.RNNBase) for layer in trial.modules())
-        for batch in task.read(self.batches):
+        for batch in in_step(task.read(self.batches), self.name, wanted[0].device):
             tally.batch += 1
             # cuDNN's recurrent kernels have no backward in eval mode
             with (

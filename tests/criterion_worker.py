@@ -15,6 +15,7 @@ from torch import distributed, nn
 
 import fxcompress
 from fxcompress import Task
+from fxcompress.errors import InputError
 from fxcompress.inputs import Inputs
 from fxcompress.masking import Masking
 from fxcompress.passes import (
@@ -57,7 +58,20 @@ def results(rank: int, processes: int) -> dict[str, Any]:
     passes = [L1FilterPruner(0.4), CompensateBias(), RecalibrateBatchNorm()]
     after = fxcompress.compress(model, passes, example_inputs=x, task=task)
     made["after"] = dict(after.state_dict())
+    if processes > 1:
+        made["uneven"] = refused(model, x, Task(batches=batches[: len(batches) - rank], loss=whole.loss))
     return made
+
+
+def refused(model: nn.Module, x: torch.Tensor, task: Task) -> str:
+    """The message where one process has fewer batches than another, if they have met."""
+    if not distributed.is_initialized():
+        return ""
+    try:
+        fxcompress.compress(model, [TaylorFOPruner(0.4)], example_inputs=x, task=task)
+    except InputError as error:
+        return str(error)
+    return "accepted"
 
 
 def main(folder: Path, rank: int, processes: int) -> None:

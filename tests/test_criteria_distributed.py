@@ -57,3 +57,8 @@ def test_statistics_are_the_mean_of_what_the_processes_measured(found: list[dict
     for name in ("norm0.running_mean", "norm0.running_var"):
         assert torch.equal(first[name], second[name])
         torch.testing.assert_close(first[name], (halves[0][name] + halves[1][name]) / 2, rtol=1e-9, atol=1e-12)
+
+
+def test_gradients_need_as_many_batches_in_each_process(found: list[dict[str, Any]]) -> None:
+    for process in found:
+        assert "of TaylorFOPruner in 50% of the processes" in process["uneven"]

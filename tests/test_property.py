@@ -81,7 +81,7 @@ def test_what_was_fine_tuned_is_what_ships(spec: Spec, pruner: RandomFilterPrune
 
 
 @pytest.mark.long
-@settings(max_examples=max(600, settings().max_examples))
+@settings(max_examples=max(1000, settings().max_examples))
 @given(spec=st.one_of(NETWORKS, networks()), pruner=PRUNERS, training=st.booleans())
 def test_masked_and_removed_are_equal_in_the_long_run(spec: Spec, pruner: RandomFilterPruner, training: bool) -> None:
     check_removal(spec, pruner, training)

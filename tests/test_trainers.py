@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import ExponentialLR
 
 import fxcompress
 from fxcompress import Context, Distill, InputError, LightningTask, Task, TracedModule, TrainingError, TransformersTask
-from fxcompress.passes import FineTune, L1FilterPruner, Speedup
+from fxcompress.passes import FineTune, L1FilterPruner, LevelPruner, MovementPruner, Speedup
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of the libraries' own imports
@@ -145,6 +145,34 @@ def test_accumulated_gradients_are_one_step_and_one_penalty(chosen: Callable[[],
         model.get_parameter("first.bias").data.zero_()
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(pulled.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        lambda: lightning_task(trainer=partial(lightning_trainer, accumulate_grad_batches=3)),
+        lambda: transformers_task(trainer=partial(transformers_trainer, gradient_accumulation_steps=3)),
+    ],
+    ids=list(TASKS),
+)
+@pytest.mark.parametrize("taught", [False, True], ids=["alone", "with a teacher"])
+def test_a_curve_over_steps_reaches_its_end_where_gradients_accumulate(
+    chosen: Callable[[], Task], taught: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five batches an epoch, three a step: two steps an epoch, the second on two batches."""
+    asked: list[tuple[int, int]] = []
+    curve = MovementPruner.sparsity_at
+
+    def noted(self: MovementPruner, step: int, steps: int, final: float) -> float:
+        asked.append((step, steps))
+        return curve(self, step, steps, final)
+
+    monkeypatch.setattr(MovementPruner, "sparsity_at", noted)
+    task = Distill(chosen()) if taught else chosen()
+    pruned = fxcompress.compress(network(), [MovementPruner(0.5, epochs=3)], example_inputs=X, task=task)
+    assert sorted(set(asked)) == [(step, 6) for step in range(1, 7)]
+    at_once = fxcompress.compress(network(), [LevelPruner(0.5)], example_inputs=X)
+    assert fxcompress.sparsity(pruned).total == fxcompress.sparsity(at_once).total
 
 
 @both

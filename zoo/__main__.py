@@ -1,17 +1,14 @@
 """`make zoo` runs this: every model in a process of its own, with a limit, and a table of what became of them.
 
-python -m zoo [library | library/model ...] [--workers N] [--limit SECONDS] [--records FILE]
+python -m zoo [library | library/model ...] [--workers N] [--limit SECONDS] [--table FILE] [--peer]
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import signal
-import subprocess
 import sys
-import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -19,33 +16,12 @@ from typing import Any
 from rich.progress import track
 
 from zoo.catalogue import LIBRARIES, names
+from zoo.measure import measure
+from zoo.process import preload, run
 from zoo.table import below, merged, read, right, write
 
-#: How many times the limit on processor time a process may take on the wall.
-_PATIENCE = 5
-
-
-def run(program: str, name: str, limit: int) -> dict[str, Any]:
-    """The record of one model; one with an error where the process ended without."""
-    start = time.monotonic()
-    try:
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-m", program, name, str(limit)],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            timeout=_PATIENCE * limit,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return {"name": name, "error": f"took more than {_PATIENCE * limit} s on the wall", "wall": _PATIENCE * limit}
-    if done.returncode == 0:
-        record: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    elif -done.returncode == signal.SIGXCPU:
-        record = {"name": name, "error": f"took more than {limit} s"}
-    else:
-        record = {"name": name, "error": f"exit code {done.returncode}: {done.stderr.strip().splitlines()[-1:]}"}
-    return {**record, "wall": time.monotonic() - start}
+#: Imported once for all models.
+_LIBRARIES = ["zoo.measure", "zoo.catalogue", *(f"zoo.{library}_models" for library in LIBRARIES)]
 
 
 def main() -> None:
@@ -57,14 +33,19 @@ def main() -> None:
     parser.add_argument("--table", type=Path, default=Path("docs/zoo.csv"), help="what is brought up to date")
     options = parser.parse_args()
     chosen = [name for which in options.which for name in (names(which) if which in LIBRARIES else [which])]
-    programs = ["zoo.measure", *(["zoo.peer"] if options.peer else [])]
+    programs: list[Callable[[str], Any]] = [measure]
+    preload([*_LIBRARIES, "zoo.peer"] if options.peer else _LIBRARIES)
+    if options.peer:
+        from zoo import peer
+
+        programs.append(peer.measure)
     jobs = [(program, name) for name in chosen for program in programs]
     with ThreadPoolExecutor(options.workers) as pool:
         running = {pool.submit(run, *job, options.limit): job for job in jobs}
         for done in track(as_completed(running), total=len(jobs)):
             (program, name), record = running[done], done.result()
-            ours, peer = ({name: record} if program == each else {} for each in ("zoo.measure", "zoo.peer"))
-            write(merged(read(options.table), ours, peer), options.table)  # at once: a sweep takes its time
+            ours, theirs = ({name: record}, {}) if program is measure else ({}, {name: record})
+            write(merged(read(options.table), ours, theirs), options.table)  # at once: a sweep takes its time
             if ours and record["error"]:
                 print(f"{name}: {record['error']}")
     rows = read(options.table)

@@ -1,4 +1,4 @@
-"""What becomes of one model: `python -m zoo.measure library/name [seconds]` prints a record as JSON."""
+"""What becomes of one model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from fxcompress.passes import L1FilterPruner, Speedup
 from fxcompress.passes.removable_units import channel_units
 from fxcompress.plan import settle
 from fxcompress.verify import default_dtype, difference, precise
-from zoo.process import print_record
 
 CONTRACTIONS = (
     nn.Linear,
@@ -168,7 +167,3 @@ def _reasons(groups: ChannelGroups) -> dict[str, int]:
         if not group.removable:
             found[group.reason] += group.width
     return dict(found.most_common())
-
-
-if __name__ == "__main__":
-    print_record(measure)

@@ -1,4 +1,4 @@
-"""What torch-pruning makes of one model: `python -m zoo.peer library/name [seconds]` prints a record as JSON.
+"""What torch-pruning makes of one model.
 
 The same ratio and criterion, without hints, but for the layers that make the model's outputs, which it would prune.
 
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 import fxcompress
 from fxcompress.inputs import Inputs
 from fxcompress.verify import difference
-from zoo.process import print_record
 
 #: Bytes that a model may take, dense and pruned: on some, the peer's index maps take all there is.
 MEMORY = 12 * 2**30
@@ -115,7 +114,3 @@ def _zeroed(reference: nn.Module, pruned: nn.Module) -> nn.Module:
             keep[places.long().reshape(-1)] = True
         parameter.detach().reshape(-1)[~keep] = 0
     return reference
-
-
-if __name__ == "__main__":
-    print_record(measure)
