@@ -288,6 +288,27 @@ def test_a_batch_of_one_is_no_constant(tmp_path: Path) -> None:
     assert (entry.name, entry.shape) == ("input", ["batch", 3, 4])
 
 
+class Branching(nn.Module):
+    """Another result in train mode, and dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Any:
+        x = F.dropout(self.fc(x), 0.9, self.training)
+        return (x, 2 * x) if self.training else x
+
+
+def test_a_model_in_train_mode_is_written_in_eval_mode(tmp_path: Path) -> None:
+    model, x = Branching().train(), torch.randn(2, 6)
+    fxcompress.export_onnx(model, tmp_path / "a.onnx", example_inputs=x)
+    assert model.training
+    (found,) = onnxruntime.InferenceSession(tmp_path / "a.onnx").run(None, {"x": x.numpy()})
+    with torch.no_grad():
+        assert difference(model.eval()(x), torch.from_numpy(found)) < 1e-5
+
+
 class Nested(nn.Module):
     """Keyword arguments, nested inputs, a constant, and a result with the same tensor twice."""
 
