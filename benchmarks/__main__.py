@@ -1,4 +1,4 @@
-"""`make bench` runs this: `python -m benchmarks [pace] [depth] [memory] [pricing] [stages] [lowering] [export] [--rounds N]`."""
+"""`make bench` runs this: `python -m benchmarks [which ...] [--rounds N]`."""
 
 from __future__ import annotations
 

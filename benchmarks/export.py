@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from fake_quantized import fake_quantized
 from rich import box
 from rich.progress import track

@@ -66,7 +66,9 @@ class _Following(fx.Interpreter):
         return (found - grid.zero_point) * grid.scale
 
 
-def compare(simulated: TracedModule, lowered: OnnxModule, inputs: Inputs, *, batched: bool, what: str) -> tuple[float, str]:
+def compare(
+    simulated: TracedModule, lowered: OnnxModule, inputs: Inputs, *, batched: bool, what: str
+) -> tuple[float, str]:
     """Check every rounding of a model that runs in a runtime.
 
     Behind each fake-quant node the simulation goes on with the runtime's integers, so that what is found is the error
@@ -86,13 +88,13 @@ def compare(simulated: TracedModule, lowered: OnnxModule, inputs: Inputs, *, bat
         VerificationError: an integer is further away than one step and what a coarser grid inside its block makes of
             it, or a result further than a 127th of its largest value.
     """
-    tapped = _tapped(lowered)
+    runtime = tapped(lowered)
     trials = [inputs, inputs.rebatched(other_batch(inputs.batch))] if batched else [inputs]
     found: list[Disagreement] = []
     worst = 0.0
     for trial in trials:
         with torch.no_grad(), evaluating(simulated):
-            result, integers = tapped(*positional(simulated, trial.map(Tensor.clone)))
+            result, integers = runtime(*positional(simulated, trial.map(Tensor.clone)))
             following = _Following(simulated, lowered.signature.rounded, integers)
             right = following.run(*positional(simulated, trial.map(Tensor.clone)))
         for item in following.found:
@@ -107,8 +109,8 @@ def compare(simulated: TracedModule, lowered: OnnxModule, inputs: Inputs, *, bat
         if not gap <= _RESULT_STEP:
             raise VerificationError(
                 f"{what} differs from the simulation by {gap:.3g} of the largest value, given the same integers before "
-                f"it, at batch {trial.batch}; expected at most {_RESULT_STEP:.3g}. This is an error in fxcompress or in "
-                "the runtime; verify=False skips the check.",
+                f"it, at batch {trial.batch}; expected at most {_RESULT_STEP:.3g}. This is an error in fxcompress or "
+                "in the runtime; verify=False skips the check.",
                 difference=gap,
             )
         found += following.found
@@ -116,7 +118,7 @@ def compare(simulated: TracedModule, lowered: OnnxModule, inputs: Inputs, *, bat
     return worst, _summary(found, sum(item.spec.role == "activation" for _, item in fake_quant_nodes(simulated)))
 
 
-def _tapped(lowered: OnnxModule) -> OnnxModule:
+def tapped(lowered: OnnxModule) -> OnnxModule:
     """The same model with the integers of every fake-quant node as a second result, by the node's name."""
     import onnx
 

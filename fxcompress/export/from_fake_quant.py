@@ -1,4 +1,4 @@
-"""Fake-quant nodes to quantize and dequantize operators, weights to int8: the graph that is exported."""
+"""Masks into weights, fake-quant nodes to quantize and dequantize operators: the graph that is exported."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor, fx
 from fxcompress.errors import PassError
 from fxcompress.export.grid_operators import dequantize, quantize
 from fxcompress.module import TracedModule, submodule
+from fxcompress.nodes import apply_mask, learned_mask
 from fxcompress.quantization.fake_quantize import FakeQuantize
 from fxcompress.quantization.insert import ROLE
 from fxcompress.quantization.settle import settle, value_of
@@ -15,6 +16,8 @@ from fxcompress.rewrite import Rewriter, describe, rewriting
 
 #: Under it lie integer weights, scales and zero points.
 GRIDS = "_grids"
+#: Under it lie masked weights.
+_MASKED = "_masked"
 
 
 def fake_quant_nodes(module: TracedModule) -> list[tuple[fx.Node, FakeQuantize]]:
@@ -25,6 +28,19 @@ def fake_quant_nodes(module: TracedModule) -> list[tuple[fx.Node, FakeQuantize]]
         if isinstance(item, FakeQuantize):
             found.append((node, item))
     return found
+
+
+def fold_masks(module: TracedModule, author: str) -> None:
+    """Write masked parameters as what they are with their masks, in place; masks of activations stay."""
+    with rewriting(module, author) as rewriter, torch.no_grad():
+        for node in list(module.graph.nodes):
+            source = node.args[0] if node.target in (apply_mask, learned_mask) else None
+            if isinstance(source, fx.Node) and source.op == "get_attr":
+                name = f"{_MASKED}.{node.name}"
+                rewriter.add_buffer(name, value_of(module, node), persistent=True)
+                rewriter.become(node, "get_attr", name, ())
+                node.meta.pop("mask", None)
+        rewriter.sweep()
 
 
 def write_operators(module: TracedModule, author: str) -> list[str]:

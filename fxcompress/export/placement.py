@@ -21,7 +21,6 @@ _CLOSED = frozenset(
 )
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor, dict[str, Any]], torch.Tensor]] = {
     "HardSwish": lambda x, options: F.hardswish(x),
-    "Gelu": lambda x, options: F.gelu(x, approximate=options.get("approximate", "none")),
     "LeakyRelu": lambda x, options: F.leaky_relu(x, options.get("alpha", 0.01)),
     "Elu": lambda x, options: F.elu(x, options.get("alpha", 1.0)),
     "HardSigmoid": lambda x, options: (options.get("alpha", 0.2) * x + options.get("beta", 0.5)).clamp(0, 1),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import itertools
 import os
@@ -18,11 +17,11 @@ from torch.utils import _pytree as pytree
 
 from fxcompress.errors import InputError, PassError
 from fxcompress.export.extras import require
-from fxcompress.export.from_fake_quant import fake_quant_nodes, write_operators
+from fxcompress.export.from_fake_quant import fake_quant_nodes, fold_masks, write_operators
 from fxcompress.export.grid_operators import translations
 from fxcompress.export.placement import Rounded, place_pairs
 from fxcompress.inputs import Inputs, check_devices, other_batch, positional
-from fxcompress.module import TracedModule, evaluating
+from fxcompress.module import TracedModule, copied
 from fxcompress.replacing import replacing
 from fxcompress.trace import trace
 
@@ -104,7 +103,8 @@ def export_onnx(
     inputs = Inputs.parse(example_inputs)
     check_devices(model, inputs)
     with replacing(path) as draft:  # first of all: a path that cannot be written is known before the work
-        traced = copy.deepcopy(model) if isinstance(model, TracedModule) else trace(model, inputs)
+        # A mode decides which branch is recorded; what is traced already has been.
+        traced = trace(model if isinstance(model, TracedModule) else copied(model).eval(), inputs)
         draft.write_bytes(program_of(traced, inputs, runtime, "export_onnx").model)
 
 
@@ -117,12 +117,13 @@ def program_of(module: TracedModule, inputs: Inputs, runtime: Runtime, author: s
     module.eval()
     quantized = bool(fake_quant_nodes(module))
     notes = write_operators(module, author) if quantized else []
+    fold_masks(module, author)
     module.ready()
     # A batch of one would be taken for a constant.
     trial = inputs.rebatched(other_batch(inputs.batch)) if inputs.batch == 1 else inputs
     batched = module.meta["batched"]
     values = tuple(positional(module, trial if batched else inputs))
-    with torch.no_grad(), evaluating(module):
+    with torch.no_grad():
         result = module(*pytree.tree_map_only(Tensor, Tensor.clone, values))
     written = _exported(module, values, batched, trial.batch)
     rounded: dict[str, Rounded] = {}
@@ -184,8 +185,8 @@ def _exported(module: TracedModule, values: tuple[Any, ...], batched: tuple[str,
     for value, shape in zip(program.model.graph.inputs, shapes, strict=True):
         if shape is not None and isinstance(value.shape[0], int):
             raise PassError(
-                f"torch.onnx.export fixed the batch size of {value.name} at {value.shape[0]}, and this model takes any. "
-                "Look for code that reads the size as a number, for example len(x) or int(x.shape[0])."
+                f"torch.onnx.export fixed the batch size of {value.name} at {value.shape[0]}, and this model takes "
+                "any. Look for code that reads the size as a number, for example len(x) or int(x.shape[0])."
             )
     return program.model
 

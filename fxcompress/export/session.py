@@ -60,8 +60,8 @@ class OnnxModule(nn.Module):
         rest = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
         if rest != self.signature.given:
             raise InputError(
-                f"the inputs beside tensors are {rest}; this model was written for {self.signature.given}, which are part of it. "
-                "Lower or export it with example inputs like these."
+                f"the inputs beside tensors are {rest}; this model was written for {self.signature.given}, which are "
+                "part of it. Lower or export it with example inputs like these."
             )
         arrays = [np.ascontiguousarray(tensor.detach().cpu().numpy()) for tensor in tensors]
         found = self._ready()(arrays)
