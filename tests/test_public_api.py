@@ -41,7 +41,8 @@ PASSES = {
     "RecalibrateBatchNorm", "CompensateBias",
     "AGPPruner", "LinearPruner", "LotteryTicketPruner", "ADMMPruner", "SlimPruner", "MovementPruner",
     "NaiveQuantizer", "QATQuantizer", "DoReFaQuantizer", "BNNQuantizer", "LSQQuantizer", "PTQQuantizer", "Lower",
-    "SimulatedAnnealingPruner", "NetAdaptPruner", "AutoCompressPruner", "SensitivityPruner", "TunedPruner", "TunedQuantizer",
+    "SimulatedAnnealingPruner", "NetAdaptPruner", "AutoCompressPruner", "SensitivityPruner", "TunedPruner",
+    "TunedQuantizer",
     # what authors of criteria, schedules and quantizers need
     "ChannelPruner", "Layer", "ScheduledPruner", "Quantizer",
 }  # fmt: skip

@@ -68,7 +68,7 @@ def test_the_ranking_is_that_of_l1_norms() -> None:
         values for group, values in zip(groups, norms(groups, traced, Masking()), strict=True) if group.name == "stem"
     ]
     layers = [model.get_parameter(f"{name}.weight").detach().abs().flatten(1).sum(1) for name in ("stem", "conv2")]
-    assert torch.from_numpy(stem) == pytest.approx((layers[0] + layers[1]).double(), rel=1e-5)
+    assert torch.from_numpy(found["stem"]) == pytest.approx((layers[0] + layers[1]).double(), rel=1e-5)
 
 
 def test_an_early_stop_leaves_out_what_is_worse_still() -> None:
