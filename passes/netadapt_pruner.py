@@ -132,14 +132,10 @@ class NetAdaptPruner(SearchingPruner):
             raise SearchError(f"{self.name}: all {len(found)} trials of a step failed; the first: {found[0].error}.")
         self._take(winner, ground, context, search)
         group = next(i for i, kept in enumerate(winner.proposal.kept) if kept != ground.most[i])
-        context.notes.append(
-            f"step {number + 1}: "
-            + ", ".join(
-                f"{100 * winner.proposal.cost[f]:.2f} % of the {f} (of {100 * w:.2f})" for f, w in wanted.items()
-            )
-            + f", {ground.names[group]} from {ground.most[group]} to {winner.proposal.kept[group]} units, score "
-            f"{winner.score:.6g}"
-        )
+        cost = winner.proposal.cost
+        figures = ", ".join(f"{cost[name]:.2%} of the {name} ({most:.2%} allowed)" for name, most in wanted.items())
+        change = f"{ground.names[group]} from {ground.most[group]} to {winner.proposal.kept[group]} units"
+        context.notes.append(f"step {number + 1}: {figures}, {change}, score {winner.score:.6g}")
         return _Taken(tried, winner, dense)
 
     def _take(self, winner: Trial, ground: Ground, context: Context, search: Search) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,20 +22,20 @@ class Kind:
     """A sampler.
 
     Attributes:
-        make: from Optuna's samplers, a seed and the search space (levels by name) to a sampler.
+        make: from Optuna's samplers and a seed to a sampler.
         several: whether it takes several objectives.
     """
 
-    make: Callable[[Any, int, dict[str, list[float]]], Any]
+    make: Callable[[Any, int], Any]
     several: bool = True
 
 
 SAMPLERS: dict[str, Kind] = {
-    "tpe": Kind(lambda samplers, seed, grid: samplers.TPESampler(seed=seed)),
-    "cmaes": Kind(lambda samplers, seed, grid: samplers.CmaEsSampler(seed=seed), several=False),
-    "nsga2": Kind(lambda samplers, seed, grid: samplers.NSGAIISampler(seed=seed, population_size=16)),
-    "random": Kind(lambda samplers, seed, grid: samplers.RandomSampler(seed=seed)),
-    "grid": Kind(lambda samplers, seed, grid: samplers.GridSampler(grid, seed=seed), several=False),
+    "tpe": Kind(lambda samplers, seed: samplers.TPESampler(seed=seed)),
+    "cmaes": Kind(lambda samplers, seed: samplers.CmaEsSampler(seed=seed), several=False),
+    "nsga2": Kind(lambda samplers, seed: samplers.NSGAIISampler(seed=seed, population_size=16)),
+    "random": Kind(lambda samplers, seed: samplers.RandomSampler(seed=seed)),
+    "grid": Kind(lambda samplers, seed: samplers.RandomSampler(seed=seed), several=False),  # of points in a queue
 }
 
 
@@ -59,7 +60,9 @@ class Suggestions:
         levels: for each of them its values in a grid; the first and the last are the bounds, for all samplers.
         directions: ``"maximize"`` or ``"minimize"`` for each objective.
         seed: of the sampler.
-        choices: only the levels themselves are suggested, whatever the sampler.
+
+    Attributes:
+        left: how many points it can still suggest; of a grid those that it has not, else infinity.
     """
 
     def __init__(
@@ -69,24 +72,27 @@ class Suggestions:
         levels: Sequence[Sequence[float]],
         directions: Sequence[str],
         seed: int,
-        *,
-        choices: bool = False,
     ) -> None:
         optuna = _optuna()
         grid = dict(zip(names, map(list, levels), strict=True))
         self._fail = optuna.trial.TrialState.FAIL
         self._asked: list[Any] = []
-        if choices:
-            self._space = {name: optuna.distributions.CategoricalDistribution(values) for name, values in grid.items()}
-        else:
-            self._space = {
-                name: optuna.distributions.FloatDistribution(values[0], values[-1]) for name, values in grid.items()
-            }
-        made = SAMPLERS[sampler].make(optuna.samplers, seed, grid)
+        self._space = {
+            name: optuna.distributions.FloatDistribution(values[0], values[-1]) for name, values in grid.items()
+        }
+        made = SAMPLERS[sampler].make(optuna.samplers, seed)
         self._study = optuna.create_study(sampler=made, directions=list(directions))
+        self.left = math.inf
+        if sampler == "grid":
+            points = [dict(zip(grid, point, strict=True)) for point in itertools.product(*grid.values())]
+            for index in np.random.default_rng(seed).permutation(len(points)).tolist():
+                self._study.enqueue_trial(points[index])
+            self.left = len(points)
 
     def ask(self, count: int) -> FloatArray:
-        """A generation: (count, dimensions)."""
+        """A generation: (count, dimensions), or what is left of a grid."""
+        count = int(min(count, self.left))
+        self.left -= count
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of samplers that fall back to random ones
             self._asked = [self._study.ask(self._space) for _ in range(count)]

@@ -67,7 +67,7 @@ class TunedPruner(SearchingPruner):
         study = self._study(ground, search)
         free = np.flatnonzero(ground.free)
         left = self.trials
-        while left and not search.interrupted:
+        while left and study.left and not search.interrupted:
             asked = study.ask(min(left, GENERATION))
             left -= len(asked)
             sparsities = np.zeros((len(asked), len(ground.free)))

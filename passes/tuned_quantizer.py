@@ -153,7 +153,7 @@ class TunedQuantizer(Pass):
             begun = [prices.proposal(np.zeros(len(layers), dtype=np.int64)), prices.met(np.ones(len(layers)))]
             dense, *_ = require_dense(search, search.evaluate(begun))
             left = self.trials
-            while left and not search.interrupted:
+            while left and study.left and not search.interrupted:
                 asked = study.ask(min(left, GENERATION))
                 left -= len(asked)
                 found = search.evaluate([prices.met(row) for row in asked])

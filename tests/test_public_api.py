@@ -20,11 +20,12 @@ ROOT = Path(fxcompress.__file__).parents[1]
 
 CORE = {
     # what users call
-    "compress", "trace", "channel_groups", "count", "latency", "report", "masks", "sparsity",
+    "compress", "trace", "channel_groups", "count", "latency", "report", "masks", "sparsity", "sensitivity",
     "export_onnx",
     # what they get
     "TracedModule", "ChannelGroups", "Group", "GroupedLayers", "LayerSet", "LayerSets", "RowSet", "Cost", "Symbolic",
     "Latency", "Report", "Step", "Epoch", "Sparsities",
+    "Sensitivity", "Curve", "SearchHistory", "Trial", "Proposal",
     # what a model is for
     "Task", "Budget", "Distill", "LightningTask", "TransformersTask",
     # what authors of passes need
@@ -33,7 +34,7 @@ CORE = {
     "FakeQuantize", "QuantSpec",
     # errors
     "FxCompressError", "InputError", "SelectionError", "TraceError", "GraphError", "PassError", "VerificationError",
-    "TrainingError", "CheckpointError",
+    "TrainingError", "CheckpointError", "SearchError",
 }  # fmt: skip
 PASSES = {
     "L1FilterPruner", "L2FilterPruner", "FPGMPruner", "RandomFilterPruner", "LevelPruner", "FoldBatchNorm", "FineTune",
@@ -41,6 +42,8 @@ PASSES = {
     "RecalibrateBatchNorm", "CompensateBias",
     "AGPPruner", "LinearPruner", "LotteryTicketPruner", "ADMMPruner", "SlimPruner", "MovementPruner",
     "NaiveQuantizer", "QATQuantizer", "DoReFaQuantizer", "BNNQuantizer", "LSQQuantizer", "PTQQuantizer", "Lower",
+    "SimulatedAnnealingPruner", "NetAdaptPruner", "AutoCompressPruner", "SensitivityPruner", "TunedPruner",
+    "TunedQuantizer",
     # what authors of criteria, schedules and quantizers need
     "ChannelPruner", "Layer", "ScheduledPruner", "Quantizer",
 }  # fmt: skip
@@ -111,6 +114,8 @@ def test_the_compiler_imports_no_algorithm_and_no_extra() -> None:
         "torchvision",
         "matplotlib",
         "optuna",
+        "cloudpickle",
+        "distributed",
         "onnx",
         "transformers",
         "lightning",
