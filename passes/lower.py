@@ -20,6 +20,7 @@ from fxcompress.lower.flat import FLAT
 from fxcompress.lower.fold_masks import fold_masks
 from fxcompress.lower.float_graph import lower_float
 from fxcompress.lower.int8_graph import lower_int8
+from fxcompress.lower.naming import drop_unread, state_read
 from fxcompress.lower.values import shapes_of
 from fxcompress.module import MASKS, TracedModule, evaluating
 from fxcompress.passes.fold_batch_norm import fold_norms
@@ -91,7 +92,8 @@ class Lower(Pass):
     def run(self, module: TracedModule, context: Context) -> TracedModule:
         """Lower what can be lowered."""
         assert context.inputs is not None
-        before = _names(module)
+        before, modes = _names(module), {name: item.training for name, item in module.named_modules()}
+        read = state_read(module)
         with evaluating(module):
             fold_masks(module, self.name)
             ranks = partial(_rank, shapes_of(module, context.inputs)[0])
@@ -103,6 +105,9 @@ class Lower(Pass):
                 folded = fold_norms(module, ranks, self.name)
                 context.notes += [f"folded {', '.join(folded)}"] if folded else []
                 context.notes += lower_float(module, context.inputs, _FLOAT[str(self.dtype)], self.name)
+        drop_unread(module, read)
+        for name, item in module.named_modules():
+            item.training = modes.get(name, module.training)
         context.notes += _listed(before, _names(module))
         module.meta[FLAT] = True
         module.recompile()

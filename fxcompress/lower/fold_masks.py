@@ -108,9 +108,11 @@ def _into_norm(rewriter: Rewriter, nodes: list[fx.Node]) -> None:
     name = str(nodes[0].args[0].target)  # type: ignore[union-attr]
     for leaf in ("weight", "bias"):
         rewriter.set_tensor(f"{name}.{leaf}", getattr(layer, leaf).detach() * mask.reshape(-1))
-    for node in nodes:
-        rewriter.replace(node, node.args[0])  # type: ignore[arg-type]
-        rewriter.erase(node)
+    for node in nodes:  # under the mask's name: that is whose value it is
+        norm = node.args[0]
+        assert isinstance(norm, fx.Node)
+        rewriter.become(node, "call_module", name, norm.args, dict(norm.kwargs))
+        rewriter.erase(norm)
 
 
 def _reads_whole_parameters(node: fx.Node) -> bool:

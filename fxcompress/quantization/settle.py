@@ -83,6 +83,7 @@ def _settle(rewriter: Rewriter, site: Site, calls: Mapping[str, int], ranks: Cal
         kind = type(getattr(quantizer, "rule", quantizer)).__name__
         return [f"{site.layer} stays as it is: the values of {kind} lie on no regular grid"]
     values = source * factor[0] if factor else value_of(module, _read(site))
+    said = [] if norm is None else [f"{norm.target} into {site.layer}"]
     if norm is not None:
         scale, bias = folded(submodule(module, site.layer), submodule(module, str(norm.target)))
         if not factor:
@@ -96,7 +97,7 @@ def _settle(rewriter: Rewriter, site: Site, calls: Mapping[str, int], ranks: Cal
     rewriter.set_tensor(site.weight, values)
     rewriter.put_module(str(node.target), made)
     rewriter.become(node, "call_module", node.target, node.args[:1])
-    return [] if norm is None else [f"{norm.target} into {site.layer}"]
+    return said
 
 
 def _read(site: Site) -> fx.Node:
@@ -162,6 +163,7 @@ def _fold(rewriter: Rewriter, site: Site, norm: fx.Node, bias: Tensor) -> None:
     read = parameter_node(rewriter, f"{site.layer}.bias", before=site.node)
     args = [*site.node.args[:2], read, *site.node.args[3:]]
     kwargs = {key: value for key, value in site.node.kwargs.items() if key != "bias"}
-    rewriter.become(site.node, site.node.op, site.node.target, tuple(args), kwargs)
-    rewriter.replace(norm, site.node)
-    rewriter.erase(norm)
+    # Under the BatchNorm's name: that is whose value it is.
+    norm.meta["layer"] = site.node.meta["layer"]
+    rewriter.become(norm, site.node.op, site.node.target, tuple(args), kwargs)
+    rewriter.erase(site.node)
