@@ -21,6 +21,15 @@ _PRODUCERS = (
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
+def calls_of(module: TracedModule) -> dict[str, int]:
+    """How often each module is called, open or not."""
+    found: dict[str, int] = {}
+    for node in module.graph.nodes:
+        name = str(node.target) if node.op == "call_module" else str(node.meta.get("layer", ""))
+        found[name] = found.get(name, 0) + 1
+    return found
+
+
 def norm_source(
     node: fx.Node, module: TracedModule, calls: Mapping[str, int], ranks: Callable[[fx.Node], int]
 ) -> fx.Node | None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 from torch import Tensor, fx, nn
 
 from fxcompress.channels.labels import Labels
 from fxcompress.context import Context
-from fxcompress.folding import folded, norm_source, scaled
+from fxcompress.folding import calls_of, folded, norm_source, scaled
 from fxcompress.masking import Masking
 from fxcompress.module import TracedModule, submodule
 from fxcompress.pipeline import Pass
@@ -34,16 +36,7 @@ class FoldBatchNorm(Pass):
 
     def run(self, module: TracedModule, context: Context) -> TracedModule:
         """Fold every pair."""
-        calls: dict[str, int] = {}
-        for node in module.graph.nodes:
-            if node.op == "call_module":
-                calls[str(node.target)] = calls.get(str(node.target), 0) + 1
-        folded: list[str] = []
-        with rewriting(module, self.name) as rewriter:
-            for node in list(module.graph.nodes):
-                producer = _producer(node, module, calls, context)
-                if producer is not None:
-                    folded.append(_fold(rewriter, producer, node))
+        folded = fold_norms(module, partial(_rank, module, context), self.name)
         if folded:
             context.notes.append(f"folded {', '.join(folded)}")
             masking, left = context.masking or Masking(), dict(module.named_parameters())
@@ -51,15 +44,38 @@ class FoldBatchNorm(Pass):
         return module
 
 
-def _producer(node: fx.Node, module: TracedModule, calls: dict[str, int], context: Context) -> fx.Node | None:
+def fold_norms(module: TracedModule, ranks: Callable[[fx.Node], int], author: str) -> list[str]:
+    """Fold every pair of a graph without masks, in place.
+
+    Args:
+        module: layers may be open; those keep their BatchNorm.
+        ranks: number of dimensions of a node's value, 0 where that is not known; asked about linear layers.
+        author: the pass, for provenance.
+
+    Returns:
+        A line for each.
+    """
+    calls = calls_of(module)
+    folded: list[str] = []
+    with rewriting(module, author) as rewriter:
+        for node in list(module.graph.nodes):
+            producer = _producer(node, module, calls, ranks)
+            if producer is not None:
+                folded.append(_fold(rewriter, producer, node))
+    return folded
+
+
+def _rank(module: TracedModule, context: Context, node: fx.Node) -> int:
+    if context.inputs is None:
+        return 0
+    labels = context.groups(module).channels.facts.values.get(node.name)
+    return len(labels.shape) if isinstance(labels, Labels) else 0
+
+
+def _producer(
+    node: fx.Node, module: TracedModule, calls: Mapping[str, int], ranks: Callable[[fx.Node], int]
+) -> fx.Node | None:
     """The layer that a node's BatchNorm can be folded into."""
-
-    def ranks(source: fx.Node) -> int:
-        if context.inputs is None:
-            return 0
-        labels = context.groups(module).channels.facts.values.get(source.name)
-        return len(labels.shape) if isinstance(labels, Labels) else 0
-
     source = norm_source(node, module, calls, ranks)
     if source is None or source.op != "call_module":
         return None

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
+from torch import fx
 
 from fxcompress.context import Context
 from fxcompress.errors import InputError, PassError, VerificationError
@@ -19,11 +22,15 @@ from fxcompress.inputs import other_batch
 from fxcompress.lower.agreement import agreement
 from fxcompress.lower.features import require_bfloat16, require_float, require_int8
 from fxcompress.lower.flat import FLAT
+from fxcompress.lower.fold_masks import fold_masks
 from fxcompress.lower.float_graph import lower_float
 from fxcompress.lower.int8_graph import lower_int8
-from fxcompress.module import TracedModule, evaluating
-from fxcompress.passes.fold_batch_norm import FoldBatchNorm
+from fxcompress.lower.naming import drop_unread, state_read
+from fxcompress.lower.values import shapes_of
+from fxcompress.module import MASKS, TracedModule, evaluating
+from fxcompress.passes.fold_batch_norm import fold_norms
 from fxcompress.pipeline import Pass
+from fxcompress.quantization.fake_quantize import QUANT
 from fxcompress.quantization.settle import settle
 from fxcompress.verify import TOLERANCE, tolerance_of, verify
 
@@ -37,13 +44,14 @@ class Lower(Pass):
 
     ``dtype="float32"`` and ``"bfloat16"``: BatchNorm is folded; convolutions and linear layers become onednn's
     (``torch.ops.mkldnn``), with the addition and the activation behind them fused.
-    Layers with mask nodes stay: run ``Speedup`` first.
 
     ``dtype="int8"`` (or None) reads fake-quant nodes and nothing else: a layer whose weight and input are
     fake-quantized becomes an integer kernel (``torch.ops.onednn``; Jacob et al. 2018, arXiv 1712.05877, equation 7)
     that takes over the addition, the activation and the rounding behind it, and what lies between such layers stays
     uint8: pooling, joins, reshapes, sums, products. Values differ from the simulation by at most one quantization
     step, node by node.
+
+    Masks that are still in the graph are multiplied into the weights; ``Speedup`` in front removes them.
 
     Layers that do not pay, or for which there is no kernel, stay, and the notes say which and why. Weights are plain
     buffers under their layers' names (int8 ones with ``weight_scale``) and are packed when the module first runs, so
@@ -121,14 +129,23 @@ class Lower(Pass):
         assert context.inputs is not None
         if self.backend != "torch":
             return in_runtime(module, context.inputs, _RUNTIMES[self.backend], context.notes, self.name)
+        before, modes = _names(module), {name: item.training for name, item in module.named_modules()}
+        read = state_read(module)
         with evaluating(module):
+            fold_masks(module, self.name)
+            ranks = partial(_rank, shapes_of(module, context.inputs)[0])
             if self.integer:
-                context.notes += settle(module, author=self.name)
+                context.notes += settle(module, ranks, self.name)
+                fold_masks(module, self.name)  # behind a rule that moved zero there is a plain grid now
                 context.notes += lower_int8(module, context.inputs, self.name)
             else:
-                FoldBatchNorm().run(module, context)
-                context.masking = None
+                folded = fold_norms(module, ranks, self.name)
+                context.notes += [f"folded {', '.join(folded)}"] if folded else []
                 context.notes += lower_float(module, context.inputs, _FLOAT[str(self.dtype)], self.name)
+        drop_unread(module, read)
+        for name, item in module.named_modules():
+            item.training = modes.get(name, module.training)
+        context.notes += _listed(before, _names(module))
         module.meta[FLAT] = True
         module.recompile()
         return module
@@ -162,3 +179,19 @@ class Lower(Pass):
         share = sum(item.elements * item.share for item in rounded) / max(1, sum(item.elements for item in rounded))
         context.notes.append(f"node by node, {share:.1e} of all integers are one step from the simulation's")
         return max((item.difference for item in found), default=0.0)
+
+
+def _rank(shapes: Mapping[str, tuple[int, ...]], node: fx.Node) -> int:
+    """Number of dimensions of a node's value."""
+    return len(shapes.get(node.name, ()))
+
+
+def _names(module: TracedModule) -> set[str]:
+    """The keys of the ``state_dict`` that are no masks and no ranges."""
+    return {key for key in module.state_dict() if not key.startswith((f"{MASKS}.", f"{QUANT}."))}
+
+
+def _listed(before: set[str], after: set[str]) -> list[str]:
+    """How the ``state_dict`` changed."""
+    changes = (("new", sorted(after - before)), ("gone", sorted(before - after)))
+    return [f"{what} in the state_dict: {', '.join(keys)}" for what, keys in changes if keys]

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from fxcompress.inputs import Inputs
 from fxcompress.lower.fusion import Chain, Chains
+from fxcompress.lower.naming import Names
 from fxcompress.lower.prepacked import FloatBatchNorm, FloatConvolution, FloatLinear, Geometry, PostOp, Prepacked
 from fxcompress.lower.values import shapes_of
 from fxcompress.module import TracedModule, state_of, submodule
@@ -57,6 +58,7 @@ def lower_float(module: TracedModule, inputs: Inputs, dtype: torch.dtype, author
         if dtype != torch.float32:
             _cast(rewriter, dtype, dtypes)
         chains = Chains(module, shapes)
+        names = Names(module, _functional(module))
         calls = Counter(str(node.target) for node in module.graph.nodes if node.op == "call_module")
         for node in list(module.graph.nodes):
             if dtype == torch.float32 and _batch_norm(rewriter, chains, node, calls):
@@ -71,9 +73,10 @@ def lower_float(module: TracedModule, inputs: Inputs, dtype: torch.dtype, author
                 continue
             single = node.op != "call_module" or calls[str(node.target)] == 1
             chain = _chain(chains, node, layer) if single else Chain((node,), None, PostOp())
-            _replace(rewriter, layer, chain, dtype)
-            if layer.module is None:
-                moved.append(f"{layer.parameter} is {layer.name}.weight now")
+            name = layer.name if layer.module is not None else names.take(layer.parameter)
+            _replace(rewriter, layer, name, chain, dtype)
+            if layer.parameter and layer.parameter != f"{name}.weight":
+                moved.append(f"{layer.parameter} is {name}.weight now")
             lowered += 1
             fused.update(additions=int(chain.other is not None), activations=int(chain.post.name != "none"))
     total = lowered + sum(map(len, left.reasons.values()))
@@ -108,8 +111,18 @@ def _layer_of(module: TracedModule, node: fx.Node) -> _Layer | None:
         if isinstance(weight, fx.Node) and weight.op == "get_attr" and _is_state(bias):
             tensor = None if bias is None else state[str(bias.target)]  # type: ignore[union-attr]
             parameter = str(weight.target)
-            return _Layer(parameter.removesuffix("_weight"), None, state[parameter], tensor, None, parameter)
+            return _Layer(parameter.removesuffix("weight").rstrip("._"), None, state[parameter], tensor, None, parameter)
     return None
+
+
+def _functional(module: TracedModule) -> dict[fx.Node, fx.Node]:
+    """Calls of layers that are written as functions, and what enters each."""
+    found: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        layer = _layer_of(module, node)
+        if layer is not None and layer.module is None and isinstance(x := node.args[0], fx.Node):
+            found[node] = x
+    return found
 
 
 def _is_state(value: Any) -> bool:
@@ -162,8 +175,8 @@ def _chain(chains: Chains, node: fx.Node, layer: _Layer) -> Chain:
     return chains.behind(node, unary=unary, binary=binary if adds else None)
 
 
-def _replace(rewriter: Rewriter, layer: _Layer, chain: Chain, dtype: torch.dtype) -> None:
-    """A packed layer under the layer's name, called where the chain's result is."""
+def _replace(rewriter: Rewriter, layer: _Layer, name: str, chain: Chain, dtype: torch.dtype) -> None:
+    """A packed layer under a name, called where the chain's result is."""
     weight = layer.weight.detach().to(dtype)
     bias = None if layer.bias is None else layer.bias.detach().to(dtype)
     packed: Prepacked
@@ -171,11 +184,11 @@ def _replace(rewriter: Rewriter, layer: _Layer, chain: Chain, dtype: torch.dtype
         packed = FloatLinear(weight, bias, chain.post)
     else:
         packed = FloatConvolution(weight, bias, layer.geometry, chain.post)
-    rewriter.put_module(layer.name, packed)
+    rewriter.put_module(name, packed)
     x = chain.nodes[0].args[0] if chain.nodes[0].args else chain.nodes[0].kwargs["input"]
     arguments = (x,) if chain.other is None else (x, chain.other)
     chain.last.meta.pop("mutates", None)
-    rewriter.become(chain.last, "call_module", layer.name, arguments)
+    rewriter.become(chain.last, "call_module", name, arguments)
     for node in reversed(chain.nodes[:-1]):
         rewriter.erase(node)
 

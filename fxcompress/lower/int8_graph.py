@@ -14,7 +14,8 @@ from fxcompress.lower.agreement import GRID
 from fxcompress.lower.float_graph import Left, drop_idle
 from fxcompress.lower.fusion import Chain, Chains, addends, post_op
 from fxcompress.lower.integers import ByteGrid
-from fxcompress.lower.layers_int8 import LAYERS, LayerSite, int8_layer, site_of, weight_only
+from fxcompress.lower.layers_int8 import LAYERS, LayerSite, int8_layer, sites_of, weight_only
+from fxcompress.lower.naming import Names
 from fxcompress.lower.prepacked import PostOp
 from fxcompress.lower.quantized import QuantizedBatchNorm
 from fxcompress.lower.values import shapes_of
@@ -93,12 +94,11 @@ class _Lowering:
         self.readers: set[fx.Node] = set()  # nodes that read integers as such
         self.floats: dict[fx.Node, fx.Node] = {}
         self.pending: dict[fx.Node, list[LayerSite]] = {}  # layers, by the last node that their kernel may take over
-        self.names: Counter[str] = Counter()
-        self.sites: dict[fx.Node, LayerSite] = {}
+        # Before anything is edited: a layer that is called twice gives up its weights the first time.
+        self.sites = sites_of(self.module)
+        self.names = Names(self.module, {node: site.x for node, site in self.sites.items()})
 
     def run(self) -> None:
-        # Before anything is edited: a layer that is called twice gives up its weights the first time.
-        self.sites = {node: site for node in self.order if (site := site_of(self.module, node)) is not None}
         for node in list(self.module.graph.nodes):
             if node.graph is not self.module.graph or node._erased:
                 continue
@@ -169,7 +169,7 @@ class _Lowering:
         x_grid = self.grids.get(site.x)
         reason = site.reason or ("its input is not quantized" if x_grid is None else None)
         if reason is not None:
-            weight_only(self.rewriter, site, self._name(site))
+            weight_only(self.rewriter, site, self.names.take(site.parameter))
             self.left.add(site.name, reason)
             return
         # What is added may come after the layer: everything is decided where the result is.
@@ -188,7 +188,7 @@ class _Lowering:
         other = None if chain.other is None else self.grids.get(chain.other)
         spends = other is not None and self._expendable(chain.other, last)
         layer = int8_layer(site, chain.post, self.grids[site.x], grid, other if grid is not None else None, spends)
-        name = self._name(site)
+        name = self.names.take(site.parameter)
         arguments = (site.x,) if chain.other is None else (site.x, chain.other)
         if chain.other is not None and grid is None and other is not None:
             arguments = (site.x, self._float(chain.other))
@@ -230,12 +230,6 @@ class _Lowering:
         return all(
             self.order.get(user, -1) <= self.order[at] and not movement.moves(self.module, user) for user in other.users
         )
-
-    def _name(self, site: LayerSite) -> str:
-        """A name in the tree; a layer that is called twice has two kernels, which share their weights."""
-        self.names[site.name] += 1
-        count = self.names[site.name]
-        return site.name if count == 1 else f"{site.name}_call{count}"
 
     # ---- fake-quant nodes of activations -------------------------------------------------------------------------
 
@@ -366,4 +360,5 @@ def averages_all(module: TracedModule, node: fx.Node) -> bool:
     if name == "adaptiveavgpool2d":
         return True
     given: dict[str, Any] = dict(zip(("input", "dim", "keepdim"), node.args, strict=False)) | node.kwargs
-    return name == "mean" and tuple(given.get("dim") or ()) in ((2, 3), (-2, -1)) and given.get("keepdim") is True
+    dims = given.get("dim")
+    return name == "mean" and dims in ((2, 3), [2, 3], (-2, -1), [-2, -1]) and given.get("keepdim") is True

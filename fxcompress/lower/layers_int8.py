@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ class LayerSite:
 
     Attributes:
         node: the call.
-        name: where its weight is in the tree; for a parameter beside layers, the parameter's name without ``_weight``.
+        parameter: its weight's name in the tree.
         weight: int8.
         scale: of each output channel, or 0-d.
         bias: or None.
@@ -45,13 +45,18 @@ class LayerSite:
     """
 
     node: fx.Node
-    name: str
+    parameter: str
     weight: Tensor
     scale: Tensor
     bias: Tensor | None
     geometry: Geometry | None
     reason: str | None
     edge: fx.Node
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return self.parameter.removesuffix("weight").rstrip("._") or self.parameter
 
     @property
     def x(self) -> fx.Node:
@@ -75,7 +80,18 @@ class LayerSite:
         return post.name in _FUSED.get(self.weight.dim(), ())
 
 
-def site_of(module: TracedModule, node: fx.Node) -> LayerSite | None:
+def sites_of(module: TracedModule) -> dict[fx.Node, LayerSite]:
+    """The layers whose weights are fake-quantized, by their calls; layers that read one weight hold one tensor."""
+    found: dict[fx.Node, LayerSite] = {}
+    weights: dict[fx.Node, Tensor] = {}
+    for node in module.graph.nodes:
+        site = _site_of(module, node)
+        if site is not None:
+            found[node] = replace(site, weight=weights.setdefault(site.edge, site.weight))
+    return found
+
+
+def _site_of(module: TracedModule, node: fx.Node) -> LayerSite | None:
     """The layer that a node is a call of, if its weight is fake-quantized."""
     if node.op != "call_function" or node.target not in (*_DIMS, *_OTHERS):
         return None
@@ -102,13 +118,11 @@ def site_of(module: TracedModule, node: fx.Node) -> LayerSite | None:
         reason = "pads unevenly" if geometry is None else None
     raw = given.get("bias") if node.target is not F.embedding else None
     bias = None if raw is None else constant(module, raw)
-    name = str(source.target)
-    name = name.removesuffix(".weight") if name.endswith(".weight") else name.removesuffix("_weight")
     scale = grid.scale.clone()
     if item.spec.axis not in (None, 0):
         reason = reason or "its scales do not go along its outputs"
         scale = scale.reshape([-1 if dim == item.spec.axis else 1 for dim in range(weight.dim())])
-    return LayerSite(node, name, weight, scale, bias, geometry, reason, edge)
+    return LayerSite(node, str(source.target), weight, scale, bias, geometry, reason, edge)
 
 
 def constant(module: TracedModule, value: Any) -> Tensor:

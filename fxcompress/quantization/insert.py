@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from fxcompress.channels.labels import Labels
 from fxcompress.channels.propagate import Facts
-from fxcompress.folding import norm_source
+from fxcompress.folding import calls_of, norm_source
 from fxcompress.layers import open_layer, parameter_node
 from fxcompress.module import TracedModule, owner, submodule
 from fxcompress.nodes import batch_norm_factor
@@ -156,12 +156,3 @@ class _Inserter:
         self.rewriter.put_module(full, Calibrator(full, spec))
         self.slots.append(Slot(full, spec, channels, calls, layer))
         return self.slots[-1]
-
-
-def calls_of(module: TracedModule) -> dict[str, int]:
-    """How often each module is called."""
-    found: dict[str, int] = {}
-    for node in module.graph.nodes:
-        name = str(node.target) if node.op == "call_module" else str(node.meta.get("layer", ""))
-        found[name] = found.get(name, 0) + 1
-    return found

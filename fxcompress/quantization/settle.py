@@ -9,27 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxcompress.channels.labels import Labels
-from fxcompress.channels.propagate import Facts
-from fxcompress.folding import folded, norm_source, scaled
+from fxcompress.folding import calls_of, folded, norm_source, scaled
 from fxcompress.layers import parameter_node
 from fxcompress.module import MASKS, TracedModule, evaluating, owner, submodule
 from fxcompress.quantization.fake_quantize import AffineFakeQuantize, FakeQuantize, TransformedFakeQuantize
 from fxcompress.quantization.gradients import GradientQuantize
-from fxcompress.quantization.insert import ROLE, calls_of
+from fxcompress.quantization.insert import ROLE
 from fxcompress.quantization.sites import Site, find_sites
 from fxcompress.quantization.spec import QuantSpec
 from fxcompress.rewrite import Rewriter, rewriting
 
 
-def settle(module: TracedModule, facts: Facts | None = None, author: str = "settle") -> list[str]:
+def settle(module: TracedModule, ranks: Callable[[fx.Node], int] | None = None, author: str = "settle") -> list[str]:
     """Fold BatchNorm behind quantized layers and give every quantized weight a plain, fixed grid, in place.
 
     The module computes the same in eval mode. Parameters hold the folded weights; the keys of folded BatchNorms go.
 
     Args:
         module: a traced module, masks in its graph or not.
-        facts: its channel analysis; without it, no BatchNorm is folded into a linear layer.
+        ranks: number of dimensions of a node's value; without it, no BatchNorm is folded into a linear layer.
         author: the pass, for provenance.
 
     Returns:
@@ -41,17 +39,13 @@ def settle(module: TracedModule, facts: Facts | None = None, author: str = "sett
         calls = calls_of(module)
         for site in list(find_sites(module)):
             if site.quantized:
-                said += _settle(rewriter, site, calls, _ranks(facts))
+                said += _settle(rewriter, site, calls, ranks or _unknown)
         _drop_uncalled(rewriter, calls)
     return said
 
 
-def _ranks(facts: Facts | None) -> Callable[[fx.Node], int]:
-    def of(node: fx.Node) -> int:
-        labels = None if facts is None else facts.values.get(node.name)
-        return len(labels.shape) if isinstance(labels, Labels) else 0
-
-    return of
+def _unknown(node: fx.Node) -> int:
+    return 0
 
 
 def _drop_gradients(rewriter: Rewriter) -> None:
@@ -89,6 +83,7 @@ def _settle(rewriter: Rewriter, site: Site, calls: Mapping[str, int], ranks: Cal
         kind = type(getattr(quantizer, "rule", quantizer)).__name__
         return [f"{site.layer} stays as it is: the values of {kind} lie on no regular grid"]
     values = source * factor[0] if factor else value_of(module, _read(site))
+    said = [] if norm is None else [f"{norm.target} into {site.layer}"]
     if norm is not None:
         scale, bias = folded(submodule(module, site.layer), submodule(module, str(norm.target)))
         if not factor:
@@ -105,7 +100,7 @@ def _settle(rewriter: Rewriter, site: Site, calls: Mapping[str, int], ranks: Cal
     rewriter.set_tensor(site.weight, values)
     rewriter.put_module(str(node.target), made)
     rewriter.become(node, "call_module", node.target, node.args[:1])
-    return [] if norm is None else [f"{norm.target} into {site.layer}"]
+    return said
 
 
 def _read(site: Site) -> fx.Node:
@@ -171,6 +166,7 @@ def _fold(rewriter: Rewriter, site: Site, norm: fx.Node, bias: Tensor) -> None:
     read = parameter_node(rewriter, f"{site.layer}.bias", before=site.node)
     args = [*site.node.args[:2], read, *site.node.args[3:]]
     kwargs = {key: value for key, value in site.node.kwargs.items() if key != "bias"}
-    rewriter.become(site.node, site.node.op, site.node.target, tuple(args), kwargs)
-    rewriter.replace(norm, site.node)
-    rewriter.erase(norm)
+    # Under the BatchNorm's name: that is whose value it is.
+    norm.meta["layer"] = site.node.meta["layer"]
+    rewriter.become(norm, site.node.op, site.node.target, tuple(args), kwargs)
+    rewriter.erase(site.node)
