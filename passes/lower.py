@@ -22,8 +22,8 @@ from fxcompress.inputs import other_batch
 from fxcompress.lower.agreement import agreement
 from fxcompress.lower.features import require_bfloat16, require_float, require_int8
 from fxcompress.lower.flat import FLAT
-from fxcompress.lower.fold_masks import fold_masks
 from fxcompress.lower.float_graph import lower_float
+from fxcompress.lower.fold_masks import fold_masks
 from fxcompress.lower.int8_graph import lower_int8
 from fxcompress.lower.naming import drop_unread, state_read
 from fxcompress.lower.values import shapes_of

@@ -111,7 +111,9 @@ def _layer_of(module: TracedModule, node: fx.Node) -> _Layer | None:
         if isinstance(weight, fx.Node) and weight.op == "get_attr" and _is_state(bias):
             tensor = None if bias is None else state[str(bias.target)]  # type: ignore[union-attr]
             parameter = str(weight.target)
-            return _Layer(parameter.removesuffix("weight").rstrip("._"), None, state[parameter], tensor, None, parameter)
+            return _Layer(
+                parameter.removesuffix("weight").rstrip("._"), None, state[parameter], tensor, None, parameter
+            )
     return None
 
 
