@@ -17,7 +17,6 @@ import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
 from fake_quantized import fake_quantized
 from model_zoo import calibrate, randomize
 from onnx import numpy_helper
@@ -436,12 +435,16 @@ def encoder() -> tuple[nn.Module, Tensor]:
 
 
 def transformer() -> tuple[nn.Module, Tensor]:
+    import torchvision  # after the test helper that makes it importable
+
     model = torchvision.models.VisionTransformer(32, 8, 2, 4, 64, 128, num_classes=10).eval()
     randomize(model, 0)
     return model, torch.randn(2, 3, 32, 32)
 
 
 def published(name: str) -> tuple[nn.Module, Tensor]:
+    import torchvision
+
     torch.manual_seed(0)
     if name in ("encoder", "transformer"):
         return {"encoder": encoder, "transformer": transformer}[name]()
