@@ -49,7 +49,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     from onnxscript import opset18 as op
 
     def write_quantize(x: Any, scale: Any, zero_point: Any, node: str) -> Any:
-        made = op.QuantizeLinear(x, scale, zero_point)
+        made: Any = op.QuantizeLinear(x, scale, zero_point)
         made.producer().metadata_props[NODE] = node
         return made
 

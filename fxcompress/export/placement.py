@@ -307,7 +307,7 @@ class _Placer:
         result = node.outputs[0]
         rounding, after = self._rounding(result), self._reader(result)
         saturating = after is not None and after.op_type in ("Relu", "Clip")
-        if saturating:
+        if after is not None and saturating:
             rounding = self._rounding(after.outputs[0])
         end = None if rounding is None else self._grid_of(rounding)
         if other is None or end is None:

@@ -183,9 +183,10 @@ def _exported(module: TracedModule, values: tuple[Any, ...], batched: tuple[str,
         ) from error
     assert program is not None
     for value, shape in zip(program.model.graph.inputs, shapes, strict=True):
-        if shape is not None and isinstance(value.shape[0], int):
+        found = value.shape
+        if shape is not None and found is not None and isinstance(found[0], int):
             raise PassError(
-                f"torch.onnx.export fixed the batch size of {value.name} at {value.shape[0]}, and this model takes "
+                f"torch.onnx.export fixed the batch size of {value.name} at {found[0]}, and this model takes "
                 "any. Look for code that reads the size as a number, for example len(x) or int(x.shape[0])."
             )
     return program.model

@@ -31,6 +31,8 @@ class OnnxModule(nn.Module):
     """
 
     model: Tensor
+    signature: Signature
+    runtime: Runtime
 
     def __init__(self, model: bytes, signature: Signature, runtime: Runtime) -> None:
         super().__init__()
