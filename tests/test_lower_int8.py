@@ -18,8 +18,9 @@ from fxcompress.inputs import Inputs
 from fxcompress.lower import integers
 from fxcompress.lower.agreement import GRID, agreement
 from fxcompress.lower.features import has_int8_instructions
-from fxcompress.lower.prepacked import FloatLinear
-from fxcompress.lower.quantized import IntegerWeight, QuantizedConvolution, QuantizedLayer
+from fxcompress.lower.prepacked import FloatLinear, PostOp
+from fxcompress.lower.quantized import IntegerWeight, QuantizedConvolution, QuantizedLayer, QuantizedLinear
+from fxcompress.lower.stem import QuantizedStem
 from fxcompress.passes import Lower
 from fxcompress.quantization.observers import MinMax
 from fxcompress.quantization.spec import QuantSpec, activation_spec, weight_spec
@@ -226,6 +227,49 @@ def test_max_pooling_of_integers(kernel: object, stride: object, padding: object
         return  # smaller than the kernel
     found = integers.max_pool2d(q, pair(kernel), pair(stride), pair(padding))
     assert torch.equal(found.double(), expected)
+
+
+@pytest.mark.parametrize("channels, bits", [(1, 8), (2, 5), (3, 8)])
+def test_an_image_is_rounded_by_its_convolution(channels: int, bits: int) -> None:
+    class Stem(nn.Module):
+        def __init__(self, reads: int) -> None:
+            super().__init__()
+            self.one = nn.Conv2d(channels, 21, (3, 5), (2, 1), (1, 0), (1, 2))
+            self.two = nn.Conv2d(channels, 21, (3, 5), (2, 1), (1, 0), (1, 2))
+            self.head, self.reads = nn.Conv2d(21, 7, 1), reads
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.hardtanh(self.one(x), 0.0, 0.5)
+            return self.head(y if self.reads == 1 else y + self.two(x))
+
+    x = torch.randn(2, channels, 19, 22) + 0.3
+    for reads in (1, 2):
+        model = Stem(reads).eval()
+        randomize(model, 8)
+        simulated = fake_quantized(model, x, activation=activation_spec(bits, MinMax()))
+        lowered = lower(simulated, x)
+        assert isinstance(lowered.get_submodule("one"), QuantizedStem) == (reads == 1)
+        for size in ((2, channels, 19, 22), (3, channels, 12, 31)):
+            y = torch.randn(size) + 0.3
+            for given in (y, y.contiguous(memory_format=torch.channels_last)):
+                assert_within_a_step(simulated, lowered, given)
+                kept = given.clone()
+                lowered(given)
+                assert torch.equal(kept, given)
+
+
+def test_a_clip_that_rounding_does_anyway_is_dropped() -> None:
+    def post(activation: PostOp, grid: integers.ByteGrid) -> str:
+        weight, scale = torch.ones(4, 3, dtype=torch.int8), torch.ones(4)
+        return QuantizedLinear(weight, scale, None, post=activation, x_grid=grid, grid=grid).post.name
+
+    six = PostOp("hardtanh", (0.0, 6.0))
+    assert post(six, integers.ByteGrid(6 / 255, 0, 0, 255)) == "none"
+    assert post(six, integers.ByteGrid(5 / 255, 0, 0, 255)) == "none"
+    assert post(six, integers.ByteGrid(7 / 255, 0, 0, 255)) == "hardtanh"
+    assert post(six, integers.ByteGrid(6 / 255, 3, 0, 255)) == "hardtanh"
+    assert post(PostOp("relu"), integers.ByteGrid(7 / 255, 0, 0, 255)) == "none"
+    assert post(PostOp("hardswish"), integers.ByteGrid(1 / 255, 0, 0, 255)) == "hardswish"
 
 
 @pytest.mark.parametrize("narrow", [False, True])

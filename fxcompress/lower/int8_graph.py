@@ -18,6 +18,7 @@ from fxcompress.lower.layers_int8 import LAYERS, LayerSite, int8_layer, sites_of
 from fxcompress.lower.naming import Names
 from fxcompress.lower.prepacked import PostOp
 from fxcompress.lower.quantized import QuantizedBatchNorm
+from fxcompress.lower.stem import suits
 from fxcompress.lower.values import shapes_of
 from fxcompress.module import TracedModule, submodule
 from fxcompress.quantization.fake_quantize import QUANT, FakeQuantize
@@ -187,23 +188,42 @@ class _Lowering:
             (last,) = last.users
         other = None if chain.other is None else self.grids.get(chain.other)
         spends = other is not None and self._expendable(chain.other, last)
-        layer = int8_layer(site, chain.post, self.grids[site.x], grid, other if grid is not None else None, spends)
+        x, image = site.x, self._image(site, [*chain.nodes, last])
+        added = other if grid is not None else None
+        layer = int8_layer(site, chain.post, self.grids[x], grid, added, spends, rounds=image is not None)
         name = self.names.take(site.parameter)
-        arguments = (site.x,) if chain.other is None else (site.x, chain.other)
-        if chain.other is not None and grid is None and other is not None:
-            arguments = (site.x, self._float(chain.other))
+        arguments: tuple[fx.Node, ...] = (image or x,)
+        if chain.other is not None:
+            arguments += (chain.other if grid is not None or other is None else self._float(chain.other),)
         last.meta.pop("mutates", None)
         self.rewriter.put_module(name, layer)
         self.rewriter.become(last, "call_module", name, arguments)
         for node in reversed(chain.nodes):
             if node is not last:
                 self.rewriter.erase(node)
+        if image is not None:
+            self.rewriter.erase(x)
+            del self.grids[x]
+            self.lowered.subtract(("roundings",))
         if grid is not None:
             self._gives(last, grid)
         self.readers.add(last)
         self.lowered[site.kind] += 1
         if chain.other is not None:
             self.lowered["fused additions"] += 1
+
+    def _image(self, site: LayerSite, chain: list[fx.Node]) -> fx.Node | None:
+        """The float image that a convolution rounds itself, if nobody else reads it rounded."""
+        node = site.x
+        if node.target is not integers.quantize or len(node.users) != 1 or site.geometry is None:
+            return None
+        if not suits(site.weight, site.geometry.groups, self.shapes[node.name]) or self.chains.disturbed(
+            [node, *chain]
+        ):
+            return None
+        (source, _) = node.args
+        assert isinstance(source, fx.Node)
+        return source
 
     def _chain(self, site: LayerSite) -> tuple[Chain, ByteGrid | None]:
         """What the kernel takes over, and the grid of its result; None = float32."""

@@ -13,6 +13,7 @@ from fxcompress.errors import GraphError
 from fxcompress.lower.integers import ByteGrid
 from fxcompress.lower.prepacked import FloatConvolution, FloatLinear, Geometry, PostOp, Prepacked
 from fxcompress.lower.quantized import IntegerWeight, QuantizedConvolution, QuantizedLayer, QuantizedLinear
+from fxcompress.lower.stem import QuantizedStem
 from fxcompress.module import TracedModule, owner, submodule
 from fxcompress.quantization.fake_quantize import FakeQuantize
 from fxcompress.rewrite import Rewriter
@@ -172,8 +173,10 @@ def int8_layer(
     grid: ByteGrid | None,
     other_grid: ByteGrid | None,
     spends_other: bool,
+    *,
+    rounds: bool,
 ) -> QuantizedLayer:
-    """The layer with an integer kernel."""
+    """The layer with an integer kernel; ``rounds``: it is given floats, which it rounds itself."""
     options: dict[str, Any] = {
         "post": post,
         "x_grid": x_grid,
@@ -183,7 +186,8 @@ def int8_layer(
     }
     if site.geometry is None:
         return QuantizedLinear(site.weight, site.scale, site.bias, **options)
-    return QuantizedConvolution(site.weight, site.scale, site.bias, site.geometry, **options)
+    kind = QuantizedStem if rounds else QuantizedConvolution
+    return kind(site.weight, site.scale, site.bias, site.geometry, **options)
 
 
 def weight_only(rewriter: Rewriter, site: LayerSite, name: str) -> None:

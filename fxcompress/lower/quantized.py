@@ -135,19 +135,31 @@ class QuantizedConvolution(QuantizedLayer):
     def pack(self, x: Tensor) -> Kernel:
         if x.dim() == 4 and self.pointwise:
             return self._over_channels(x)
-        stride, padding, dilation, groups = self.geometry.lists
+        padding = list(self.geometry.padding)
+        return self._convolving(self.weight, padding, list(x.shape))
+
+    def _convolving(self, weight: Tensor, padding: list[int], shape: list[int]) -> Kernel:
+        """The kernel for integers ``x`` of a shape."""
+        stride, _, dilation, groups = self.geometry.lists
         scales, zeros = self._scales()
         bias, zero_point = self.bias, self.x_grid.zero_point
         if zero_point and not any(padding):
             # Without padding the zero point adds the same everywhere; the kernel is faster without.
-            sums = self.weight.flatten(1).sum(1, dtype=torch.float64) * scales.double()
+            sums = weight.flatten(1).sum(1, dtype=torch.float64) * scales.double()
             shift = (-zero_point * self.x_grid.scale * sums).float()
             bias, zero_point = shift if bias is None else bias + shift, 0
         # Told the shape, onednn packs for another kernel than the one that a zero point leads to, and packs again at
         # every call (measured: five times slower).
-        shape = list(x.shape) if zero_point == 0 else None
         packed = torch.ops.onednn.qconv_prepack(
-            self.weight, scales, self.x_grid.scale, zero_point, stride, padding, dilation, groups, shape
+            weight,
+            scales,
+            self.x_grid.scale,
+            zero_point,
+            stride,
+            padding,
+            dilation,
+            groups,
+            shape if zero_point == 0 else None,
         )
         first = (self.x_grid.scale, zero_point, packed, scales, zeros)
         where = (bias, stride, padding, dilation, groups)
@@ -155,8 +167,8 @@ class QuantizedConvolution(QuantizedLayer):
         result = (grid.scale, grid.zero_point, torch.float32 if self.grid is None else torch.uint8)
         post = (self.post.name, list(self.post.scalars), self.post.algorithm)
         other, keeps, finish = self.other_grid, not self.spends_other, self._finish()
-        last = torch.channels_last if x.dim() == 4 else torch.contiguous_format
-        one = torch.ops.onednn.qconv_pointwise if x.dim() == 4 else torch.ops.onednn.qconv1d_pointwise
+        last = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+        one = torch.ops.onednn.qconv_pointwise if len(shape) == 4 else torch.ops.onednn.qconv1d_pointwise
         unary, binary = one.default, torch.ops.onednn.qconv2d_pointwise.binary
 
         def kernel(x: Tensor, added: Tensor | None = None) -> Tensor:
