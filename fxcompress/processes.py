@@ -40,6 +40,24 @@ def mean(values: list[float], device: torch.device) -> list[float]:
     return found
 
 
+def widest(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest values of all processes, each of which has seen its part of a batch."""
+    if not together():
+        return low, high
+    ends = torch.stack((-low, high))
+    distributed.all_reduce(ends, distributed.ReduceOp.MAX)
+    return -ends[0], ends[1]
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum over all processes."""
+    if not together():
+        return values
+    summed = values.clone()
+    distributed.all_reduce(summed)
+    return summed
+
+
 def share_statistics(model: nn.Module) -> None:
     """Give every process the running statistics of the first: each has seen other batches."""
     if not together():
