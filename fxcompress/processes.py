@@ -75,6 +75,15 @@ def in_step(batches: Iterator[Any], where: str, device: torch.device) -> Iterato
 _END = object()
 
 
+def widest(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest values of all processes, each of which has seen its part of a batch."""
+    if not together():
+        return low, high
+    ends = torch.stack((-low, high))
+    distributed.all_reduce(ends, distributed.ReduceOp.MAX)
+    return -ends[0], ends[1]
+
+
 def share_statistics(model: nn.Module) -> None:
     """Give every process the running statistics of the first: each has seen other batches."""
     if not together():

@@ -23,7 +23,7 @@ from fxcompress.lower.agreement import agreement
 from fxcompress.lower.features import require_bfloat16, require_float, require_int8
 from fxcompress.lower.flat import FLAT
 from fxcompress.lower.float_graph import lower_float
-from fxcompress.lower.fold_masks import fold_masks
+from fxcompress.lower.fold_masks import fold_masks, forget_masks
 from fxcompress.lower.int8_graph import lower_int8
 from fxcompress.lower.naming import drop_unread, state_read
 from fxcompress.lower.values import shapes_of
@@ -142,6 +142,7 @@ class Lower(Pass):
                 folded = fold_norms(module, ranks, self.name)
                 context.notes += [f"folded {', '.join(folded)}"] if folded else []
                 context.notes += lower_float(module, context.inputs, _FLOAT[str(self.dtype)], self.name)
+        forget_masks(module)
         drop_unread(module, read)
         for name, item in module.named_modules():
             item.training = modes.get(name, module.training)

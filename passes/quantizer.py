@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fxcompress.context import Context
-from fxcompress.errors import InputError
+from fxcompress.errors import InputError, PassError
 from fxcompress.module import TracedModule, submodule
 from fxcompress.pipeline import Pass
 from fxcompress.quantization.bits import BitRules, Bits, require_bits
@@ -135,20 +135,32 @@ class Quantizer(Pass):
 
     def run(self, module: TracedModule, context: Context) -> TracedModule:
         """Insert, calibrate, train."""
-        module = self.prepare(module, context)
+        summary = context.step(module, partial(self._place, module, context))
+        if summary is None:
+            return module
+        if self.epochs:
+            with context.laid(module, self.name):
+                self.train(module, context)
+        context.notes.append(summary)
+        return module
+
+    def _place(self, module: TracedModule, context: Context) -> str | None:
+        """Put in the nodes, with ranges that calibration found; a line for the notes, or None if nothing is chosen.
+
+        A step of the run: one that goes on after it was killed in training finds the nodes there.
+        """
+        if self.prepare(module, context) is not module:
+            raise PassError(f"{self.name}.prepare returned another module; expected the one that it was given.")
         specs = self._specs(module)
         products = self.product_spec()
         wants_facts = self.folds or products is not None or any(item.data is not None for item in specs.values())
         facts = context.groups(module).channels.facts if wants_facts and context.inputs is not None else None
         slots = insert(module, specs, facts, self.name, folds=self.folds, kernels=self.kernels, products=products)
         if not slots:
-            return module
+            return None
         with context.laid(module, self.name):
             self._fill(module, slots, context)
-            if self.epochs:
-                self.train(module, context)
-        context.notes.append(_summary(slots))
-        return module
+        return _summary(slots)
 
     def _specs(self, module: TracedModule) -> dict[str, LayerSpecs]:
         """What is wanted of each layer."""

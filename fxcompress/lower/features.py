@@ -41,7 +41,7 @@ def require_bfloat16() -> None:
         PassError: with what is missing.
     """
     require_float()
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not has_bfloat16():
         raise PassError(
             f"dtype='bfloat16' needs a processor with AVX512 or better; this one ({processor()}) has none of it. Lower "
             "with dtype='float32'."
@@ -63,6 +63,11 @@ def require_int8() -> None:
             f"or AMX); this processor ({processor()}) has none. Without them sums of products overflow in 16 bits. "
             "Keep the fake-quantized module, or lower the float model with Lower(dtype='float32')."
         )
+
+
+def has_bfloat16() -> bool:
+    """Whether the processor has bfloat16 instructions, or the means to emulate them."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def has_int8_instructions() -> bool:

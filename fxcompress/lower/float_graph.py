@@ -15,7 +15,7 @@ from fxcompress.inputs import Inputs
 from fxcompress.lower.fusion import Chain, Chains
 from fxcompress.lower.naming import Names
 from fxcompress.lower.prepacked import FloatBatchNorm, FloatConvolution, FloatLinear, Geometry, PostOp, Prepacked
-from fxcompress.lower.values import shapes_of
+from fxcompress.lower.values import shapes_of, staying_float32
 from fxcompress.module import TracedModule, state_of, submodule
 from fxcompress.rewrite import Rewriter, rewriting
 
@@ -56,7 +56,7 @@ def lower_float(module: TracedModule, inputs: Inputs, dtype: torch.dtype, author
     moved: list[str] = []
     with rewriting(module, author) as rewriter:
         if dtype != torch.float32:
-            _cast(rewriter, dtype, dtypes)
+            _cast(rewriter, dtype, dtypes, inputs)
         chains = Chains(module, shapes)
         names = Names(module, _functional(module))
         calls = Counter(str(node.target) for node in module.graph.nodes if node.op == "call_module")
@@ -221,7 +221,7 @@ def drop_idle(rewriter: Rewriter) -> None:
             rewriter.erase(node)
 
 
-def _cast(rewriter: Rewriter, dtype: torch.dtype, dtypes: dict[str, torch.dtype]) -> None:
+def _cast(rewriter: Rewriter, dtype: torch.dtype, dtypes: dict[str, torch.dtype], inputs: Inputs) -> None:
     """Inputs to ``dtype`` and outputs back; everything between follows, with parameters and buffers of that dtype."""
     module = rewriter.module
     for node in list(module.graph.nodes):
@@ -229,9 +229,11 @@ def _cast(rewriter: Rewriter, dtype: torch.dtype, dtypes: dict[str, torch.dtype]
             first = node
             cast = rewriter.insert_after(first, "call_method", "to", (node, dtype))
             rewriter.replace(node, cast)
-        if node.op == "output":
-            for source in node.all_input_nodes:
-                if dtypes.get(source.name) == torch.float32:
-                    back = rewriter.insert_before(node, "call_method", "to", (source, torch.float32))
-                    rewriter.read(node, source, back)
     module.to(dtype)
+    for node in staying_float32(module, inputs, dtype):
+        rewriter.replace(node, rewriter.insert_after(node, "call_method", "to", (node, dtype)))
+    (output,) = rewriter.graph.find_nodes(op="output")
+    for source in output.all_input_nodes:
+        original = source.args[0] if source.target == "to" and source.name not in dtypes else source
+        if isinstance(original, fx.Node) and dtypes.get(original.name) == torch.float32:
+            rewriter.read(output, source, rewriter.insert_before(output, "call_method", "to", (source, torch.float32)))

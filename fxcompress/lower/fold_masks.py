@@ -23,7 +23,7 @@ def fold_masks(module: TracedModule, author: str) -> None:
 
     A mask of a parameter, in front of its fake-quant node or behind, goes into the parameter; one behind a BatchNorm
     into its weight and bias. Layers that were opened for their masks are closed. What reads live channels only (norms,
-    softmax) stays as it is, as do masks behind rules that move zero; they are no masks to any later pass.
+    softmax) stays as it is, as do masks behind rules that move zero.
 
     Args:
         module: a traced module with its masks laid.
@@ -38,14 +38,19 @@ def fold_masks(module: TracedModule, author: str) -> None:
             _into_norm(rewriter, nodes)
         rewriter.sweep()
         for node in list(module.graph.nodes):
-            node.meta.pop("mask", None)
             if closes(node) and _reads_whole_parameters(node):
                 close_layer(rewriter, node)
-            node.meta.pop("dense", None)
         rewriter.sweep()
         read = {str(node.target).partition(".")[0] for node in module.graph.find_nodes(op="get_attr")}
         for holder in {MASKS, LIVE} - read:
             rewriter.drop_module(holder)
+
+
+def forget_masks(module: TracedModule) -> None:
+    """Let what is left be no masks to any later pass."""
+    for node in module.graph.nodes:
+        node.meta.pop("mask", None)
+        node.meta.pop("dense", None)
     module.meta.pop("dead", None)
 
 
@@ -116,7 +121,7 @@ def _into_norm(rewriter: Rewriter, nodes: list[fx.Node]) -> None:
 
 
 def _reads_whole_parameters(node: fx.Node) -> bool:
-    """Whether an opened layer computes what the layer does: no part of a parameter is selected, no literal rewritten."""
+    """Whether an opened layer computes what the layer does: no parameter in part, no literal rewritten."""
     return "dense" not in node.meta and not any(
         source.target in (*_MASKING, *_SELECTING) and _of_state(source) for source in node.all_input_nodes
     )
@@ -127,7 +132,9 @@ def _of_state(node: fx.Node) -> bool:
     waiting = [node]
     while waiting:
         item = waiting.pop()
-        if item.op in ("placeholder", "call_module", "call_method"):
+        if item.op in ("placeholder", "call_method") or (
+            item.op == "call_module" and item.meta.get("quant") != "weight"
+        ):
             return False
         waiting += item.all_input_nodes
     return True

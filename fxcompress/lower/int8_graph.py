@@ -44,8 +44,9 @@ def lower_int8(module: TracedModule, inputs: Inputs, author: str) -> list[str]:
     with rewriting(module, author) as rewriter:
         work = _Lowering(rewriter, shapes)
         work.run()
-    if QUANT in module._modules:
-        del module._modules[QUANT]
+    called = {str(node.target) for node in module.graph.nodes if node.op == "call_module"}
+    if not any(name.startswith(f"{QUANT}.") for name in called):  # values on no regular grid stay simulated
+        module._modules.pop(QUANT, None)
     return work.notes()
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fxcompress.errors import InputError
 from fxcompress.module import TracedModule, evaluating
+from fxcompress.processes import summed, widest
 from fxcompress.quantization.observers import MSE, Entropy, MovingAverage, Observer, Percentile, extremes, rows
 from fxcompress.quantization.search import lowest_divergence, lowest_error, percentiles
 from fxcompress.quantization.spec import QuantSpec
@@ -52,12 +53,14 @@ class Calibrator(nn.Module):
         if x.numel() == 0:
             return
         low, high = extremes(x, self.spec.axis)
+        weight = self.spec.role == "weight"
+        if not weight:  # every process has its part of a batch, and ends with the same range
+            low, high = widest(low, high)
         if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
             raise InputError(
                 f"calibration met NaN or infinite values at {self.name}; expected finite ones. Check the batches for "
                 "bad samples, and the model for overflow."
             )
-        weight = self.spec.role == "weight"
         if not self.batches or weight:
             self.low, self.high = low, high
         elif isinstance(self.spec.observer, MovingAverage):
@@ -66,15 +69,19 @@ class Calibrator(nn.Module):
         else:
             self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
         flat = rows(x, self.spec.axis)
-        self._sum = self._sum + flat.abs().sum(1)
-        self._count = self._count + ((flat != 0).sum(1) if weight else flat.shape[1])
+        seen = torch.stack((flat.abs().sum(1), torch.full_like(flat[:, 0], flat.shape[1])))
+        if weight:
+            seen[1] = (flat != 0).sum(1)
+        self._sum, self._count = torch.stack((self._sum.expand_as(seen[0]), self._count.expand_as(seen[0]))) + (
+            seen if weight else summed(seen.clone())
+        )
         self.magnitude = (self._sum / self._count.clamp(min=1)).reshape(low.shape)
         if isinstance(self.spec.observer, (Percentile, Entropy, MSE)):
             if weight:
                 self._values = flat
             if not weight or isinstance(self.spec.observer, Entropy):
                 self._histogram = (None if weight else self._histogram) or _Histogram(flat)
-                self._histogram.add(flat)
+                self._histogram.add(flat, shared=not weight)
         self.batches += 1
 
     def range(self) -> tuple[Tensor, Tensor]:
@@ -123,11 +130,19 @@ class _Histogram:
         self.counts = torch.zeros(len(values), BINS, dtype=torch.float64)
         self.zeros = torch.zeros(len(values), dtype=torch.float64)
 
-    def add(self, values: Tensor) -> None:
-        """Count ``[rows, values]``, doubling the reach of a row until it holds them."""
+    def add(self, values: Tensor, *, shared: bool) -> None:
+        """Count ``[rows, values]``, doubling the reach of a row until it holds them.
+
+        Args:
+            values: of this process.
+            shared: those of all processes are counted.
+        """
         values = values.double()
-        self.zeros += (values == 0).sum(1)
-        wanted = values.abs().amax(1, keepdim=True).clamp(min=2.0**-100).log2().ceil().exp2()
+        zeros, largest = (values == 0).sum(1), values.abs().amax(1, keepdim=True)
+        if shared:
+            zeros, largest = summed(zeros), widest(largest, largest)[1]
+        self.zeros += zeros
+        wanted = largest.clamp(min=2.0**-100).log2().ceil().exp2()
         while bool((grow := (self.reach > 0) & (self.reach < wanted)).any()):
             half = torch.zeros_like(self.counts)
             half[:, BINS // 4 : BINS // 4 * 3] = self.counts.reshape(len(values), -1, 2).sum(2)
@@ -136,7 +151,8 @@ class _Histogram:
         self.reach = torch.where(self.reach > 0, self.reach, wanted)
         index = ((values / self.reach + 1) * (BINS / 2)).floor().long().clamp(0, BINS - 1)
         index += torch.arange(len(values))[:, None] * BINS
-        self.counts += torch.bincount(index.reshape(-1), minlength=self.counts.numel()).reshape(self.counts.shape)
+        counts = torch.bincount(index.reshape(-1), minlength=self.counts.numel()).reshape(self.counts.shape)
+        self.counts += summed(counts) if shared else counts
 
     def centers(self) -> Tensor:
         """``[rows, BINS]``: what the bins stand for."""

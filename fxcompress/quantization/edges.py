@@ -215,12 +215,14 @@ class Edges:
 
     def root(self, node: fx.Node) -> fx.Node:
         """Where a value was made that has only been moved since, or picked out."""
+        root = node
         while node.args and isinstance(node.args[0], fx.Node) and self._is_closed(node):
-            source = node.args[0]
-            if writers(source):
+            node = node.args[0]
+            if writers(node):
                 break  # what is read later is not what was made
-            node = source
-        return node
+            if self._labels(node) is not None:  # several tensors have no grid (a recurrent layer's)
+                root = node
+        return root
 
     def _is_closed(self, node: fx.Node) -> bool:
         name = operation(self.module, node)

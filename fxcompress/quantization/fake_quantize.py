@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fxcompress.errors import GraphError
+from fxcompress.processes import widest
 from fxcompress.quantization.observers import MovingAverage, extremes
 from fxcompress.quantization.spec import SMALLEST_STEP, Grid, QuantSpec
 
@@ -149,7 +150,7 @@ class AffineFakeQuantize(FakeQuantize):
         if self.spec.observer is not None and self.spec.observer.running:
             low, high = (item.to(self.scale.dtype) for item in extremes(x, self.spec.axis))
             if self.remembers:
-                low, high = self._remembered(low, high, going)
+                low, high = self._remembered(*widest(low, high), going)
             scale, zero_point = self.spec.grid(low, high)
             if going is not None:
                 scale = torch.where(going, scale, self.scale)

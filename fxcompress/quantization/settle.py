@@ -83,6 +83,7 @@ def _settle(rewriter: Rewriter, site: Site, calls: Mapping[str, int], ranks: Cal
         kind = type(getattr(quantizer, "rule", quantizer)).__name__
         return [f"{site.layer} stays as it is: the values of {kind} lie on no regular grid"]
     values = source * factor[0] if factor else value_of(module, _read(site))
+    read = _read(site)
     said = [] if norm is None else [f"{norm.target} into {site.layer}"]
     if norm is not None:
         scale, bias = folded(submodule(module, site.layer), submodule(module, str(norm.target)))
@@ -99,7 +100,15 @@ def _settle(rewriter: Rewriter, site: Site, calls: Mapping[str, int], ranks: Cal
     made.scale.copy_(step)
     rewriter.set_tensor(site.weight, values)
     rewriter.put_module(str(node.target), made)
-    rewriter.become(node, "call_module", node.target, node.args[:1])
+    if factor:
+        rewriter.become(node, "call_module", node.target, node.args[:1])
+        return said
+    whole = node.args[0]  # masks, and what lived, are in the values now
+    while isinstance(whole, fx.Node) and whole.op != "get_attr":
+        whole = whole.args[0]
+    rewriter.become(node, "call_module", node.target, (whole,))
+    if read is not node:
+        rewriter.replace(read, node)
     return said
 
 
