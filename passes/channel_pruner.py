@@ -22,9 +22,10 @@ from fxcompress.context import Context
 from fxcompress.errors import InputError
 from fxcompress.masking import Masking, complete
 from fxcompress.module import TracedModule, modules_of
-from fxcompress.passes.allowance import Allowance, Ranking
+from fxcompress.passes.allowance import Allowance
 from fxcompress.passes.scoring import NEEDS, Criterion, Layer, Reads, elements, normalised
 from fxcompress.pipeline import Pass
+from fxcompress.ranking import Ranking
 from fxcompress.removable_units import Units, channel_units, row_units
 from fxcompress.select import Selection, Selectors, Sparsity
 from fxcompress.task import Need, require_count
@@ -128,7 +129,7 @@ class ChannelPruner(Pass):
         groups = context.groups(module)
         masking = complete(module, context.masking or Masking(), groups.channels)
         chosen = self._choose(groups, module, context)
-        allowance = None if self.budget is None else Allowance.of(self.budget, module, groups, context)
+        allowance = None if self.budget is None else Allowance.of(self.budget, module, groups, context, self.round_to)
         if allowance is not None:
             chosen = allowance.parts(chosen)
         while True:  # what had to come back leaves room for others: every further round masks more, so this ends

@@ -17,9 +17,9 @@ from fxcompress.figures import Polynomial
 from fxcompress.inputs import Inputs
 from fxcompress.masking import Masking
 from fxcompress.passes import L1FilterPruner, Speedup
-from fxcompress.passes.allowance import Ranking
 from fxcompress.pipeline import run_pass
 from fxcompress.prices import Prices
+from fxcompress.ranking import Ranking
 from fxcompress.water_filling import TOLERANCE, Limits, fill
 
 IMAGE = torch.randn(2, 3, 9, 9)
