@@ -178,16 +178,18 @@ class Report:
                 total.name, _share(total.before, after), detail, None if after == total.before else after < total.before
             )
         if self.latency is not None:
-            before, after = self.latency
-            good = True if self.faster else (False if self.slower else None)
-            times = f"{before.median / after.median:.2f}×"
-            yield Tile("speed", times, f"{before.median * 1e3:.2f} → {after.median * 1e3:.2f} ms", good)
+            old, new = (each.median for each in self.latency)
+            good = self.faster if self.faster or self.slower else None
+            yield Tile("speed", f"{old / new:.2f}×", f"{old * 1e3:.2f} → {new * 1e3:.2f} ms", good)
 
     def _sections(self) -> Iterator[Section]:
         if self.latency is not None:
             yield Section("Latency", " ".join(self._verdict()), (report_plots.latencies(*self.latency),))
-        bars = [(row.name or "(model)", row.before[0], row.after[0]) for row in self.rows if row.before and row.after]
-        if (plot := report_plots.widths([bar for bar in bars if bar[1] != bar[2]])) is not None:
+        cut = [
+            row for row in self.rows if row.before and row.after and len(row.before) > 1
+        ]  # norms follow their layers
+        bars = [(row.name, row.before[0], row.after[0]) for row in cut if row.before and row.after]
+        if (plot := report_plots.widths(bar for bar in bars if bar[1] != bar[2])) is not None:
             yield Section("Widths", "Of the layers whose width changed: what is left of their channels.", (plot,))
         for search in self.searches:
             plots = tuple(plot for plot in (report_plots.history(search), report_plots.front(search)) if plot)

@@ -121,7 +121,7 @@ def widths(rows: Iterable[tuple[str, int, int]]) -> str | None:
     axes.set_yticks(places, [name for name, _, _ in items], fontsize=7)
     axes.set_ylim(len(items) - 0.4, -0.6)
     axes.grid(axis="y", alpha=0)
-    axes.legend(loc="lower right", frameon=False)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
     return _svg(figure, "Widths before and after")
 
 
@@ -176,10 +176,9 @@ def front(search: SearchHistory) -> str | None:
 def latencies(before: Latency, after: Latency) -> str:
     """Medians with interquartile ranges."""
     figure, axes = _axes(9, 1.5, "milliseconds: median, and interquartile range", "")
-    for place, (name, found, color) in enumerate((("before", before, _BEFORE), ("after", after, _AFTER))):
+    for place, (found, color) in enumerate(((before, _BEFORE), (after, _AFTER))):
         axes.barh(place, found.median * 1e3, color=color, height=0.6, xerr=found.iqr * 500, ecolor=_LINE, capsize=3)
         axes.annotate(f"{found.median * 1e3:.3f}", (0, place), (6, 0), textcoords="offset points", va="center")
-        del name
     axes.set_yticks((0, 1), ("before", "after"))
     axes.invert_yaxis()
     axes.grid(axis="y", alpha=0)

@@ -160,13 +160,8 @@ class ChannelPruner(Pass):
     ) -> tuple[BoolArray, int, int, tuple[str, ...]]:
         """For every label whether it lives once the lowest have gone, how many had to come back for the sake of rows,
         and how many at nodes that could not be rewritten, with those."""
-        channels, live = groups.channels, masking.live(groups.channels)
-        alive, rows = channels.alive(live), channels.rows.living(live)
-        scores = self.scores([item for item, _ in chosen], module, groups, masking, context)
-        tables = [
-            self._units(item, score, channels, alive, rows) for (item, _), score in zip(chosen, scores, strict=True)
-        ]
-        ranking = Ranking(module, groups, live, tuple(tables))
+        channels, ranking = groups.channels, self._ranking(chosen, module, groups, masking, context)
+        tables = list(ranking.tables)
         if allowance is None:
             counts = self._counts(tables, [sparsity for _, sparsity in chosen])
             found = ranking.without(counts)
@@ -178,6 +173,23 @@ class ChannelPruner(Pass):
             for kept in (found.repaired, found.live)
         )
         return found.live, uneven, back - uneven, found.problems
+
+    def _ranking(
+        self,
+        chosen: list[tuple[Group | RowSet, float]],
+        module: TracedModule,
+        groups: ChannelGroups,
+        masking: Masking,
+        context: Context,
+    ) -> Ranking:
+        """What may go of the chosen groups, lowest scores first."""
+        channels, live = groups.channels, masking.live(groups.channels)
+        alive, rows = channels.alive(live), channels.rows.living(live)
+        scores = self.scores([item for item, _ in chosen], module, groups, masking, context)
+        tables = (
+            self._units(item, score, channels, alive, rows) for (item, _), score in zip(chosen, scores, strict=True)
+        )
+        return Ranking(module, groups, live, tuple(tables))
 
     def _affordable(
         self, tables: list[Units], chosen: list[tuple[Group | RowSet, float]], allowance: Allowance

@@ -209,7 +209,9 @@ class _Channels:
         """The masks that follow from the scores, for other sparsities."""
         channels = self.groups.channels
         chosen = [(item, change(sparsity)) for item, sparsity in self.chosen]
-        components, rows, _ = self.chooser._lowest(chosen, module, self.groups, self.before, self.live, self.context)
+        ranking = self.chooser._ranking(chosen, module, self.groups, self.before, self.context)
+        counts = self.chooser._counts(list(ranking.tables), [sparsity for _, sparsity in chosen])
+        components, rows = ranking.lowest(counts)
         live = torch.from_numpy(self.live & channels.live(components, rows))
         made = {}
         for name in self.masked:
