@@ -1,4 +1,4 @@
-"""`make bench` runs this: `python -m benchmarks [pace] [depth] [memory] [pricing] [stages] [lowering] [--rounds N]`."""
+"""`make bench` runs this: `python -m benchmarks [pace] [depth] [memory] [pricing] [budgets] [stages] [lowering] [--rounds N]`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the model zoo
 
+from benchmarks.budgets import latencies, proposals
 from benchmarks.lowering import lowering
 from benchmarks.memory import peaks
 from benchmarks.pace import beside_the_peer, by_depth
 from benchmarks.pricing import price
 from benchmarks.stages import stages
 
-BENCHMARKS = ("pace", "depth", "memory", "pricing", "stages", "lowering")
+BENCHMARKS = ("pace", "depth", "memory", "pricing", "budgets", "stages", "lowering")
 
 
 def main() -> None:
@@ -37,6 +38,8 @@ def main() -> None:
             console.print(peaks())
         elif name == "pricing":
             console.print(str(price(rounds=options.rounds)), highlight=False)
+        elif name == "budgets":
+            console.print(str(proposals(rounds=options.rounds)), latencies(), highlight=False)
         elif name == "lowering":
             console.print(lowering(options.rounds))
         else:
