@@ -11,6 +11,7 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the model zoo
 
+from benchmarks.budgets import latencies, proposals
 from benchmarks.export import export
 from benchmarks.lowering import lowering
 from benchmarks.memory import peaks
@@ -18,7 +19,7 @@ from benchmarks.pace import beside_the_peer, by_depth
 from benchmarks.pricing import price
 from benchmarks.stages import stages
 
-BENCHMARKS = ("pace", "depth", "memory", "pricing", "stages", "lowering", "export")
+BENCHMARKS = ("pace", "depth", "memory", "pricing", "budgets", "stages", "lowering", "export")
 
 
 def main() -> None:
@@ -38,6 +39,8 @@ def main() -> None:
             console.print(peaks())
         elif name == "pricing":
             console.print(str(price(rounds=options.rounds)), highlight=False)
+        elif name == "budgets":
+            console.print(str(proposals(rounds=options.rounds)), latencies(), highlight=False)
         elif name == "lowering":
             console.print(lowering(options.rounds))
         elif name == "export":

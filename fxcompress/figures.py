@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Protocol
 
@@ -86,6 +86,16 @@ class Polynomial:
             powers.reshape(len(high), degree),
             units,
             fixed,
+        )
+
+    def scaled(self, factor: float) -> Polynomial:
+        """The polynomial times a number."""
+        return replace(
+            self,
+            constant=self.constant * factor,
+            linear=self.linear * factor,
+            quadratic=self.quadratic * factor,
+            coefficients=self.coefficients * factor,
         )
 
     def value(self, kept: FloatArray) -> FloatArray:

@@ -86,6 +86,22 @@ class Prices:
         widths = np.array([len(cell.components) for cell in cells], dtype=np.int64)
         return units, widths - units @ self.units
 
+    def add(self, name: str, figure: Figure, dense: float) -> None:
+        """Price a further figure, such as a latency (:func:`fxcompress.latency_table.measure`).
+
+        Args:
+            name: "latency".
+            figure: what allocations cost.
+            dense: what the module costs.
+        """
+        self._figures[name] = figure
+        self.dense = MappingProxyType({**self.dense, name: dense})
+
+    def rounded(self, kept: FloatArray, round_to: int = 1) -> IntArray:
+        """The next allocation upwards of which every width is a multiple, or whole."""
+        found: IntArray = self._limits(round_to, 1, None).rounded(np.floor(kept)).astype(np.int64)
+        return found
+
     def of(self, kept: npt.ArrayLike) -> Mapping[str, FloatArray]:
         """What allocations cost.
 
@@ -93,14 +109,17 @@ class Prices:
             kept: integers, (allocations, groups) or (groups,): how many units each group keeps, at least one.
 
         Returns:
-            params, macs and bytes, each (allocations,), or a number of shape ().
+            params, macs and bytes, and what was added, each (allocations,), or a number of shape ().
 
         Raises:
             InputError: another shape, or numbers outside the groups.
         """
         allocation = self._checked(kept)
         widths = np.atleast_2d(allocation @ self._widths.T + self._fixed)
-        return {name: self._exact(name).value(widths).reshape(allocation.shape[:-1]) for name in _EXACT}
+        found = {name: self._exact(name).value(widths) for name in _EXACT}
+        units = np.atleast_2d(allocation).astype(np.float64)
+        found |= {name: self._figures[name].value(units) for name in self.dense if name not in _EXACT}
+        return {name: values.reshape(allocation.shape[:-1]) for name, values in found.items()}
 
     def price(self, live: BoolArray) -> Mapping[str, float]:
         """What is left costs, given for every label of the analysis whether it lives (all rows do)."""
@@ -176,7 +195,10 @@ class Prices:
     def _figure(self, name: str) -> Figure:
         if name not in self._figures:
             if name not in _EXACT:
-                raise InputError(f"these prices do not know the {name}; expected a budget of {', '.join(_EXACT)}.")
+                raise InputError(
+                    f"these prices do not know the {name}; expected a budget of {', '.join(_EXACT)}, or a table of "
+                    "latencies to be measured first (fxcompress.latency_table.measure)."
+                )
             units, fixed = self._widths.astype(np.float64), self._fixed.astype(np.float64)
             self._figures[name] = Polynomial.of(self._exact(name).terms, units, fixed)
         return self._figures[name]

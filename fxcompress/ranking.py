@@ -1,4 +1,4 @@
-"""Which units of a model's groups go first, and what lives without them."""
+"""Removable units in the order in which they go, and what lives without the lowest of them."""
 
 from __future__ import annotations
 

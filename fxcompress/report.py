@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-import io
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich import box
-from rich.console import Console, Group
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 from torch import fx, nn
 
+from fxcompress import report_plots
+from fxcompress.channels.groups import ChannelGroups
 from fxcompress.cost import byte_count, count, unmasked
 from fxcompress.errors import InputError
 from fxcompress.inputs import Inputs
 from fxcompress.latency import Latency, merged
 from fxcompress.latency import latency as measure
+from fxcompress.replacing import replacing
+from fxcompress.report_page import Section, Tile, page
+from fxcompress.report_plots import Curves
+from fxcompress.search.history import SearchHistory
 from fxcompress.text import as_text, shown_shape
 
 
@@ -69,12 +74,18 @@ class Report:
         rows: the changed layers, in the order in which the first model holds them; new ones last.
         latency: the measured time of both models; None if it was not measured.
         notes: what the passes that made the second model had to say: what stays, and why.
+        searches: what was searched to make it.
+        sensitivity: what was given.
+        groups: the channel groups of the first model, if they were given.
     """
 
     totals: tuple[Total, ...]
     rows: tuple[Change, ...]
     latency: tuple[Latency, Latency] | None = None
     notes: tuple[str, ...] = ()
+    searches: tuple[SearchHistory, ...] = ()
+    sensitivity: Curves | None = field(default=None, repr=False)
+    groups: ChannelGroups | None = field(default=None, repr=False)
 
     @property
     def slower(self) -> bool:
@@ -138,27 +149,78 @@ class Report:
         for header in ("weight before", "weight after", "params before", "params after", "kept"):
             layers.add_column(header, justify="right")
         for row in self.rows:
-            layers.add_row(
-                escape(row.name) or "(model)",
-                row.kind,
-                "(new)" if row.before is None else shown_shape(row.before) or "scalar",
-                "(removed)" if row.after is None else shown_shape(row.after) or "scalar",
-                *(f"{params:,}" for params in row.params),
-                _share(*row.params),
-            )
+            name, *others = _cells(row)
+            layers.add_row(escape(name), *others)
         return layers
 
     def __str__(self) -> str:
         return as_text(self)
 
     def to_html(self, path: str | PathLike[str]) -> None:
-        """Write the tables to `path` as one HTML file that needs no other file."""
-        console = Console(record=True, file=io.StringIO(), width=200)
-        console.print(self)
-        Path(path).write_text(console.export_html(), encoding="utf-8")
+        """Write the report to `path` as one HTML file that needs no other file, no network and no script.
+
+        The widths before and after, the latencies, the searches that made the second model (history and Pareto front),
+        the sensitivity and the graph of channel groups; what there is nothing of is left out.
+
+        Raises:
+            InputError: matplotlib or jinja2 is not installed.
+            OSError: the file cannot be written; one that was there is as before.
+        """
+        text = page("Compression report", tuple(self._tiles()), tuple(self._sections()))
+        with replacing(path) as draft:
+            draft.write_text(text, encoding="utf-8")
+
+    def _tiles(self) -> Iterator[Tile]:
+        for total in self.totals:
+            after = total.after if total.removed is None else total.removed
+            detail = f"{total.before:,} → {after:,}" + ("" if total.removed is None else " after Speedup")
+            yield Tile(
+                total.name, _share(total.before, after), detail, None if after == total.before else after < total.before
+            )
+        if self.latency is not None:
+            old, new = (each.median for each in self.latency)
+            good = self.faster if self.faster or self.slower else None
+            yield Tile("speed", f"{old / new:.2f}×", f"{old * 1e3:.2f} → {new * 1e3:.2f} ms", good)
+
+    def _sections(self) -> Iterator[Section]:
+        if self.latency is not None:
+            yield Section("Latency", " ".join(self._verdict()), (report_plots.latencies(*self.latency),))
+        cut = [
+            row for row in self.rows if row.before and row.after and len(row.before) > 1
+        ]  # norms follow their layers
+        bars = [(row.name, row.before[0], row.after[0]) for row in cut if row.before and row.after]
+        if (plot := report_plots.widths(bar for bar in bars if bar[1] != bar[2])) is not None:
+            yield Section("Widths", "Of the layers whose width changed: what is left of their channels.", (plot,))
+        for search in self.searches:
+            plots = tuple(plot for plot in (report_plots.history(search), report_plots.front(search)) if plot)
+            failed = f", {len(search.failed)} of them failed" if search.failed else ""
+            yield Section(f"Search: {search.name}", f"{len(search.trials)} trials{failed}.", plots)
+        if self.sensitivity is not None:
+            kinds = [report_plots.sensitivity(self.sensitivity, kind) for kind in ("sparsity", "bits")]
+            if any(kinds):
+                text = (
+                    "What the score falls to if one group loses its channels, or one layer its bits, and nothing else."
+                )
+                yield Section("Sensitivity", text, tuple(plot for plot in kinds if plot))
+        if self.groups is not None and (plot := report_plots.groups(self.groups.graph)) is not None:
+            text = "Channels that stand or fall together, before compression: blue ones may be removed, grey ones stay."
+            yield Section("Channel groups", text, (plot,))
+        if self.rows:
+            head = ("layer", "kind", "weight before", "weight after", "params before", "params after", "kept")
+            yield Section("Layers", "", (), head, tuple(_cells(row) for row in self.rows))
+        if self.notes:
+            yield Section("Notes", rows=tuple((note,) for note in self.notes), head=("what the passes had to say",))
 
 
-def report(before: nn.Module, after: nn.Module, example_inputs: Any = None, *, latency: bool = True) -> Report:
+def report(
+    before: nn.Module,
+    after: nn.Module,
+    example_inputs: Any = None,
+    *,
+    latency: bool = True,
+    sensitivity: Curves | None = None,
+    groups: ChannelGroups | None = None,
+) -> Report:
     """Compare two versions of a model, such as a model and what ``compress`` made of it.
 
     Layers are matched by name, so both must have kept their names. A layer has changed if the shape of one of
@@ -174,6 +236,8 @@ def report(before: nn.Module, after: nn.Module, example_inputs: Any = None, *, l
             on; without it MACs are not counted and time is not measured.
         latency: measure how long a forward pass of each takes, as :func:`fxcompress.latency` does; not done on the
             meta device.
+        sensitivity: of the first model (:func:`fxcompress.sensitivity`), for the page.
+        groups: of the first model (:func:`fxcompress.channel_groups`), for the page.
 
     Raises:
         InputError: one of the two is no module, or as for :func:`fxcompress.count`.
@@ -184,10 +248,11 @@ def report(before: nn.Module, after: nn.Module, example_inputs: Any = None, *, l
     rows = tuple(_changes(before, after))
     history = after.meta.get("history", ()) if isinstance(after, fx.GraphModule) else ()
     notes = tuple(dict.fromkeys(f"{step.name}: {note}" for step in history for note in step.notes))
+    searches = tuple(search for step in history for search in step.searches)
     if example_inputs is None:
         old, new = unmasked(before), unmasked(after)
         sizes = Total("params", _params(old), _params(new)), Total("bytes", byte_count(old), byte_count(new))
-        return Report(sizes, rows, notes=notes)
+        return Report(sizes, rows, None, notes, searches, sensitivity, groups)
     costs = count(before, example_inputs), count(after, example_inputs)
     removed = costs[1].after
     totals = [
@@ -195,7 +260,8 @@ def report(before: nn.Module, after: nn.Module, example_inputs: Any = None, *, l
         for name in ("params", "bytes", "macs")
     ]
     timed = latency and not any(tensor.is_meta for tensor in Inputs.parse(example_inputs).tensors())
-    return Report(tuple(totals), rows, _in_turns(before, after, example_inputs) if timed else None, notes)
+    times = _in_turns(before, after, example_inputs) if timed else None
+    return Report(tuple(totals), rows, times, notes, searches, sensitivity, groups)
 
 
 def _in_turns(before: nn.Module, after: nn.Module, example_inputs: Any) -> tuple[Latency, Latency]:
@@ -211,6 +277,18 @@ def _notch(latency: Latency) -> float:
     Two medians whose intervals do not overlap differ with 95 % confidence.
     """
     return 1.57 * latency.iqr / math.sqrt(max(len(latency.times), 1))
+
+
+def _cells(row: Change) -> tuple[str, ...]:
+    """A row of the table of layers."""
+    return (
+        row.name or "(model)",
+        row.kind,
+        "(new)" if row.before is None else shown_shape(row.before) or "scalar",
+        "(removed)" if row.after is None else shown_shape(row.after) or "scalar",
+        *(f"{params:,}" for params in row.params),
+        _share(*row.params),
+    )
 
 
 def _threads(number: int) -> str:

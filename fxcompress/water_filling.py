@@ -13,8 +13,8 @@ from fxcompress.figures import Figure
 #: An allocation meets a budget if it costs at most that and at most this fraction less.
 TOLERANCE = 0.005
 
-#: How often the factor's interval is halved: 2^-60 of it is less than any double can tell apart.
-_HALVINGS = 60
+#: Steps in search of the factor, a third of which halve its interval: 2^-60 of it is less than a double can tell apart.
+_STEPS = 180
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ def fill(figures: Sequence[Figure], targets: Sequence[float], sparsities: FloatA
     """Allocations that cost at most the targets, and hardly less.
 
     All sparsities of an allocation are scaled by one factor, each up to the most that its group can lose: the factor is
-    bisected. Where the groups with a sparsity of 0 are needed as well, they share the rest alike. One factor may take
-    many groups a unit down at once; so afterwards single units come back, each the largest that fits, until the gap is
-    within :data:`TOLERANCE` or no unit fits.
+    found by false position and bisection. Where the groups with a sparsity of 0 are needed as well, they share the rest
+    alike. One factor may take many groups a unit down at once; so afterwards single units come back, each the largest
+    that fits, until the gap is within :data:`TOLERANCE` or no unit fits.
 
     Args:
         figures: what has a budget.
@@ -70,26 +70,42 @@ def fill(figures: Sequence[Figure], targets: Sequence[float], sparsities: FloatA
     room = limits.units - limits.least
     shares = np.where(room > 0, sparsities, 0.0)
     shares = _enough(figures, targets, shares, limits)
+    shares = shares / np.maximum(shares.max(axis=1, keepdims=True), 1e-300)
     positive = np.where(shares > 0, shares, np.inf)
-    high = np.ones(len(shares)) / np.minimum(positive.min(axis=1), 1.0)  # every group that has a share loses all it can
     low = np.zeros(len(shares))
-    kept = _scaled(high, shares, limits)
-    dense = _scaled(low, shares, limits)
-    free = _use(figures, targets, dense) <= 1
-    kept[free] = dense[free]
-    waiting = np.flatnonzero(~free & (_use(figures, targets, kept) < 1 - TOLERANCE))
-    for _ in range(_HALVINGS):
+    high = 1 / np.minimum(positive.min(axis=1), 1.0)  # every group that has a share loses all it can
+    dense, kept = _scaled(low, shares, limits), _scaled(high, shares, limits)
+    over, under = _use(figures, targets, dense), _use(figures, targets, kept)
+    kept[over <= 1] = dense[over <= 1]
+    waiting = np.flatnonzero((over > 1) & (under < 1 - TOLERANCE))
+    for number in range(_STEPS):
         if not len(waiting):
             break
-        middle = (low[waiting] + high[waiting]) / 2
-        tried = _scaled(middle, shares[waiting], limits)
-        use = _use(figures, targets, tried)
+        tried = _tried(number, *(values[waiting] for values in (low, high, over, under)))
+        made = _scaled(tried, shares[waiting], limits)
+        use = _use(figures, targets, made)
         fits = use <= 1
-        high[waiting[fits]], low[waiting[~fits]] = middle[fits], middle[~fits]
-        kept[waiting[fits]] = tried[fits]
+        these, others = waiting[fits], waiting[~fits]
+        high[these], under[these], kept[these] = tried[fits], use[fits], made[fits]
+        low[others], over[others] = tried[~fits], use[~fits]
         done: BoolArray = fits & (use >= 1 - TOLERANCE)
         waiting = waiting[~done]
     return _grown(figures, targets, kept, waiting, limits)
+
+
+def _tried(number: int, low: FloatArray, high: FloatArray, over: FloatArray, under: FloatArray) -> FloatArray:
+    """The next factors: where a line between both ends meets the target, and the middle in every third step.
+
+    The first is 1, at which the group with the largest share has lost all it can: beyond it the ends say little.
+    """
+    if number == 0:
+        return np.minimum(1.0, (low + high) / 2)
+    middle = (low + high) / 2
+    if number % 3 == 0:
+        return middle
+    line = low + (high - low) * (over - 1 + TOLERANCE / 2) / np.maximum(over - under, 1e-300)
+    inside: FloatArray = np.where((line > low) & (line < high), line, middle)
+    return inside
 
 
 def _enough(figures: Sequence[Figure], targets: Sequence[float], shares: FloatArray, limits: Limits) -> FloatArray:

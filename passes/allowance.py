@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,14 +13,43 @@ from fxcompress.channels.labels import BoolArray
 from fxcompress.channels.row_sets import RowSet
 from fxcompress.context import Context
 from fxcompress.errors import InputError
+from fxcompress.latency_table import in_turns, measure, without
 from fxcompress.module import TracedModule
 from fxcompress.plan import Settled
-from fxcompress.prices import Prices, dense_cost
+from fxcompress.prices import DENSE, Prices, dense_cost
 from fxcompress.ranking import Ranking
 from fxcompress.removable_units import Units
 
 #: How often a budget is tightened for what comes back after a choice.
 _ROUNDS = 8
+
+#: A latency is met within this fraction of its target, either way; after all rounds within twice that.
+_BAND, _ACCEPTED = 0.05, 2.0
+
+
+@dataclass(frozen=True)
+class Race:
+    """Measures what is left against what there was.
+
+    Attributes:
+        module: the clean traced module.
+        groups: its analysis.
+        context: with the inputs, and for notes.
+        dense: seconds of the module.
+    """
+
+    module: TracedModule
+    groups: ChannelGroups
+    context: Context
+    dense: float
+
+    def seconds(self, live: BoolArray) -> float:
+        """Seconds of what lives, measured in turns with the module."""
+        assert self.context.inputs is not None
+        small = without(self.module, self.groups, live)
+        before, after = in_turns([self.module, small], self.context.inputs)
+        self.context.notes.append(f"latency measured: {after / before:.1%} of {before * 1e3:.3f} ms")
+        return after / before * self.dense
 
 
 class Allowance:
@@ -29,18 +59,29 @@ class Allowance:
         budget: what to meet.
         prices: of the module.
         dense: what the caller's dense model costs, of which the budget is a fraction.
+        race: what a latency is checked with, if there is a budget of it.
     """
 
-    def __init__(self, budget: Budget, prices: Prices, dense: Mapping[str, float]) -> None:
-        self.budget, self.prices, self.dense = budget, prices, dict(dense)
+    def __init__(self, budget: Budget, prices: Prices, dense: Mapping[str, float], race: Race | None = None) -> None:
+        self.budget, self.prices, self.dense, self.race = budget, prices, dict(dense), race
         self._place = {group.name: index for index, group in enumerate(prices.groups)}
 
     @classmethod
-    def of(cls, budget: Budget, module: TracedModule, groups: ChannelGroups, context: Context) -> Allowance:
+    def of(
+        cls, budget: Budget, module: TracedModule, groups: ChannelGroups, context: Context, round_to: int = 1
+    ) -> Allowance:
         """For a clean traced module; what it costs first is remembered as what the caller's dense model costs."""
         assert context.inputs is not None
         prices = Prices(module, groups, context.inputs)
-        return cls(budget, prices, dense_cost(module, context.inputs))
+        dense = dict(dense_cost(module, context.inputs))
+        if budget.latency is None:
+            return cls(budget, prices, dense)
+        table = measure(module, groups, context.inputs, prices, round_to=round_to)
+        prices.add("latency", table.figure, table.dense)
+        dense.setdefault("latency", table.dense)
+        module.meta[DENSE] = dense
+        context.notes.append(str(table))
+        return cls(budget, prices, dense, Race(module, groups, context, table.dense))
 
     def parts(self, chosen: Sequence[tuple[Group | RowSet, float]]) -> list[tuple[Group | RowSet, float]]:
         """Groups as they are priced, with their sparsities; of several the smallest."""
@@ -51,33 +92,51 @@ class Allowance:
     def met(self, ranking: Ranking, counts: Callable[[Allowance], list[int]]) -> tuple[list[int], Settled]:
         """How many units go so that what is left meets the budget, and what that is.
 
-        Channels may come back after the choice (coupled rows that must stay equal, nodes that cannot be rewritten):
-        what is left is priced once more, and the budget tightened until it is met.
+        Channels may come back after the choice (coupled rows that must stay equal, nodes that cannot be rewritten), and
+        a latency is a prediction: what is left is priced, or measured, and the budget corrected until it is met.
 
         Raises:
             InputError: it is not, after as many rounds as make sense.
         """
-        factor, over = 1.0, 1.0
+        factors, misses = dict.fromkeys(self.budget.ratios, 1.0), {"": 1.0}
+        best: tuple[float, list[int], Settled] | None = None
         for _ in range(_ROUNDS):
-            chosen = counts(self.tightened(factor))
+            try:
+                chosen = counts(self._corrected(factors))
+            except InputError:
+                if best is None or best[0] > _ACCEPTED:
+                    raise
+                break  # the corrected budget is out of reach
             found = ranking.without(chosen)
-            over = self.over(found.live)
-            if over <= 1:
-                return chosen, found
-            factor *= over
-        raise InputError(
-            f"the budget allows {self.budget}, and {over:.3f} times as much is left after {_ROUNDS} rounds, because "
-            "channels come back that are coupled with others; expected a larger budget."
-        )
+            misses = self._misses(found.live)
+            worst = _distance(misses)
+            if best is None or worst < best[0]:
+                best = worst, chosen, found
+            if worst <= 1:
+                break
+            for name, miss in misses.items():
+                factors[name] *= miss if name == "latency" else max(miss, 1.0)
+        assert best is not None
+        worst, chosen, found = best
+        if worst > (_ACCEPTED if self.race else 1.0):
+            raise InputError(
+                f"the budget allows {self.budget}, and what is left after {_ROUNDS} rounds of corrections is not "
+                f"within it ({', '.join(f'{miss:.3f} times the {name}' for name, miss in misses.items())}): channels "
+                "come back that are coupled with others, or latencies vary; expected a larger budget."
+            )
+        return chosen, found
 
-    def over(self, live: BoolArray) -> float:
-        """By which factor what lives exceeds the budget, of its scarcest figure; at most 1 where it is met."""
-        have = self.prices.price(live)
-        return max(have[name] / (ratio * self.dense[name]) for name, ratio in self.budget.ratios.items())
+    def _misses(self, live: BoolArray) -> dict[str, float]:
+        """What lives, by figure, as a multiple of what the budget allows; a latency is measured."""
+        have: dict[str, float] = dict(self.prices.price(live))
+        if self.race is not None:
+            have["latency"] = self.race.seconds(live)
+        return {name: have[name] / (ratio * self.dense[name]) for name, ratio in self.budget.ratios.items()}
 
-    def tightened(self, factor: float) -> Allowance:
-        """The same for a budget that is smaller by a factor, for what comes back after the choice."""
-        return Allowance(self.budget, self.prices, {name: value / factor for name, value in self.dense.items()})
+    def _corrected(self, factors: Mapping[str, float]) -> Allowance:
+        """The same for a budget that is smaller by a factor for each figure."""
+        dense = {name: value / factors.get(name, 1.0) for name, value in self.dense.items()}
+        return Allowance(self.budget, self.prices, dense)
 
     def shared(
         self, names: Sequence[str], tables: Sequence[Units], most: Sequence[int], shares: Sequence[float], round_to: int
@@ -135,3 +194,13 @@ class Allowance:
             middle = (low + high) // 2
             low, high = (low, middle) if use(middle) <= 1 else (middle + 1, high)
         return counts(low)
+
+
+def _distance(misses: Mapping[str, float]) -> float:
+    """How far what is left is from its budget, at most 1 where it is met: latencies vary, and may be met from above.
+
+    A latency that is far below its target is no miss where there are other figures, which may be the scarcer ones.
+    """
+    exact = max((miss for name, miss in misses.items() if name != "latency"), default=0.0)
+    gap = misses.get("latency", 1.0) - 1
+    return max(exact, gap / _BAND if len(misses) > 1 else abs(gap) / _BAND)

@@ -129,7 +129,7 @@ class ChannelPruner(Pass):
         groups = context.groups(module)
         masking = complete(module, context.masking or Masking(), groups.channels)
         chosen = self._choose(groups, module, context)
-        allowance = None if self.budget is None else Allowance.of(self.budget, module, groups, context)
+        allowance = None if self.budget is None else Allowance.of(self.budget, module, groups, context, self.round_to)
         if allowance is not None:
             chosen = allowance.parts(chosen)
         while True:  # what had to come back leaves room for others: every further round masks more, so this ends
@@ -160,8 +160,7 @@ class ChannelPruner(Pass):
     ) -> tuple[BoolArray, int, int, tuple[str, ...]]:
         """For every label whether it lives once the lowest have gone, how many had to come back for the sake of rows,
         and how many at nodes that could not be rewritten, with those."""
-        channels = groups.channels
-        ranking = self._ranked(chosen, module, groups, masking, context)
+        channels, ranking = groups.channels, self._ranking(chosen, module, groups, masking, context)
         tables = list(ranking.tables)
         if allowance is None:
             counts = self._counts(tables, [sparsity for _, sparsity in chosen])
@@ -175,21 +174,21 @@ class ChannelPruner(Pass):
         )
         return found.live, uneven, back - uneven, found.problems
 
-    def _ranked(
+    def _ranking(
         self,
-        chosen: Sequence[tuple[Group | RowSet, float]],
+        chosen: list[tuple[Group | RowSet, float]],
         module: TracedModule,
         groups: ChannelGroups,
         masking: Masking,
         context: Context,
     ) -> Ranking:
-        """The units of the chosen groups, or sets of rows, by their scores now."""
+        """What may go of the chosen groups, lowest scores first."""
         channels, live = groups.channels, masking.live(groups.channels)
         alive, rows = channels.alive(live), channels.rows.living(live)
         scores = self.scores([item for item, _ in chosen], module, groups, masking, context)
-        tables = [
+        tables = (
             self._units(item, score, channels, alive, rows) for (item, _), score in zip(chosen, scores, strict=True)
-        ]
+        )
         return Ranking(module, groups, live, tuple(tables))
 
     def _affordable(

@@ -208,8 +208,9 @@ class _Channels:
     def masks(self, module: TracedModule, change: Callable[[float], float]) -> dict[str, Tensor]:
         """The masks that follow from the scores, for other sparsities."""
         channels = self.groups.channels
-        ranking = self.chooser._ranked(self.chosen, module, self.groups, self.before, self.context)
-        counts = self.chooser._counts(list(ranking.tables), [change(sparsity) for _, sparsity in self.chosen])
+        chosen = [(item, change(sparsity)) for item, sparsity in self.chosen]
+        ranking = self.chooser._ranking(chosen, module, self.groups, self.before, self.context)
+        counts = self.chooser._counts(list(ranking.tables), [sparsity for _, sparsity in chosen])
         components, rows = ranking.lowest(counts)
         live = torch.from_numpy(self.live & channels.live(components, rows))
         made = {}

@@ -8,7 +8,6 @@ from functools import partial
 
 import numpy as np
 
-from fxcompress.budget import Budget
 from fxcompress.channels.labels import IntArray
 from fxcompress.checkpoint import seeded
 from fxcompress.context import Context
@@ -103,7 +102,10 @@ class NetAdaptPruner(SearchingPruner):
                     context.step(module, partial(self._rest, module, context))
                     break
                 best, number, size = taken.winner.number, number + 1, size * self.step_decay
-                ground = self.ground(module, context)
+                have, ground = ground.most, self.ground(module, context)
+                if (ground.most == have).all():  # all of it came back
+                    context.step(module, partial(self._rest, module, context))
+                    break
             history = replace(self.look(ground, search), best=best, dense=dense)
         context.notes += told(history)
         context.searches.append(history)
@@ -140,7 +142,7 @@ class NetAdaptPruner(SearchingPruner):
 
     def _take(self, winner: Trial, ground: Ground, context: Context, search: Search) -> None:
         """Mask what the winner does not keep, and train once more as it was trained."""
-        ground.mask(winner.proposal.kept, Budget(**{f: winner.proposal.cost[f] for f in self.budget.ratios}))
+        ground.mask_as_asked(winner.proposal.kept)
         if not self.epochs:
             return
         task = context.required_task(self.needs, self.name)
@@ -148,7 +150,7 @@ class NetAdaptPruner(SearchingPruner):
             task.train(ground.module, Training(epochs=self.epochs, title=self.name))
 
     def _rest(self, module: TracedModule, context: Context) -> None:
-        """Somebody interrupted: meet the budget in the proportions so far."""
+        """Somebody interrupted, or steps lead nowhere: meet the budget in the proportions so far."""
         ground = self.ground(module, context)
         ground.mask(ground.fill(np.maximum(1 - ground.most / ground.prices.units, 1e-6)).tolist())
 

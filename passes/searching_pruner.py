@@ -17,16 +17,20 @@ from fxcompress.context import Context
 from fxcompress.errors import InputError, SearchError
 from fxcompress.masking import Masking, complete
 from fxcompress.module import TracedModule
+from fxcompress.passes.allowance import Allowance
 from fxcompress.passes.channel_pruner import ChannelPruner
 from fxcompress.passes.l1_filter_pruner import L1FilterPruner
 from fxcompress.pipeline import Pass
-from fxcompress.prices import Prices, dense_cost
+from fxcompress.prices import Prices
 from fxcompress.ranking import Ranking
 from fxcompress.search.history import SearchHistory
 from fxcompress.search.search import Search
 from fxcompress.search.trial import Proposal, Trial
 from fxcompress.search.widths import WidthSubject, masking_of
 from fxcompress.task import Need
+
+#: The share of a group that lost nothing, where all others together cannot lose enough.
+_LEAST = 1e-6
 
 
 @dataclass(frozen=True)
@@ -37,23 +41,34 @@ class Ground:
         module: the clean module.
         context: of the run.
         masking: what was masked before.
-        prices: of allocations.
+        allowance: the budget, and the prices of allocations.
         ranking: the units of each of the prices' groups.
         free: (groups,): whether a group may lose units.
-        dense: what the budget is a fraction of, by figure.
-        budget: what has to be met.
         round_to: kept channels are a multiple of it.
     """
 
     module: TracedModule
     context: Context
     masking: Masking
-    prices: Prices
+    allowance: Allowance
     ranking: Ranking
     free: Any
-    dense: Mapping[str, float]
-    budget: Budget
     round_to: int
+
+    @property
+    def prices(self) -> Prices:
+        """What allocations cost."""
+        return self.allowance.prices
+
+    @property
+    def dense(self) -> Mapping[str, float]:
+        """What the budget is a fraction of, by figure."""
+        return self.allowance.dense
+
+    @property
+    def budget(self) -> Budget:
+        """What has to be met."""
+        return self.allowance.budget
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -104,30 +119,29 @@ class Ground:
         module = copy.deepcopy(self.module)
         return WidthSubject(module, context.inputs, context.task, self.masking, tables, epochs, groups)
 
-    def mask(self, kept: Sequence[int], budget: Budget | None = None) -> float:
-        """Mask what an allocation does not keep.
+    def mask(self, kept: Sequence[int]) -> None:
+        """Mask what an allocation does not keep, within the budget.
 
-        Channels may come back (coupled rows that must stay equal, nodes that cannot be rewritten); the allocation is
-        tightened until what is left meets the budget (another one than the search's, if it is given).
-
-        Returns:
-            What is left, of the scarcest figure, as a fraction of what the budget allows.
+        Channels may come back (coupled rows that must stay equal, nodes that cannot be rewritten), and a latency is a
+        prediction: what is left is priced, or measured, and the allocation corrected until the budget is met.
 
         Raises:
-            InputError: what comes back is more than all others can make up for.
+            InputError: it cannot be.
         """
-        channels, factor, taken = self.ranking.groups.channels, 1.0, np.array(kept, dtype=np.int64)
-        ratios = (budget or self.budget).ratios
-        while True:
-            masking = masking_of(taken.tolist(), self.ranking, self.masking)
-            have = self.prices.price(masking.live(channels))
-            over = max(have[name] / (ratio * self.dense[name]) for name, ratio in ratios.items())
-            if over <= 1 + 1e-9:
-                self.context.masking = masking
-                return over
-            factor *= over  # fill() raises where that is below what can be reached
-            tighter = Budget(**{name: ratio / factor for name, ratio in ratios.items()})
-            taken = self.fill(np.maximum(1 - taken / self.prices.units, 1e-6), tighter)
+        _, found = self.allowance.met(self.ranking, partial(self._counts, np.array(kept, dtype=np.int64)))
+        self.context.masking = self.masking.with_live(self.ranking.groups.channels, found.live)
+
+    def mask_as_asked(self, kept: Sequence[int]) -> None:
+        """Mask what an allocation does not keep, whatever comes back."""
+        self.context.masking = masking_of(kept, self.ranking, self.masking)
+
+    def _counts(self, kept: IntArray, corrected: Allowance) -> list[int]:
+        """How many units go: those that an allocation does not keep, or more (fewer) in these proportions."""
+        if corrected.dense != self.allowance.dense:
+            shares = np.where(self.free, np.maximum(1 - kept / self.prices.units, _LEAST), 0.0)
+            limits = {"least": self.least, "most": self.most}
+            kept = self.prices.fill(shares, self.budget, self.round_to, **limits, dense=corrected.dense)
+        return [units.number - int(count) for units, count in zip(self.ranking.tables, kept, strict=True)]
 
     def history(self, search: Search, **known: Any) -> SearchHistory:
         """What was tried, with the groups by name."""
@@ -179,7 +193,8 @@ class SearchingPruner(Pass):
         assert context.inputs is not None
         groups = context.groups(module)
         masking = complete(module, context.masking or Masking(), groups.channels)
-        prices = Prices(module, groups, context.inputs)
+        allowance = Allowance.of(budget or self.budget, module, groups, context, self.inner.round_to)
+        prices = allowance.prices
         shares = {item.name: share for item, share in self.inner._choose(groups, module, context)}
         taken = [group for group in groups if shares.get(group.name, 0) > 0]
         free = {part.name for part, _ in prices.parts(taken)}
@@ -192,11 +207,9 @@ class SearchingPruner(Pass):
             module,
             context,
             masking,
-            prices,
+            allowance,
             Ranking.of(module, groups, masking, items, scores, aligned=aligned),
             np.array([item.name in free for item in items]),
-            dense_cost(module, context.inputs),
-            budget or self.budget,
             self.inner.round_to,
         )
 

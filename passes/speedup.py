@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fxcompress.channels.groups import ChannelGroups, Group
 from fxcompress.channels.labels import BoolArray
+from fxcompress.conflicts import conflicts
 from fxcompress.constant_channels import approximate, composed, remove_constants
 from fxcompress.context import Context
 from fxcompress.errors import InputError, PassError
@@ -118,6 +119,8 @@ class Speedup(Pass):
             return False
         groups = context.groups(module)
         masking = self._joined(module, masking, groups)
+        if self.masks:
+            context.notes += conflicts(groups, masking.elements)
         live = masking.live(groups.channels)
         keep_zeros(module, masking.elements, self.name)
         if live.all():

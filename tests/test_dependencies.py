@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import fxcompress
 from fxcompress import ChannelGroups
 from fxcompress.errors import InputError
+from fxcompress.passes import Speedup
 
 
 def sets(found: Any) -> list[list[str]]:
@@ -330,3 +331,21 @@ def test_a_file_that_fails_half_way_leaves_the_old_one(
     assert [item.name for item in tmp_path.iterdir()] == ["groups.csv"]
     small.to_csv(path)
     assert path.read_text().startswith("name,width")
+
+
+def test_given_masks_that_conflict_are_reported() -> None:
+    """Of two coupled layers one masks channels 1 and 3, the other 3 and 4: only 3 goes, and the others are named."""
+    net = Net(lambda m, x: m.c((m.a(x) + m.b(x)).relu()), a=nn.Linear(4, 6), b=nn.Linear(4, 6), c=nn.Linear(6, 3))
+    x = torch.randn(2, 4)
+    masks = {name: torch.ones(p.shape, dtype=torch.bool) for name, p in net.named_parameters()}
+    for name, gone in (("a", [1, 3]), ("b", [3, 4])):
+        masks[f"{name}.weight"][gone] = masks[f"{name}.bias"][gone] = False
+    masks["c.weight"][:, 3] = False
+    small = fxcompress.compress(net, [Speedup(masks=masks)], example_inputs=x)
+    assert small.get_parameter("a.weight").shape[0] == 5
+    (note,) = (note for note in small.meta["history"][-1].notes if "disagree" in note)
+    assert "disagree on 2 of the 6 channels of a (1, 4), which stay: a, b would lose them, a, b would not" in note
+    masks["b.weight"][:] = masks["b.bias"][:] = True
+    small = fxcompress.compress(net, [Speedup(masks=masks)], example_inputs=x)
+    (note,) = (note for note in small.meta["history"][-1].notes if "disagree" in note)
+    assert "disagree on 2 of the 6 channels of a (1, 3), which stay: a would lose them, b would not" in note

@@ -1,6 +1,10 @@
 """The comparison of two models."""
 
+import re
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +13,14 @@ import torch
 from conftest import Clock
 from torch import Tensor, nn
 
-from fxcompress import compress, count, latency
+import fxcompress
+from fxcompress import Step, compress, count, latency
 from fxcompress.errors import InputError
 from fxcompress.latency import Latency, merged
 from fxcompress.passes import L1FilterPruner, Speedup
 from fxcompress.report import Change, Report, Total, report
+from fxcompress.search.history import SearchHistory
+from fxcompress.search.trial import Proposal, Trial
 
 
 class Net(nn.Module):
@@ -114,15 +121,131 @@ def test_the_text_shows_every_figure() -> None:
     assert "(removed)" in str(report(sequence(a=nn.PReLU()), nn.Module()))
 
 
-def test_html_is_one_file_that_refers_to_no_other(tmp_path: Path) -> None:
-    found = report(Net(8), Net(2))
-    found.to_html(tmp_path / "report.html")
-    html = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert html.lstrip().startswith("<!DOCTYPE html>")
-    for part in ("conv", "8x3x3x3", "2x3x3x3", "params"):
-        assert part in html
-    for reference in ("src=", "href=", "http", "@import", "url("):
-        assert reference not in html
+def trials() -> tuple[Trial, ...]:
+    """Five trials, the third of which failed."""
+    scores = (0.5, 0.7, None, 0.6, 0.9)
+    return tuple(
+        Trial(i, Proposal((i + 1,), cost={"macs": 0.3 + i / 20}), "failed" if score is None else "done", score, 1.0, "")
+        for i, score in enumerate(scores)
+    )
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve of a sensitivity."""
+
+    name: str
+    kind: str
+    measured: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class Lines:
+    """A sensitivity."""
+
+    dense: float
+    curves: tuple[Line, ...]
+
+
+def full_report(clock: Clock) -> Report:
+    """A report that has every section."""
+    before, after, x = Net(8), Net(2), torch.randn(1, 3, 6, 6)
+    search = SearchHistory("Annealing<b>", trials(), 4, ("conv",), (8,), 0.95, {"macs": 0.5})
+    made = fxcompress.trace(after, x)
+    made.meta["history"] = (Step("Annealing<b>", "", True, 1.0, ("a note & more",), None, (search,)),)
+    curves = Lines(
+        0.95,
+        (
+            *(Line(f"group{i}", "sparsity", ((0.2, 0.9 - i / 50), (0.8, 0.5))) for i in range(12)),
+            Line("conv", "bits", ((8.0, 0.9), (2.0, 0.4))),
+            Line("failed", "bits", ()),
+        ),
+    )
+    found = report(before, made, x, latency=False, sensitivity=curves, groups=fxcompress.channel_groups(before, x))
+    times = tuple(fxcompress.Latency(seconds, 0.001, 1, 1, 10, (seconds,) * 10) for seconds in (0.2, 0.1))
+    return replace(found, latency=(times[0], times[1]))
+
+
+class Page(HTMLParser):
+    """What a page shows, and what it refers to."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.shown: list[str] = []
+        self.headings: list[str] = []
+        self.references: set[str] = set()
+        self.plots: list[str] = []
+        self.ids: set[str] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        if tag not in ("meta", "link"):
+            self.open.append(tag)
+        self.references |= {value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "action")}
+        self.references |= {url for _, value in attrs for url in re.findall(r"url\(([^)]*)\)", value or "")}
+        self.ids |= {given["id"] or ""} if "id" in given else set()
+        if tag == "svg":
+            self.plots.append(given.get("aria-label") or "")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.shown.append(data.strip())
+        if self.open and self.open[-1] == "h2":
+            self.headings.append(data)
+
+
+def test_html_is_one_file_that_refers_to_no_other(tmp_path: Path, clock: Clock) -> None:
+    full_report(clock).to_html(tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert text.startswith("<!DOCTYPE html>")
+    page = Page(text)
+    assert not page.open
+    inside = {reference.removeprefix("#") for reference in page.references if reference.startswith("#")}
+    assert page.references - {f"#{name}" for name in inside} == {"data:,"}  # an icon, or the browser asks for one
+    assert inside <= page.ids
+    for word in ("http", "<script", "@import", "javascript:"):
+        assert word not in text
+    assert list(tmp_path.iterdir()) == [tmp_path / "report.html"]
+
+
+def test_the_page_has_every_section(tmp_path: Path, clock: Clock) -> None:
+    full_report(clock).to_html(tmp_path / "report.html")
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert page.headings == [
+        "Latency", "Widths", "Search: Annealing<b>", "Sensitivity", "Channel groups", "Layers", "Notes",
+    ]  # fmt: skip
+    assert page.plots == [
+        "Latency before and after", "Widths before and after", "History of Annealing<b>",
+        "Score against cost of Annealing<b>", "Score against sparsity", "Score against bits of the weight",
+        "Channel groups",
+    ]  # fmt: skip
+    for part in ("25.0%", "2.00×", "3,496 → 874", "2 of 8", "8x3x3x3", "2x3x3x3", "group3", "a note & more", "budget"):
+        assert any(part in shown for shown in page.shown), part
+    assert "5 trials, 1 of them failed." in page.shown
+
+
+def test_sections_without_data_are_left_out(tmp_path: Path) -> None:
+    report(Net(8), Net(2)).to_html(tmp_path / "report.html")
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert page.headings == ["Widths", "Layers"]
+    report(Net(8), Net(8)).to_html(tmp_path / "report.html")
+    assert not Page((tmp_path / "report.html").read_text(encoding="utf-8")).headings
+
+
+@pytest.mark.parametrize("name, what", [("matplotlib.figure", "plots"), ("jinja2", "HTML")])
+def test_what_the_page_needs_is_named(name: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(InputError, match=rf"{what} .*cannot be imported .*pip install 'fxcompress\[plot\]'"):
+        report(Net(8), Net(2)).to_html(tmp_path / "report.html")
+    assert not list(tmp_path.iterdir())
 
 
 def test_names_are_not_markup(tmp_path: Path) -> None:
