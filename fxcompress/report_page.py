@@ -68,6 +68,7 @@ p { margin: 0 0 12px; color: #475569; }
 section { margin-bottom: 16px; overflow-x: auto; }
 .plots { display: flex; flex-wrap: wrap; gap: 16px; }
 .plots svg { flex: 1 1 400px; max-width: 100%; height: auto; font-family: system-ui, sans-serif; }
+.plots svg.wide { flex-basis: 100%; }
 table { border-collapse: collapse; width: 100%; font-size: 13px; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: 3px 8px; border-bottom: 1px solid #e2e8f0; }
 th:first-child, td:first-child { text-align: left; overflow-wrap: anywhere; }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterable, Sequence
+from html import escape
 from typing import Any, Protocol
 
 import networkx as nx
@@ -75,7 +76,8 @@ def _svg(figure: Any, title: str) -> str:
     svg = text.getvalue()[text.getvalue().index("<svg") :]
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg, count=2)
     svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)  # as wide as the page lets it be
-    return svg.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
+    wide = ' class="wide"' if figure.get_figwidth() > 8 else ""
+    return svg.replace("<svg", f'<svg{wide} role="img" aria-label="{escape(title)}"', 1)
 
 
 def sensitivity(found: Curves, kind: str) -> str | None:
