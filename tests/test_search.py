@@ -220,6 +220,7 @@ def test_an_outcome_tells_missing_from_failed() -> None:
     assert Outcome(error="x").missing is False
 
 
+@pytest.mark.long
 def test_a_search_that_is_killed_twenty_times_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
