@@ -15,7 +15,7 @@ from fxcompress.masking import Masking, complete
 from fxcompress.module import TracedModule
 from fxcompress.passes.admm_pruner import ADMMPruner
 from fxcompress.passes.channel_pruner import ChannelPruner
-from fxcompress.passes.inner_pruner import needs_of
+from fxcompress.passes.inner_pruner import TRAINING
 from fxcompress.passes.scoring import Layer
 from fxcompress.passes.simulated_annealing_pruner import SimulatedAnnealingPruner
 from fxcompress.passes.speedup import Speedup
@@ -99,7 +99,7 @@ class AutoCompressPruner(Pass):
     @property
     def needs(self) -> tuple[Need, ...]:
         """A score, and what training and the pruner inside annealing need."""
-        return tuple(dict.fromkeys((*self.searching.needs, *needs_of(self.searching.inner))))
+        return tuple(dict.fromkeys((*self.searching.needs, *TRAINING, *self.searching.inner.needs)))
 
     def run(self, module: TracedModule, context: Context) -> TracedModule:
         """Search, train and remove, round by round."""
