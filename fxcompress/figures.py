@@ -182,6 +182,7 @@ def _terms(factor: Any, symbols: Mapping[Any, int]) -> Terms:
     """The terms of a polynomial in widths."""
     made: Terms = {}
     for term in sympy.Add.make_args(sympy.expand(factor)):
+        coefficient: Any
         coefficient, rest = term.as_coeff_Mul()
         powers = {} if rest == 1 else rest.as_powers_dict()
         key = tuple(sorted(symbols[symbol] for symbol, power in powers.items() for _ in range(int(power))))

@@ -101,7 +101,8 @@ def measure(
     random = np.random.default_rng(seed)
     uniform = [np.full(len(prices.groups), share) for share in _UNIFORM]
     drawn = list(random.uniform(0.15, 1.0, (_RANDOM, len(prices.groups))))
-    allocations = np.stack([prices.rounded(share * prices.units, round_to) for share in (*uniform, *drawn)])
+    shares = np.array([*uniform, *drawn], dtype=np.float64)
+    allocations = prices.rounded(shares * prices.units.astype(np.float64), round_to)
     whole = len(uniform) + _HELD_OUT
     try:
         samples, wholes = [], []
