@@ -170,7 +170,7 @@ class NodeByNode(fx.Interpreter):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         bound = signature(self.module.forward).bind(*args, **kwargs)
         bound.apply_defaults()
-        return self.run(*bound.args)
+        return self.run(*bound.args, *bound.kwargs.values())  # keyword-only ones are placeholders too
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op not in ("call_function", "call_method"):  # modules are watched by hooks

@@ -23,7 +23,6 @@ from fxcompress.masking import Masking, lay
 from fxcompress.module import MASKS, TracedModule, modules_of
 from fxcompress.pipeline import Pass, check_claim
 from fxcompress.plan import settle
-from fxcompress.prices import dense_cost
 from fxcompress.quantization.zeros import keep_zeros
 from fxcompress.rewrite import rewriting
 from fxcompress.shrink import shrink
@@ -97,7 +96,6 @@ class Speedup(Pass):
     def run(self, module: TracedModule, context: Context) -> TracedModule:
         """Remove what the masks say, and what holds nothing but a constant."""
         assert context.inputs is not None
-        dense_cost(module, context.inputs)  # budgets of later runs are of what was there first
         before = _size(module)
         reference = self.reference(module, context) if self.approximate and context.verify else None
         masked = self._remove_masked(module, context)

@@ -146,7 +146,7 @@ def test_sparsity_outside_its_range(pruner: Callable[..., Pass], sparsity: Any) 
 
 
 def test_no_sparsity() -> None:
-    with pytest.raises(InputError, match="sparsity is None"):
+    with pytest.raises(InputError, match="sparsity is missing: give the fraction of channels"):
         L1FilterPruner(None)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="empty mapping"):
         L1FilterPruner({})
