@@ -241,7 +241,7 @@ class _Lowering:
             return None
         (reader,) = chain.last.users
         item = fake_quantized(self.module, reader)
-        grid = None if item is None else item.grid()
+        grid = None if item is None or movement.overwritten(self.module, reader) else item.grid()
         return None if item is None or grid is None else ByteGrid.of(item.spec, grid)
 
     def _expendable(self, other: fx.Node | None, at: fx.Node) -> bool:
@@ -257,7 +257,7 @@ class _Lowering:
     def _rounded(self, node: fx.Node, item: FakeQuantize) -> None:
         """A fake-quant node behind something that is no layer."""
         found = item.grid()
-        if found is None:
+        if found is None or movement.overwritten(self.module, node):
             return
         grid, source = ByteGrid.of(item.spec, found), node.args[0]
         assert isinstance(source, fx.Node)

@@ -98,8 +98,8 @@ def _site_of(module: TracedModule, node: fx.Node) -> LayerSite | None:
         return None
     given = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
     edge = given["weight"]
-    if not isinstance(edge, fx.Node) or edge.op != "call_module":
-        return None
+    if not isinstance(edge, fx.Node) or edge.op != "call_module" or len(edge.args) > 1:
+        return None  # a factor: the grid is that of a folded weight, and nothing could be folded
     item = submodule(module, str(edge.target))
     if not isinstance(item, FakeQuantize):
         return None

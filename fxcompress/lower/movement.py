@@ -42,6 +42,20 @@ def moves(module: TracedModule, node: fx.Node) -> bool:
     return name in _MOVES
 
 
+def overwritten(module: TracedModule, node: fx.Node) -> bool:
+    """Whether somebody writes into a node's value, or a view of it, that others read: values off its grid."""
+    views, readers, written = [node], 0, False
+    for view in views:
+        for user in view.users:
+            if user.meta.get("mutates") and user.args and user.args[0] is view:
+                written = True
+            if moves(module, user):
+                views.append(user)
+            elif not asks_size(user):
+                readers += 1
+    return written and readers > 1
+
+
 def asks_size(node: fx.Node) -> bool:
     """Whether a node asks for a shape only."""
     if node.op == "call_method":

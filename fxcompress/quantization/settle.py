@@ -82,6 +82,8 @@ def _settle(rewriter: Rewriter, site: Site, calls: Mapping[str, int], ranks: Cal
     if step is None:
         kind = type(getattr(quantizer, "rule", quantizer)).__name__
         return [f"{site.layer} stays as it is: the values of {kind} lie on no regular grid"]
+    if _read_elsewhere(module, site, node):
+        return [f"{site.layer} stays as it is: somebody else reads {site.weight} as well"]
     values = source * factor[0] if factor else value_of(module, _read(site))
     read = _read(site)
     said = [] if norm is None else [f"{norm.target} into {site.layer}"]
@@ -103,13 +105,32 @@ def _settle(rewriter: Rewriter, site: Site, calls: Mapping[str, int], ranks: Cal
     if factor:
         rewriter.become(node, "call_module", node.target, node.args[:1])
         return said
-    whole = node.args[0]  # masks, and what lived, are in the values now
-    while isinstance(whole, fx.Node) and whole.op != "get_attr":
-        whole = whole.args[0]
-    rewriter.become(node, "call_module", node.target, (whole,))
+    # Masks, and what lived, are in the values now.
+    rewriter.become(node, "call_module", node.target, (_parameter(node),))
     if read is not node:
         rewriter.replace(read, node)
     return said
+
+
+def _parameter(node: fx.Node) -> fx.Node:
+    """The parameter that a fake-quant node rounds, behind a mask or not."""
+    while node.op != "get_attr":
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _read_elsewhere(module: TracedModule, site: Site, node: fx.Node) -> bool:
+    """Whether anybody but a fake-quant node reads the weight of a site, which then has to stay what it is."""
+    whole = _parameter(node)
+    weight = value_of(module, whole)
+    for other in module.graph.nodes:
+        if other.op == "get_attr" and other is not whole and value_of(module, other) is weight:
+            return True
+        if other.op == "call_module":
+            called = submodule(module, str(other.target))
+            if any(parameter is weight for parameter in called.parameters()):
+                return True
+    return len(whole.users) > 1
 
 
 def _read(site: Site) -> fx.Node:
