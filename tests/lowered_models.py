@@ -79,8 +79,9 @@ class Row:
         gap: largest relative difference of a float node.
         clear: inputs whose simulated top-1 margin exceeds one step of the output.
         agree: share of these with the same top-1.
-        control: share of these on which the simulation in float64 agrees with itself in float32: rounding at ties, which
-            a deep random network amplifies until it is as large as the noise of quantization. 1 where it was not needed.
+        control: share of these on which the simulation in float64 agrees with itself in float32: rounding at ties,
+            which a deep random network amplifies until it is as large as the noise of quantization. 1 where that was
+            not needed.
         classes: how many different classes are top-1 in the simulation.
         bytes: of the lowered state_dict on disk, as a fraction of the float32 one's.
         tables: share of embedding tables, which stay float32, in the parameters.
@@ -101,8 +102,8 @@ class Row:
 
     def __str__(self) -> str:
         return (
-            f"{self.name:20} {self.steps:5} {self.share:9.1e} {self.gap:9.1e} {self.clear:6} {self.agree:8.2%} {self.control:8.2%} "
-            f"{self.classes:7} {self.bytes:7.3f} {self.tables:7.3f}  {self.int8}"
+            f"{self.name:20} {self.steps:5} {self.share:9.1e} {self.gap:9.1e} {self.clear:6} {self.agree:8.2%} "
+            f"{self.control:8.2%} {self.classes:7} {self.bytes:7.3f} {self.tables:7.3f}  {self.int8}"
         )
 
 
