@@ -133,8 +133,8 @@ class QuantizedConvolution(QuantizedLayer):
         return self.weight[0, 0].numel() == 1 and set(stride) == {1} and set(padding) == {0} and groups == 1
 
     def pack(self, x: Tensor) -> Kernel:
-        if x.dim() == 4 and self.pointwise:
-            return self._over_channels(x)
+        if x.dim() == 4 and self.pointwise and self.other_grid is not None:
+            return self._over_channels(x)  # adds faster than the convolution does, which is faster otherwise
         padding = list(self.geometry.padding)
         return self._convolving(self.weight, padding, list(x.shape))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import fx, nn
 
@@ -75,6 +75,21 @@ class ActivationEdges:
     places: tuple[fx.Node, ...]
     spec: QuantSpec
     readers: frozenset[fx.Node] | None = None
+
+
+@dataclass
+class _Wish:
+    """What is wanted of a value.
+
+    Attributes:
+        spec: its grid.
+        readers: who computes on integers with it, or moves it there.
+        in_float: whether it is made in float, so that rounding it is work of its own: others read it as it was.
+    """
+
+    spec: QuantSpec
+    readers: set[fx.Node] = field(default_factory=set)
+    in_float: bool = False
 
 
 class Edges:
@@ -165,7 +180,7 @@ class Edges:
         Args:
             products: of what contractions of two activations read, such as attention's; None leaves them as they are.
         """
-        wanted: dict[fx.Node, QuantSpec] = {}
+        wanted: dict[fx.Node, _Wish] = {}
         shared: dict[fx.Node, fx.Node] = {}
         fused = {block.end: block for block in self.blocks}
         inside = {node for block in self.blocks for node in block.inside}
@@ -173,20 +188,21 @@ class Edges:
         for node in reversed(self.module.graph.nodes):
             spec = self.specs[node].data if node in self.specs else None
             if node in data and spec is not None:
-                self._want(wanted, data[node], spec)
+                self._want(wanted, data[node], spec, node)
             if products is not None:
                 for source in self._factors(node):
-                    self._want(wanted, source, products)
+                    self._want(wanted, source, products, node)
             if node not in wanted or node in inside:
                 continue
-            spec, name = wanted[node], operation(self.module, node)
+            spec, name = wanted[node].spec, operation(self.module, node)
             if node in fused:
                 block = fused[node]
                 own = self.specs[block.site.node].data if block.site.node in self.specs else None
                 if block.addend is not None and own is not None:
-                    self._want(wanted, block.addend, spec)
+                    adds = next(item for item in (*block.inside, block.end) if block.addend in item.args)
+                    self._want(wanted, block.addend, spec, adds)
             elif name in _JOINS:
-                roots = [self._want(wanted, source, spec) for source in node.all_input_nodes]
+                roots = [self._want(wanted, source, spec, node) for source in node.all_input_nodes]
                 for root in roots[1:]:
                     shared[_first(shared, root)] = _first(shared, roots[0])
                 shared[_first(shared, node)] = _first(shared, roots[0])
@@ -194,7 +210,9 @@ class Edges:
                 for source in node.all_input_nodes:
                     labels = self._labels(source)
                     if labels is not None and not labels.const:
-                        self._want(wanted, source, spec)
+                        self._want(wanted, source, spec, node)
+            else:
+                wanted[node].in_float = True
         return self._grouped(wanted, shared)
 
     def _factors(self, node: fx.Node) -> list[fx.Node]:
@@ -206,11 +224,16 @@ class Edges:
         fine = len(factors) == count and all(item is not None and not item.const for item in labels)
         return factors if fine else []
 
-    def _want(self, wanted: dict[fx.Node, QuantSpec], value: fx.Node, spec: QuantSpec) -> fx.Node:
+    def _want(self, wanted: dict[fx.Node, _Wish], value: fx.Node, spec: QuantSpec, reader: fx.Node) -> fx.Node:
         """Ask for a value on a grid where it is made; of two wishes the one with more bits counts."""
         root = self.root(value)
-        if "quant" not in root.meta and (root not in wanted or wanted[root].bits < spec.bits):
-            wanted[root] = spec
+        if "quant" in root.meta:
+            return root
+        while value is not root:
+            reader, value = value, value.all_input_nodes[0]
+        wish = wanted.setdefault(root, _Wish(spec))
+        wish.spec = max(wish.spec, spec, key=lambda item: item.bits)
+        wish.readers.add(reader)
         return root
 
     def root(self, node: fx.Node) -> fx.Node:
@@ -235,16 +258,19 @@ class Edges:
             return self._labels(node) is not None or name in ("chunk", "split", "unbind", "tensorsplit")
         return name in _CLOSED
 
-    def _grouped(self, wanted: Mapping[fx.Node, QuantSpec], shared: dict[fx.Node, fx.Node]) -> list[ActivationEdges]:
+    def _grouped(self, wanted: Mapping[fx.Node, _Wish], shared: dict[fx.Node, fx.Node]) -> list[ActivationEdges]:
         groups: dict[fx.Node, list[fx.Node]] = {}
         for node in sorted(wanted, key=self.order.__getitem__):
             groups.setdefault(_first(shared, node), []).append(node)
         made = []
         for nodes in groups.values():
             places = tuple(node for node in nodes if operation(self.module, node) not in _JOINS)
-            spec = max((wanted[node] for node in nodes), key=lambda item: item.bits)
+            spec = max((wanted[node].spec for node in nodes), key=lambda item: item.bits)
+            wishes = [wanted[place] for place in places]
+            some = all(wish.in_float for wish in wishes)
+            readers = frozenset(reader for wish in wishes for reader in wish.readers)
             if places:
-                made.append(ActivationEdges(places, spec))
+                made.append(ActivationEdges(places, spec, readers if some else None))
         return sorted(made, key=lambda edges: self.order[edges.places[0]])
 
 
