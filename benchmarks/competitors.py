@@ -82,16 +82,6 @@ def openvino_int8(model: nn.Module, x: Tensor) -> Call:
     return lambda: made(array)
 
 
-#: Title, the packages that it needs, and how it is made.
-COMPETITORS: tuple[tuple[str, tuple[str, ...], Callable[[nn.Module, Tensor], Call]], ...] = (
-    ("compile", (), compiled),
-    ("ORT", ("onnxruntime", "onnxscript"), onnx_runtime),
-    ("ORT int8", ("onnxruntime", "onnxscript"), onnx_runtime_int8),
-    ("OpenVINO int8", ("openvino", "nncf"), openvino_int8),
-    ("PT2E int8", ("torchao",), pt2e),
-)
-
-
 def silently(make: Callable[[nn.Module, Tensor], Call], model: nn.Module, x: Tensor) -> Call:
     """Make a call and run it once, without what the tools print on the way."""
     before = logging.root.manager.disable
