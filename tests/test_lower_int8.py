@@ -395,3 +395,34 @@ def test_real_models(name: str) -> None:
     simulated = fake_quantized(model, x)
     lowered = lower(simulated, x)
     assert_within_a_step(simulated, lowered, torch.randn(3, *x.shape[1:]))
+
+
+class Heads(nn.Module):
+    """Query, key and value of one input, of different widths, and a gate that is not reshaped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = nn.Linear(18, 20), nn.Linear(18, 20, bias=False), nn.Linear(18, 12)
+        self.gate, self.out = nn.Linear(18, 12), nn.Linear(12, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, _ = x.shape
+        q, k, v = (
+            layer(x).reshape(batch, tokens, 4, -1).transpose(1, 2) for layer in (self.query, self.key, self.value)
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.out(mixed * self.gate(x).sigmoid())
+
+
+def test_linear_layers_with_one_input_become_one() -> None:
+    torch.manual_seed(3)
+    model, x = Heads().eval(), torch.randn(2, 9, 18)
+    simulated = fake_quantized(model, x)
+    lowered = lower(simulated, x)
+    names = {name for name, layer in lowered.named_modules() if isinstance(layer, QuantizedLinear)}
+    assert names == {"query_key_value", "gate", "out"}
+    assert lowered.get_submodule("query_key_value").weight.shape == (52, 18)
+    assert_within_a_step(simulated, lowered, torch.randn(5, 9, 18))
+    again = lower(simulated, x)
+    again.load_state_dict(lowered.state_dict())
+    assert torch.equal(again(x), lowered(x))

@@ -20,6 +20,7 @@ from fxcompress.lower.layers_int8 import LAYERS, LayerSite, int8_layer, sites_of
 from fxcompress.lower.naming import Names
 from fxcompress.lower.prepacked import PostOp
 from fxcompress.lower.quantized import QuantizedBatchNorm
+from fxcompress.lower.siblings import merge_siblings
 from fxcompress.lower.stem import suits
 from fxcompress.lower.values import shapes_of
 from fxcompress.module import TracedModule, submodule
@@ -90,6 +91,7 @@ class _Lowering:
         self.shapes = shapes
         self.left = Left()
         self.lowered: Counter[str] = Counter()
+        self.merged: list[str] = []
         self.order = {node: place for place, node in enumerate(self.module.graph.nodes)}
         self.grids: dict[fx.Node, ByteGrid] = {}  # of nodes that give integers
         self.readers: set[fx.Node] = set()  # nodes that read integers as such
@@ -105,13 +107,16 @@ class _Lowering:
                 continue
             self._visit(node)
         self._convert()
+        self.merged = merge_siblings(self.rewriter)
 
     def notes(self) -> list[str]:
         total = sum(self.lowered[kind] for kind in LAYERS) + sum(map(len, self.left.reasons.values()))
         layers = sum(self.lowered[kind] for kind in LAYERS)
         rest = {kind: count for kind, count in self.lowered.items() if kind not in LAYERS}
         parts = ", ".join(f"{count} {kind}" for kind, count in rest.items())
-        return [f"{layers} of {total} layers run in int8" + (f", with {parts}" if parts else ""), *self.left.notes()]
+        made = [f"{layers} of {total} layers run in int8" + (f", with {parts}" if parts else "")]
+        made += [f"linear layers with one input became one: {', '.join(self.merged)}"] if self.merged else []
+        return made + self.left.notes()
 
     # ---- one node ------------------------------------------------------------------------------------------------
 

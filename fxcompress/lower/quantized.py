@@ -75,6 +75,11 @@ class QuantizedLayer(Prepacked):
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, {self.post.name}, {self.x_grid} -> {self.grid}"
 
+    @property
+    def affine(self) -> bool:
+        """Whether weights and bias take a part of the activation."""
+        return (self.factor, self.shift) != (1.0, 0.0)
+
     def _grids(self) -> list[ByteGrid]:
         """Of the input, the result and what is added; where there is none, a grid without steps."""
         nothing = ByteGrid(0.0, 0, 0, 0)
