@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from fxcompress.export.placement import OnnxGrid, _saturating
 from fxcompress.export.session import OnnxModule
 from fxcompress.inputs import Inputs
 from fxcompress.passes import L1FilterPruner, LevelPruner, Lower, PTQQuantizer, Speedup
-from fxcompress.quantization.spec import activation_spec, weight_spec
+from fxcompress.quantization.spec import QuantSpec, activation_spec, weight_spec
 from fxcompress.verify import difference
 
 ROOT = Path(fxcompress.__file__).parents[1]
@@ -212,6 +213,71 @@ def test_attention_agrees_within_a_step(tmp_path: Path) -> None:
     found = optimized(lowered, tmp_path / "optimized.onnx")
     assert found["MatMulIntegerToFloat"] + found["QLinearMatMul"] == 4
     assert found["MatMul"] + found["FusedMatMul"] == 2, "the two products of attention"
+
+
+def in_plain_session(simulated: fxcompress.TracedModule, x: Tensor, folder: Path) -> tuple[float, Counter[str]]:
+    """How far a file is from the simulation in a session with default options, and what that makes of it."""
+    path, best = folder / "model.onnx", folder / "optimized.onnx"
+    fxcompress.export_onnx(simulated, path, example_inputs=x)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(best), 3
+    (found,) = onnxruntime.InferenceSession(path, options).run(None, {"input": x.numpy()})
+    with torch.no_grad():
+        gap = difference(simulated(x), torch.from_numpy(found))
+    return gap, Counter(node.op_type for node in onnx.load(best).graph.node)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_layers_with_float_weights_stay_float(bias: bool, tmp_path: Path) -> None:
+    layers = [nn.Conv2d(3, 1, 3, bias=bias), nn.Conv2d(1, 6, 3, bias=bias), nn.ConvTranspose2d(6, 5, 2, bias=bias)]
+    model = nn.Sequential(*(item for layer in layers for item in (layer, nn.ReLU())), nn.Flatten())
+    model.extend([nn.Linear(605, 7, bias=bias), nn.ReLU(), nn.Linear(7, 3, bias=bias)])
+    randomize(model, 5)
+    simulated = fake_quantized(model, IMAGES, weight=None)
+    assert len(roundings(simulated)) >= 5
+    gap, found = in_plain_session(simulated, IMAGES, tmp_path)
+    assert gap < 1e-5
+    assert not {"QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul"} & found.keys()
+    fxcompress.compress(simulated, [Lower(backend="onnx")], example_inputs=IMAGES, progress=False)
+
+
+class Residual(nn.Module):
+    """Two convolutions of which one alone has its weights quantized, and a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.left_float, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        input = F.relu(self.stem(input))
+        return F.relu(self.last(F.relu(self.left_float(input))) + input).mean((2, 3))
+
+
+def test_a_float_layer_among_integer_ones_stays_float(tmp_path: Path) -> None:
+    model = Residual().eval()
+    randomize(model, 6)
+    simulated = fxcompress.compress(
+        model, [PTQQuantizer(exclude="left_float")], example_inputs=IMAGES, progress=False
+    )
+    _, found = in_plain_session(simulated, IMAGES, tmp_path)
+    assert (found["QLinearConv"], found["Conv"] + found["FusedConv"], found["QLinearAdd"]) == (2, 1, 1)
+    fxcompress.compress(simulated, [Lower(backend="onnx")], example_inputs=IMAGES, progress=False)
+
+
+@pytest.mark.parametrize("weight", [weight_spec(8), replace(weight_spec(8), axis=None)])
+def test_a_bias_that_dwarfs_its_weights_fits_int32(weight: QuantSpec, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.ReLU())
+    model.extend([nn.Flatten(), nn.Linear(400, 7), nn.ReLU(), nn.Linear(7, 3)])
+    randomize(model, 7)
+    with torch.no_grad():  # a dead BatchNorm's channel, and whole layers
+        for layer in (model[1], model[6]):
+            layer.get_parameter("weight")[0], layer.get_parameter("bias")[0] = 1e-9, 0.5
+        model[3].get_parameter("weight").mul_(1e-10)
+    simulated = fake_quantized(model, IMAGES, weight=weight)
+    gap, found = in_plain_session(simulated, IMAGES, tmp_path)
+    assert gap < 1e-4
+    assert (found["QLinearConv"], found["QGemm"]) == (2, 2)
+    fxcompress.compress(simulated, [Lower(backend="onnx")], example_inputs=IMAGES, progress=False)
 
 
 def test_openvino_agrees_within_a_step() -> None:
