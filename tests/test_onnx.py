@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -415,6 +416,21 @@ def test_a_file_runs_at_any_batch_size(tmp_path: Path) -> None:
     for batch in (1, 2, 3):
         (found,) = session.run(None, {"x": TOKENS[:batch].numpy()})
         assert difference(model(TOKENS[:batch]).detach(), torch.from_numpy(found)) < 1e-5
+
+
+@pytest.mark.parametrize("backend", ["onnx", "openvino"])
+def test_another_size_than_the_written_one_is_named(backend: str) -> None:
+    if backend == "openvino":
+        pytest.importorskip("openvino")
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    lower = Lower(backend=backend, dtype="float32")
+    lowered = fxcompress.compress(model, [lower], example_inputs=torch.randn(2, 3, 12, 12), progress=False)
+    for shape in ((5, 3, 33, 20), (3, 12, 12)):
+        with pytest.raises(
+            fxcompress.InputError, match=rf"{re.escape(str(shape))}; this model was written for \(any, 3, 12, 12\)"
+        ):
+            lowered(torch.randn(shape))
+    assert lowered(torch.randn(5, 3, 12, 12)).shape == (5, 4, 10, 10)
 
 
 # ---- an ordinary module ----------------------------------------------------------------------------------------

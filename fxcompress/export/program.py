@@ -46,11 +46,13 @@ class Signature:
     Attributes:
         given: for each leaf of the positional inputs (``torch.utils._pytree``): None for a tensor, which the model
             takes, else the value that is written into it.
+        shapes: for each of the tensors, its shape, with None where any size goes.
         result: what the model returns, with a :class:`Slot` for each tensor.
         rounded: where it computes what the fake-quant nodes of activations compute, by their names.
     """
 
     given: tuple[Any, ...]
+    shapes: tuple[tuple[int | None, ...], ...]
     result: Any
     rounded: Mapping[str, Rounded]
 
@@ -78,6 +80,8 @@ def export_onnx(
     runtime: Runtime = "onnxruntime",
 ) -> None:
     """Write a model as an ONNX file (opset 18), in eval mode, with a batch dimension of any size.
+
+    Other dimensions have the sizes of the example inputs: what runtimes fuse and how fast is decided by them.
 
     Float and pruned models are written as they are. Fake-quant nodes become QuantizeLinear and DequantizeLinear,
     weights int8 initializers with a DequantizeLinear per channel, biases of convolutions int32 ones.
@@ -133,7 +137,10 @@ def program_of(module: TracedModule, inputs: Inputs, runtime: Runtime, author: s
     leaves = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in pytree.tree_leaves(values))
     numbers = itertools.count()
     result = pytree.tree_map_only(Tensor, lambda _: Slot(next(numbers)), result)
-    return Program(_serialized(written), Signature(leaves, result, rounded), tuple(notes))
+    shapes = tuple(
+        tuple(size if isinstance(size, int) else None for size in value.shape) for value in written.graph.inputs
+    )
+    return Program(_serialized(written), Signature(leaves, shapes, result, rounded), tuple(notes))
 
 
 class _TensorsOnly(nn.Module):
