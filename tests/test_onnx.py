@@ -1,6 +1,7 @@
 """Models as ONNX: fake-quant nodes as pairs that ONNX Runtime and OpenVINO fuse, float models to rounding."""
 
 import copy
+import logging
 import os
 import pickle
 import re
@@ -489,7 +490,29 @@ def test_arguments_and_models_that_cannot_be_written(tmp_path: Path) -> None:
         fxcompress.export_onnx(model, tmp_path / "directory", example_inputs=IMAGES)
     with pytest.raises(fxcompress.InputError, match=r"expected a torch.nn.Module"):
         fxcompress.export_onnx(max, tmp_path / "a.onnx", example_inputs=IMAGES)  # type: ignore[arg-type]
+    for path in (None, "", ".", 3):
+        with pytest.raises(fxcompress.InputError, match=f"path is {path!r}; expected the name of a file"):
+            fxcompress.export_onnx(model, path, example_inputs=IMAGES)  # type: ignore[arg-type]
     assert os.listdir(tmp_path) == ["directory"]
+
+
+class Halves(nn.Module):
+    """A parameter that is split in the graph, which the exporter does not fold and says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, other = self.weight.chunk(2)
+        return F.linear(x, one) * F.linear(x, other)
+
+
+def test_the_exporter_keeps_quiet(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    level = logging.getLogger("onnxscript").level
+    fxcompress.export_onnx(Halves(), tmp_path / "a.onnx", example_inputs=torch.randn(2, 4))
+    assert not [item.getMessage() for item in caplog.records if item.levelno >= logging.WARNING]
+    assert logging.getLogger("onnxscript").level == level
 
 
 def test_a_missing_package_is_named_with_its_extra() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -201,10 +202,16 @@ def _exported(module: TracedModule, values: tuple[Any, ...], batched: tuple[str,
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the exporter prints and warns of itself."""
+    """Without what the exporter prints, logs and warns of itself."""
+    logger = logging.getLogger("onnxscript")
+    level = logger.level
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        yield
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
 
 
 def _serialized(model: Any) -> bytes:
