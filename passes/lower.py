@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,7 @@ from fxcompress.export.program import Runtime
 from fxcompress.export.session import OnnxModule, in_runtime
 from fxcompress.inputs import other_batch
 from fxcompress.lower.agreement import agreement
-from fxcompress.lower.features import require_bfloat16, require_float, require_int8
+from fxcompress.lower.features import int8_missing, require_bfloat16, require_float
 from fxcompress.lower.flat import FLAT
 from fxcompress.lower.float_graph import lower_float
 from fxcompress.lower.fold_masks import fold_masks, forget_masks
@@ -52,6 +53,9 @@ class Lower(Pass):
     step, node by node.
 
     Masks that are still in the graph are multiplied into the weights; ``Speedup`` in front removes them.
+
+    Without the processor's 8-bit instructions, or the operators in torch, ``dtype="int8"`` warns and leaves the
+    fake-quantized module as it is.
 
     Layers that do not pay, or for which there is no kernel, stay, and the notes say which and why. Weights are plain
     buffers under their layers' names (int8 ones with ``weight_scale``) and are packed when the module first runs, so
@@ -100,13 +104,11 @@ class Lower(Pass):
             require("onnx", "onnx", "onnxscript", "onnxruntime" if self.backend == "onnx" else "onnxscript")
             if self.backend == "openvino":
                 require("openvino", "openvino")
-            self._require_nodes(bool(fake_quant_nodes(module)))
-        elif self.integer:
-            require_int8()
         elif self.dtype == "bfloat16":
             require_bfloat16()
-        else:
+        elif not self.integer:
             require_float()
+        self._require_nodes(bool(fake_quant_nodes(module)))
 
     def _require_nodes(self, there: bool) -> None:
         if self.integer and not there:
@@ -116,7 +118,8 @@ class Lower(Pass):
             )
         if there and not self.integer:
             raise PassError(
-                f"Lower(backend={self.backend!r}, dtype='float32') found fake-quant nodes; expected a float model. "
+                f"{self.name}(backend={self.backend!r}, dtype={self.dtype!r}) found fake-quant nodes; expected a float "
+                "model. "
                 "Lower it with dtype='int8'."
             )
 
@@ -129,6 +132,12 @@ class Lower(Pass):
         assert context.inputs is not None
         if self.backend != "torch":
             return in_runtime(module, context.inputs, _RUNTIMES[self.backend], context.notes, self.name)
+        missing = int8_missing() if self.integer else None
+        if missing is not None:
+            message = f"{missing}. The fake-quantized module is left as it is: right, and not faster"
+            warnings.warn(f"{self.name}: {message}", stacklevel=2)
+            context.notes.append(message)
+            return module
         before, modes = _names(module), {name: item.training for name, item in module.named_modules()}
         read = state_read(module)
         with evaluating(module):

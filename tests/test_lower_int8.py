@@ -343,17 +343,47 @@ def test_a_spec_that_the_kernels_cannot_run() -> None:
 
 
 def test_a_processor_without_the_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxcompress.lower.features.has_int8_instructions", lambda: False)
     x = torch.randn(2, 3, 40, 40)
-    with pytest.raises(fxcompress.PassError, match=r"needs 8-bit multiply-accumulate .* this processor .* has none"):
-        lower(fake_quantized(layers(nn.ReLU()), x), x)
+    simulated = fake_quantized(layers(nn.ReLU()), x)
+    lowered = copy.deepcopy(lower(simulated, x))
+    monkeypatch.setattr("fxcompress.lower.features.has_int8_instructions", lambda: False)
+    with pytest.raises(fxcompress.PassError, match=r"multiply-accumulate instructions .* processor .* has none"):
+        lowered(x)  # made on another machine
+    with pytest.warns(UserWarning, match=r"this processor .* has none\. The fake-quantized module is left as it is"):
+        kept = lower(simulated, x)
+    assert torch.equal(kept(x), simulated(x))
+    assert "left as it is" in kept.meta["history"][-1].notes[0]
 
 
 def test_an_operator_that_torch_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fxcompress.lower.features._INT8", ("onednn::qconv_of_tomorrow",))
     x = torch.randn(2, 3, 40, 40)
-    with pytest.raises(fxcompress.PassError, match="needs the operators onednn::qconv_of_tomorrow, which torch"):
-        lower(fake_quantized(layers(nn.ReLU()), x), x)
+    simulated = fake_quantized(layers(nn.ReLU()), x)
+    with pytest.warns(UserWarning, match=r"need the operators onednn::qconv_of_tomorrow, which torch .* lacks"):
+        kept = lower(simulated, x)
+    assert torch.equal(kept(x), simulated(x))
+
+
+def test_weights_of_another_calibration_are_refused() -> None:
+    x = torch.randn(2, 3, 40, 40)
+    model = layers(nn.ReLU())
+    one, other = (lower(fake_quantized(model, x * gain), x) for gain in (1.0, 0.1))
+    with pytest.raises(RuntimeError, match=r"grids: the state_dict is that of a module lowered from other ranges"):
+        one.load_state_dict(other.state_dict())
+
+
+def test_a_model_of_another_dtype_is_refused() -> None:
+    x = torch.randn(2, 3, 40, 40, dtype=torch.float64)
+    simulated = fake_quantized(layers(nn.ReLU()).double(), x)
+    with pytest.raises(fxcompress.PassError, match=r"float32 values, and these are torch.float64; convert .*float\(\)"):
+        lower(simulated, x)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_fake_quantized_model_is_not_lowered_as_a_float_one(dtype: str) -> None:
+    x = torch.randn(2, 3, 40, 40)
+    with pytest.raises(fxcompress.PassError, match="found fake-quant nodes; expected a float model"):
+        fxcompress.compress(fake_quantized(layers(nn.ReLU()), x), [Lower(dtype=dtype)], example_inputs=x)
 
 
 @pytest.mark.long

@@ -31,7 +31,13 @@ def require_float() -> None:
     Raises:
         PassError: this torch was built without some of them.
     """
-    _require_operators(_FLOAT, "backend='torch'")
+    missing = _missing(_FLOAT)
+    if missing:
+        raise PassError(
+            f"backend='torch' needs the operators {', '.join(missing)}, which torch {torch.__version__} lacks; "
+            "expected a CPU build of torch 2.13 or newer with onednn (torch.backends.mkldnn.is_available()). Install "
+            "one, or keep the module as it is."
+        )
 
 
 def require_bfloat16() -> None:
@@ -48,21 +54,32 @@ def require_bfloat16() -> None:
         )
 
 
-def require_int8() -> None:
-    """The kernels, and 8-bit multiply-accumulate instructions.
+def int8_missing() -> str | None:
+    """What int8 kernels need and this machine or this torch has not; None = nothing.
 
-    Without them onednn adds products of 8-bit integers in 16 bits, which overflows: results would be wrong, not slow.
+    Without 8-bit multiply-accumulate instructions onednn adds products of integers in 16 bits, which overflows: results
+    would be wrong, not slow.
+    """
+    missing = _missing(_INT8)
+    if missing:
+        return f"int8 kernels need the operators {', '.join(missing)}, which torch {torch.__version__} lacks"
+    if not has_int8_instructions():
+        return (
+            "int8 kernels need 8-bit multiply-accumulate instructions (AVX512 VNNI, AVX VNNI or AMX); this processor "
+            f"({processor()}) has none"
+        )
+    return None
+
+
+def require_int8() -> None:
+    """What int8 kernels need, where a lowered module is already there: it may come from another machine.
 
     Raises:
         PassError: with what is missing.
     """
-    _require_operators(_INT8, "int8 lowering with backend='torch'")
-    if not has_int8_instructions():
-        raise PassError(
-            f"int8 lowering with backend='torch' needs 8-bit multiply-accumulate instructions (AVX512 VNNI, AVX VNNI "
-            f"or AMX); this processor ({processor()}) has none. Without them sums of products overflow in 16 bits. "
-            "Keep the fake-quantized module, or lower the float model with Lower(dtype='float32')."
-        )
+    missing = int8_missing()
+    if missing is not None:
+        raise PassError(f"{missing}. Run this module elsewhere, or use the fake-quantized module that it was made of.")
 
 
 def has_bfloat16() -> bool:
@@ -80,14 +97,8 @@ def processor() -> str:
     return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def _require_operators(names: tuple[str, ...], what: str) -> None:
-    missing = [name for name in names if not _exists(name)]
-    if missing:
-        raise PassError(
-            f"{what} needs the operators {', '.join(missing)}, which torch {torch.__version__} lacks; expected a CPU "
-            "build of torch 2.13 or newer with onednn (torch.backends.mkldnn.is_available()). Install one, or keep the "
-            "module as it is."
-        )
+def _missing(names: tuple[str, ...]) -> list[str]:
+    return [name for name in names if not _exists(name)]
 
 
 def _exists(name: str) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from fxcompress.errors import PassError
@@ -35,9 +37,9 @@ def lower_int8(module: TracedModule, inputs: Inputs, author: str) -> list[str]:
     compared node by node.
 
     Raises:
-        PassError: there is no fake-quant node, or one whose spec integer kernels cannot run.
+        PassError: there is a fake-quant node whose spec integer kernels cannot run.
     """
-    _require_specs(module)
+    _require_specs(module, shapes_of(module, inputs)[1])
     with rewriting(module, author) as rewriter:
         drop_idle(rewriter)
     shapes, _ = shapes_of(module, inputs)
@@ -56,20 +58,17 @@ def fake_quantized(module: TracedModule, node: fx.Node) -> FakeQuantize | None:
     return found if isinstance(found, FakeQuantize) else None
 
 
-def _require_specs(module: TracedModule) -> None:
+def _require_specs(module: TracedModule, dtypes: Mapping[str, torch.dtype]) -> None:
     """Every fake-quant node is one that kernels can follow."""
     found = [(node, item) for node in module.graph.nodes if (item := fake_quantized(module, node)) is not None]
-    if not found:
-        raise PassError(
-            "Lower found no fake-quant node: there is nothing to lower to int8. Run a quantizer first, for example "
-            "PTQQuantizer(...), or lower the float model with Lower(dtype='float32')."
-        )
     for node, item in found:
         grid, spec = item.grid(), item.spec
         if grid is None:
             continue
         can = None
-        if spec.bits > 8:
+        if dtypes.get(node.name, torch.float32) != torch.float32:
+            can = f"float32 values, and these are {dtypes[node.name]}; convert the model with .float()"
+        elif spec.bits > 8:
             can = "at most 8 bits"
         elif spec.role == "activation" and spec.axis is not None:
             can = "one scale per activation tensor"

@@ -48,9 +48,13 @@ class ByteGrid(NamedTuple):
 
 def quantize(x: Tensor, grid: ByteGrid) -> Tensor:
     """Float values to the integers of a grid."""
-    scale, zero_point, low, high = grid
-    start = torch.tensor(_ONES + zero_point, dtype=torch.float32)
-    return _stored(torch.add(start, x.to(torch.float32), alpha=1.0 / scale), low, high)
+    return _rounded(x.to(torch.float32), 1.0 / grid.scale, grid)
+
+
+def _rounded(x: Tensor, factor: float, grid: ByteGrid) -> Tensor:
+    """The integers nearest to ``x * factor + zero_point``."""
+    start = torch.tensor(_ONES + grid.zero_point, dtype=torch.float32)
+    return _stored(torch.add(start, x, alpha=factor), grid.low, grid.high)
 
 
 def _stored(steps: Tensor, low: int, high: int) -> Tensor:
@@ -106,17 +110,19 @@ def multiply(a: Tensor, b: Tensor, a_grid: ByteGrid, b_grid: ByteGrid, grid: Byt
         if a[0, 0].numel() == 1:
             a, b, a_grid, b_grid = b, a, b_grid, a_grid
         gates = dequantize(b, b_grid).flatten(1)
+        if len(gates) == 1:
+            return scale_channels(a, gates[0], a_grid, grid)
         parts = [scale_channels(item, gate, a_grid, grid) for item, gate in zip(a.split(1), gates, strict=True)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return torch.cat(parts)
     return quantize(dequantize(a, a_grid).mul(dequantize(b, b_grid)), grid)
 
 
 def scale_channels(q: Tensor, factors: Tensor, grid: ByteGrid, new: ByteGrid) -> Tensor:
     """Every channel of ``q [batch, channels, height, width]`` times a factor: BatchNorm without statistics."""
-    ones, zeros = torch.ones_like(factors), torch.zeros_like(factors)
+    zeros = torch.zeros_like(factors)
     q = q.contiguous(memory_format=torch.channels_last)
     made: Tensor = torch.ops.onednn.qbatch_norm2d.default(
-        q, grid[0], grid[1], factors, zeros, zeros, ones, 0.0, new[0], new[1], torch.uint8
+        q, grid[0], grid[1], factors, zeros, zeros, zeros, 1.0, new[0], new[1], torch.uint8
     )
     return made if new[2] == 0 and new[3] == 255 else made.clamp_(new[2], new[3])
 
@@ -175,5 +181,5 @@ def _padded(piece: Tensor, dim: int, first: int, count: int) -> Tensor:
 
 def average(q: Tensor, dims: tuple[int, ...], grid: ByteGrid, new: ByteGrid) -> Tensor:
     """The mean over whole dimensions, which stay with size 1."""
-    mean = q.to(torch.float32).mean(dims, keepdim=True)
-    return quantize(mean.sub_(grid[1]).mul_(grid[0]), new)
+    mean = q.mean(dims, keepdim=True, dtype=torch.float32)
+    return _rounded(mean.sub_(grid[1]) if grid[1] else mean, grid[0] / new[0], new)

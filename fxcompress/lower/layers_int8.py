@@ -24,9 +24,9 @@ _OTHERS = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.embeddi
 LAYERS = ("convolutions", "linear layers")
 #: What kernels apply to their results, by the dimensions of the weight.
 _FUSED = {
-    2: frozenset("relu hardtanh hardswish swish gelu tanh leaky_relu".split()),
+    2: frozenset("relu hardtanh hardsigmoid hardswish swish gelu tanh leaky_relu".split()),
     3: frozenset(("relu",)),
-    4: frozenset("relu hardtanh hardswish swish".split()),
+    4: frozenset("relu hardtanh hardsigmoid hardswish swish".split()),
 }
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fxcompress.lower.features import require_int8
 from fxcompress.lower.integers import ByteGrid
 from fxcompress.lower.prepacked import Geometry, Kernel, PostOp, Prepacked
 
 #: A result that is not rounded.
 _PLAIN = ByteGrid(1.0, 0, 0, 255)
+#: Activations that are affine between two ends: factor and shift, which weights and bias take, and the clip.
+_AFFINE = {"hardsigmoid": (1 / 6, 0.5, PostOp("hardtanh", (0.0, 1.0)))}
 
 
 def _rounded_anyway(post: PostOp, grid: ByteGrid) -> bool:
@@ -29,6 +32,9 @@ def _rounded_anyway(post: PostOp, grid: ByteGrid) -> bool:
 class QuantizedLayer(Prepacked):
     """Weights, and the grids of what enters and leaves.
 
+    The grids are part of the ``state_dict``: one that was made for other ranges is refused, because nodes of the graph
+    hold them too.
+
     Args:
         weight: int8, output channels first.
         weight_scale: float32, ``[out]`` or 0-d.
@@ -43,6 +49,7 @@ class QuantizedLayer(Prepacked):
     weight: Tensor
     weight_scale: Tensor
     bias: Tensor | None
+    grids: Tensor
 
     def __init__(
         self,
@@ -60,16 +67,42 @@ class QuantizedLayer(Prepacked):
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", weight_scale)
         self.register_buffer("bias", bias)
+        self.factor, self.shift, post = _AFFINE.get(post.name, (1.0, 0.0, post))
         self.post = PostOp() if grid is not None and _rounded_anyway(post, grid) else post
         self.x_grid, self.grid, self.other_grid, self.spends_other = x_grid, grid, other_grid, spends_other
+        self.register_buffer("grids", torch.tensor(self._grids()))
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, {self.post.name}, {self.x_grid} -> {self.grid}"
 
+    def _grids(self) -> list[ByteGrid]:
+        """Of the input, the result and what is added; where there is none, a grid without steps."""
+        nothing = ByteGrid(0.0, 0, 0, 0)
+        return [self.x_grid, self.grid or nothing, self.other_grid or nothing]
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        given = state_dict.get(f"{prefix}grids")
+        if given is not None and not torch.equal(given.cpu(), torch.tensor(self._grids(), dtype=given.dtype)):
+            errors = args[-1]
+            errors.append(
+                f"{prefix}grids: the state_dict is that of a module lowered from other ranges of activations "
+                f"({given.tolist()}; this one has {torch.tensor(self._grids()).tolist()}). Lower a model with the same "
+                "ranges, or save and load the module whole."
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def _scales(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point (0) of each output channel."""
         out = self.weight.shape[0]
-        return self.weight_scale.expand(out).contiguous(), torch.zeros(out, dtype=torch.int64)
+        scale = self.weight_scale if self.factor == 1 else self.weight_scale * self.factor
+        return scale.expand(out).contiguous(), torch.zeros(out, dtype=torch.int64)
+
+    def _offsets(self) -> Tensor | None:
+        """What is added to each output channel."""
+        if self.shift == 0:
+            return self.bias
+        bias = torch.zeros(self.weight.shape[0]) if self.bias is None else self.bias * self.factor
+        return bias + self.shift
 
     def _finish(self) -> Callable[[Tensor], Tensor] | None:
         """What is left to do to a kernel's result: saturation at the ends of a narrower grid."""
@@ -80,21 +113,22 @@ class QuantizedLayer(Prepacked):
 
     def _linear(self, weight: Tensor, x: Tensor) -> Kernel:
         """``x [..., in]`` times ``weight [out, in]``."""
+        require_int8()
         scales, zeros = self._scales()
         packed = torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)
         first = (self.x_grid.scale, self.x_grid.zero_point, packed, scales, zeros)
         grid = self.grid or _PLAIN
-        result = (self.bias, grid.scale, grid.zero_point, torch.float32 if self.grid is None else torch.uint8)
+        result = (self._offsets(), grid.scale, grid.zero_point, torch.float32 if self.grid is None else torch.uint8)
         post = (self.post.name, list(self.post.scalars), self.post.algorithm)
         other, keeps = self.other_grid, not self.spends_other
-        unary = torch.ops.onednn.qlinear_pointwise.default
+        unary, rest = torch.ops.onednn.qlinear_pointwise.default, (*first, *result, *post)
         binary = torch.ops.onednn.qlinear_pointwise.binary
         finish = self._finish()
 
         def kernel(x: Tensor, added: Tensor | None = None) -> Tensor:
             x = x.contiguous()
             if added is None:
-                made: Tensor = unary(x, *first, *result, *post)
+                made: Tensor = unary(x, *rest)
             elif other is None:
                 made = binary(x, *first, added.contiguous(), *result, 1.0, 0, "add", 1.0, *post)
             else:
@@ -141,8 +175,9 @@ class QuantizedConvolution(QuantizedLayer):
     def _convolving(self, weight: Tensor, padding: list[int], shape: list[int]) -> Kernel:
         """The kernel for integers ``x`` of a shape."""
         stride, _, dilation, groups = self.geometry.lists
+        require_int8()
         scales, zeros = self._scales()
-        bias, zero_point = self.bias, self.x_grid.zero_point
+        bias, zero_point = self._offsets(), self.x_grid.zero_point
         if zero_point and not any(padding):
             # Without padding the zero point adds the same everywhere; the kernel is faster without.
             sums = weight.flatten(1).sum(1, dtype=torch.float64) * scales.double()
@@ -169,12 +204,12 @@ class QuantizedConvolution(QuantizedLayer):
         other, keeps, finish = self.other_grid, not self.spends_other, self._finish()
         last = torch.channels_last if len(shape) == 4 else torch.contiguous_format
         one = torch.ops.onednn.qconv_pointwise if len(shape) == 4 else torch.ops.onednn.qconv1d_pointwise
-        unary, binary = one.default, torch.ops.onednn.qconv2d_pointwise.binary
+        unary, rest, binary = one.default, (*first, *where, *result, *post), torch.ops.onednn.qconv2d_pointwise.binary
 
         def kernel(x: Tensor, added: Tensor | None = None) -> Tensor:
             x = x.contiguous(memory_format=last)
             if added is None:
-                made: Tensor = unary(x, *first, *where, *result, *post)
+                made: Tensor = unary(x, *rest)
             else:
                 assert other is not None
                 added = added.clone(memory_format=last) if keeps else added.contiguous(memory_format=last)
