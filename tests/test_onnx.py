@@ -27,11 +27,11 @@ from torch import Tensor, nn
 
 import fxcompress
 from fxcompress.export.agreement import compare, tapped
-from fxcompress.export.from_fake_quant import fake_quant_nodes
 from fxcompress.export.placement import OnnxGrid, _saturating
 from fxcompress.export.session import OnnxModule
 from fxcompress.inputs import Inputs
 from fxcompress.passes import L1FilterPruner, LevelPruner, Lower, PTQQuantizer, Speedup
+from fxcompress.quantization.fake_quantize import fake_quant_nodes
 from fxcompress.quantization.spec import QuantSpec, activation_spec, weight_spec
 from fxcompress.verify import difference
 
@@ -223,7 +223,8 @@ def in_plain_session(simulated: fxcompress.TracedModule, x: Tensor, folder: Path
     fxcompress.export_onnx(simulated, path, example_inputs=x)
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath, options.log_severity_level = str(best), 3
-    (found,) = onnxruntime.InferenceSession(path, options).run(None, {"input": x.numpy()})
+    session = onnxruntime.InferenceSession(path, options)
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     with torch.no_grad():
         gap = difference(simulated(x), torch.from_numpy(found))
     return gap, Counter(node.op_type for node in onnx.load(best).graph.node)
@@ -250,8 +251,8 @@ class Residual(nn.Module):
         self.stem, self.left_float, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
         self.fc = nn.Linear(8, 5)
 
-    def forward(self, input: Tensor) -> Tensor:
-        x = F.relu(self.stem(input))
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
         return self.fc(F.relu(self.last(F.relu(self.left_float(x))) + x).mean((2, 3)))
 
 

@@ -237,10 +237,11 @@ class _Placer:
         """A layer's weight on coarser scales, one per output channel.
 
         A channel that is so small beside its bias that no int32 holds the bias in its steps (a dead BatchNorm's) is a
-        constant in 8 bits: half a step of its weight is less than 2**-31 of the bias.
+        constant in 8 bits: half a step of a weight, times a step of the input, is 2**-31 of the bias.
         """
         held, old = self._array(weight.inputs[0]), self._array(weight.inputs[1])
-        assert held is not None and old is not None
+        assert held is not None
+        assert old is not None
         rows = node.op_type == "Conv" or ("transB" in node.attributes and node.attributes["transB"].as_int() == 1)
         axis = 0 if rows else 1
         ratio = (old.astype(np.float64) / scales).reshape([-1 if dim == axis else 1 for dim in range(held.ndim)])

@@ -18,11 +18,12 @@ from torch.utils import _pytree as pytree
 
 from fxcompress.errors import InputError, PassError
 from fxcompress.export.extras import require
-from fxcompress.export.from_fake_quant import fake_quant_nodes, fold_masks, write_operators
+from fxcompress.export.from_fake_quant import store_masked, write_operators
 from fxcompress.export.grid_operators import translations
 from fxcompress.export.placement import Rounded, place_pairs
 from fxcompress.inputs import Inputs, check_devices, other_batch, positional
 from fxcompress.module import TracedModule, copied
+from fxcompress.quantization.fake_quantize import fake_quant_nodes
 from fxcompress.replacing import replacing
 from fxcompress.trace import trace
 
@@ -122,7 +123,7 @@ def program_of(module: TracedModule, inputs: Inputs, runtime: Runtime, author: s
     module.eval()
     quantized = bool(fake_quant_nodes(module))
     notes = write_operators(module, author) if quantized else []
-    fold_masks(module, author)
+    store_masked(module, author)
     module.ready()
     # A batch of one would be taken for a constant.
     trial = inputs.rebatched(other_batch(inputs.batch)) if inputs.batch == 1 else inputs
