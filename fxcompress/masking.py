@@ -25,7 +25,7 @@ from fxcompress.merged import Merged, Step
 from fxcompress.module import MASKS, TracedModule, copy_graph, evaluating, submodule
 from fxcompress.nodes import apply_mask, learned_mask, restore_live, select_live
 from fxcompress.plan import Plan
-from fxcompress.quantization.fake_quantize import QUANT, FakeQuantize
+from fxcompress.quantization.fake_quantize import QUANT, fake_quant_of
 from fxcompress.rewrite import Rewriter, rewriting
 
 LIVE = "_live"
@@ -232,8 +232,8 @@ def _mask_parameters(rewriter: Rewriter, elements: Mapping[str, Tensor], behind:
 
 def _keeps_zero(module: TracedModule, node: fx.Node) -> bool:
     """Whether a fake-quant node leaves zeros as they are."""
-    quantizer = submodule(module, str(node.target))
-    return not isinstance(quantizer, FakeQuantize) or quantizer.keeps_zero
+    quantizer = fake_quant_of(module, node)
+    return quantizer is None or quantizer.keeps_zero
 
 
 def _aliases(module: nn.Module) -> dict[str, str]:

@@ -8,14 +8,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fxcompress.errors import InputError
+
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A file next to ``path`` to write into, which takes its place at the end; after an error nothing has changed.
 
     Raises:
+        InputError: ``path`` is no name of a file.
         OSError: ``path`` cannot be written; names ``path``.
     """
+    if not isinstance(path, (str, os.PathLike)) or not Path(path).name:
+        raise InputError(f"path is {path!r}; expected the name of a file, as a str or a path.")
     final = Path(path)
     draft = final.with_name(f".{final.name}.{uuid.uuid4().hex}.part")
     try:

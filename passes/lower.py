@@ -16,7 +16,6 @@ from fxcompress.context import Context
 from fxcompress.errors import InputError, PassError, VerificationError
 from fxcompress.export.agreement import compare
 from fxcompress.export.extras import require
-from fxcompress.export.from_fake_quant import fake_quant_nodes
 from fxcompress.export.program import Runtime
 from fxcompress.export.session import OnnxModule, in_runtime
 from fxcompress.inputs import other_batch
@@ -31,7 +30,7 @@ from fxcompress.lower.values import shapes_of
 from fxcompress.module import MASKS, TracedModule, evaluating
 from fxcompress.passes.fold_batch_norm import fold_norms
 from fxcompress.pipeline import Pass
-from fxcompress.quantization.fake_quantize import QUANT
+from fxcompress.quantization.fake_quantize import QUANT, fake_quant_nodes
 from fxcompress.quantization.settle import settle
 from fxcompress.verify import TOLERANCE, tolerance_of, verify
 

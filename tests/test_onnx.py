@@ -1,13 +1,16 @@
 """Models as ONNX: fake-quant nodes as pairs that ONNX Runtime and OpenVINO fuse, float models to rounding."""
 
 import copy
+import logging
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +27,12 @@ from torch import Tensor, nn
 
 import fxcompress
 from fxcompress.export.agreement import compare, tapped
-from fxcompress.export.from_fake_quant import fake_quant_nodes
 from fxcompress.export.placement import OnnxGrid, _saturating
 from fxcompress.export.session import OnnxModule
 from fxcompress.inputs import Inputs
 from fxcompress.passes import L1FilterPruner, LevelPruner, Lower, PTQQuantizer, Speedup
-from fxcompress.quantization.spec import activation_spec, weight_spec
+from fxcompress.quantization.fake_quantize import fake_quant_nodes
+from fxcompress.quantization.spec import QuantSpec, activation_spec, weight_spec
 from fxcompress.verify import difference
 
 ROOT = Path(fxcompress.__file__).parents[1]
@@ -214,6 +217,70 @@ def test_attention_agrees_within_a_step(tmp_path: Path) -> None:
     assert found["MatMul"] + found["FusedMatMul"] == 2, "the two products of attention"
 
 
+def in_plain_session(simulated: fxcompress.TracedModule, x: Tensor, folder: Path) -> tuple[float, Counter[str]]:
+    """How far a file is from the simulation in a session with default options, and what that makes of it."""
+    path, best = folder / "model.onnx", folder / "optimized.onnx"
+    fxcompress.export_onnx(simulated, path, example_inputs=x)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(best), 3
+    session = onnxruntime.InferenceSession(path, options)
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    with torch.no_grad():
+        gap = difference(simulated(x), torch.from_numpy(found))
+    return gap, Counter(node.op_type for node in onnx.load(best).graph.node)
+
+
+def test_layers_with_float_weights_stay_float(tmp_path: Path) -> None:
+    layers = [nn.Conv2d(3, 1, 3), nn.Conv2d(1, 6, 3, bias=False), nn.ConvTranspose2d(6, 5, 2)]
+    model = nn.Sequential(*(item for layer in layers for item in (layer, nn.ReLU())), nn.Flatten())
+    model.extend([nn.Linear(605, 7), nn.ReLU(), nn.Linear(7, 3, bias=False)])
+    randomize(model, 5)
+    simulated = fake_quantized(model, IMAGES, weight=None)
+    assert len(roundings(simulated)) >= 5
+    gap, found = in_plain_session(simulated, IMAGES, tmp_path)
+    assert gap < 1e-5
+    assert not {"QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul"} & found.keys()
+    fxcompress.compress(simulated, [Lower(backend="onnx")], example_inputs=IMAGES, progress=False)
+
+
+class Residual(nn.Module):
+    """A residual sum; the weights of one convolution stay float."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.left_float, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        return self.fc(F.relu(self.last(F.relu(self.left_float(x))) + x).mean((2, 3)))
+
+
+def test_a_float_layer_among_integer_ones_stays_float(tmp_path: Path) -> None:
+    model = Residual().eval()
+    randomize(model, 6)
+    simulated = fxcompress.compress(model, [PTQQuantizer(exclude="left_float")], example_inputs=IMAGES, progress=False)
+    _, found = in_plain_session(simulated, IMAGES, tmp_path)
+    assert (found["QLinearConv"], found["Conv"] + found["FusedConv"], found["QLinearAdd"]) == (2, 1, 1)
+    fxcompress.compress(simulated, [Lower(backend="onnx")], example_inputs=IMAGES, progress=False)
+
+
+@pytest.mark.parametrize("weight", [weight_spec(8), replace(weight_spec(8), axis=None)])
+def test_a_bias_that_dwarfs_its_weights_fits_int32(weight: QuantSpec, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.ReLU())
+    model.extend([nn.Flatten(), nn.Linear(400, 7), nn.ReLU(), nn.Linear(7, 3)])
+    randomize(model, 7)
+    with torch.no_grad():  # a dead BatchNorm's channel, and whole layers
+        for layer in (model[1], model[6]):
+            layer.get_parameter("weight")[0], layer.get_parameter("bias")[0] = 1e-9, 0.5
+        model[3].get_parameter("weight").mul_(1e-10)
+    simulated = fake_quantized(model, IMAGES, weight=weight)
+    gap, found = in_plain_session(simulated, IMAGES, tmp_path)
+    assert gap < 1e-4
+    assert (found["QLinearConv"], found["QGemm"]) == (2, 2)
+    fxcompress.compress(simulated, [Lower(backend="onnx")], example_inputs=IMAGES, progress=False)
+
+
 def test_openvino_agrees_within_a_step() -> None:
     pytest.importorskip("openvino")
     simulated = fake_quantized(image_net(), IMAGES)
@@ -353,6 +420,21 @@ def test_a_file_runs_at_any_batch_size(tmp_path: Path) -> None:
         assert difference(model(TOKENS[:batch]).detach(), torch.from_numpy(found)) < 1e-5
 
 
+@pytest.mark.parametrize("backend", ["onnx", "openvino"])
+def test_another_size_than_the_written_one_is_named(backend: str) -> None:
+    if backend == "openvino":
+        pytest.importorskip("openvino")
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    lower = Lower(backend=backend, dtype="float32")
+    lowered = fxcompress.compress(model, [lower], example_inputs=torch.randn(2, 3, 12, 12), progress=False)
+    for shape in ((5, 3, 33, 20), (3, 12, 12)):
+        with pytest.raises(
+            fxcompress.InputError, match=rf"{re.escape(str(shape))}; this model was written for \(any, 3, 12, 12\)"
+        ):
+            lowered(torch.randn(shape))
+    assert lowered(torch.randn(5, 3, 12, 12)).shape == (5, 4, 10, 10)
+
+
 # ---- an ordinary module ----------------------------------------------------------------------------------------
 
 
@@ -409,7 +491,29 @@ def test_arguments_and_models_that_cannot_be_written(tmp_path: Path) -> None:
         fxcompress.export_onnx(model, tmp_path / "directory", example_inputs=IMAGES)
     with pytest.raises(fxcompress.InputError, match=r"expected a torch.nn.Module"):
         fxcompress.export_onnx(max, tmp_path / "a.onnx", example_inputs=IMAGES)  # type: ignore[arg-type]
+    for path in (None, "", ".", 3):
+        with pytest.raises(fxcompress.InputError, match=f"path is {path!r}; expected the name of a file"):
+            fxcompress.export_onnx(model, path, example_inputs=IMAGES)  # type: ignore[arg-type]
     assert os.listdir(tmp_path) == ["directory"]
+
+
+class Halves(nn.Module):
+    """A parameter that is split in the graph, which the exporter does not fold and says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, other = self.weight.chunk(2)
+        return F.linear(x, one) * F.linear(x, other)
+
+
+def test_the_exporter_keeps_quiet(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    level = logging.getLogger("onnxscript").level
+    fxcompress.export_onnx(Halves(), tmp_path / "a.onnx", example_inputs=torch.randn(2, 4))
+    assert not [item.getMessage() for item in caplog.records if item.levelno >= logging.WARNING]
+    assert logging.getLogger("onnxscript").level == level
 
 
 def test_a_missing_package_is_named_with_its_extra() -> None:

@@ -26,7 +26,7 @@ from fxcompress.layers import understood
 from fxcompress.module import TracedModule, evaluating, state_of, submodule
 from fxcompress.nodes import batch_norm_factor
 from fxcompress.outputs import tensors_of
-from fxcompress.quantization.fake_quantize import FakeQuantize
+from fxcompress.quantization.fake_quantize import FakeQuantize, fake_quant_of
 from fxcompress.recurrent import GATES, operator_of
 
 
@@ -372,9 +372,7 @@ class _Interpreter:
 
     def _is_finite(self, node: fx.Node) -> bool:
         """Whether a node of ours never divides by what may be zero on a dead channel."""
-        if node.op == "call_module":
-            return isinstance(submodule(self.module, str(node.target)), FakeQuantize)
-        return node.target is batch_norm_factor
+        return node.target is batch_norm_factor or fake_quant_of(self.module, node) is not None
 
     def _closed(self, node: fx.Node) -> str:
         """Why labels do not enter a node's module or function; empty where they do."""

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, fx
 
 from fxcompress.errors import VerificationError
-from fxcompress.export.from_fake_quant import fake_quant_nodes
 from fxcompress.export.placement import Rounded
 from fxcompress.export.program import Slot
 from fxcompress.export.session import OnnxModule
 from fxcompress.inputs import Inputs, other_batch, positional
-from fxcompress.module import TracedModule, evaluating, submodule
-from fxcompress.quantization.fake_quantize import FakeQuantize
+from fxcompress.module import TracedModule, evaluating
+from fxcompress.quantization.fake_quantize import fake_quant_nodes, fake_quant_of
 from fxcompress.verify import difference
 
 #: Of a float result that is rounded nowhere: a step, were it rounded to 8 bits over ``[-max, max]``.
@@ -47,15 +46,15 @@ class _Following(fx.Interpreter):
 
     def __init__(self, simulated: TracedModule, rounded: Mapping[str, Rounded], integers: Mapping[str, Tensor]) -> None:
         super().__init__(simulated)
-        self.rounded, self.integers = rounded, integers
+        self.simulated, self.rounded, self.integers = simulated, rounded, integers
         self.found: list[Disagreement] = []
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if n.name not in self.integers:
             return value
-        item = submodule(self.module, str(n.target))
-        assert isinstance(item, FakeQuantize)
+        item = fake_quant_of(self.simulated, n)
+        assert item is not None
         grid = item.grid()
         assert grid is not None
         found = self.integers[n.name].int() + item.spec.quant_min

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from fxcompress.errors import PassError
 from fxcompress.export.grid_operators import dequantize, quantize
-from fxcompress.module import TracedModule, submodule
+from fxcompress.module import TracedModule
 from fxcompress.nodes import apply_mask, learned_mask
-from fxcompress.quantization.fake_quantize import FakeQuantize
+from fxcompress.quantization.fake_quantize import FakeQuantize, fake_quant_nodes, require_kernels
 from fxcompress.quantization.insert import ROLE
 from fxcompress.quantization.settle import settle, value_of
-from fxcompress.rewrite import Rewriter, describe, rewriting
+from fxcompress.quantization.spec import Grid
+from fxcompress.rewrite import Rewriter, rewriting
 
 #: Under it lie integer weights, scales and zero points.
 GRIDS = "_grids"
@@ -20,18 +20,8 @@ GRIDS = "_grids"
 _MASKED = "_masked"
 
 
-def fake_quant_nodes(module: TracedModule) -> list[tuple[fx.Node, FakeQuantize]]:
-    """The nodes that call fake-quant modules, with these."""
-    found = []
-    for node in module.graph.nodes:
-        item = submodule(module, str(node.target)) if node.op == "call_module" else None
-        if isinstance(item, FakeQuantize):
-            found.append((node, item))
-    return found
-
-
-def fold_masks(module: TracedModule, author: str) -> None:
-    """Write masked parameters as what they are with their masks, in place; masks of activations stay."""
+def store_masked(module: TracedModule, author: str) -> None:
+    """Let the graph read masked parameters as buffers with their masks applied, in place; masks of activations stay."""
     with rewriting(module, author) as rewriter, torch.no_grad():
         for node in list(module.graph.nodes):
             source = node.args[0] if node.target in (apply_mask, learned_mask) else None
@@ -52,9 +42,8 @@ def write_operators(module: TracedModule, author: str) -> list[str]:
         PassError: ONNX's 8-bit grids cannot hold a spec.
     """
     notes = settle(module, author=author)
+    require_kernels(module, "an ONNX runtime", _limit)
     nodes = fake_quant_nodes(module)
-    for node, item in nodes:
-        _require(module, node, item)
     with rewriting(module, author) as rewriter, torch.no_grad():
         for node, item in nodes:
             if item.grid() is None:
@@ -67,28 +56,13 @@ def write_operators(module: TracedModule, author: str) -> list[str]:
     return notes
 
 
-def _require(module: TracedModule, node: fx.Node, item: FakeQuantize) -> None:
+def _limit(node: fx.Node, item: FakeQuantize, grid: Grid) -> str | None:
     """ONNX's QuantizeLinear saturates at the ends of 8 bits, and nowhere else."""
-    grid, spec = item.grid(), item.spec
-    if grid is None:
-        return
-    can = None
     if grid.scale.dtype != torch.float32:
-        can = f"float32 scales, and this one is {grid.scale.dtype}; convert the model with .float()"
-    elif spec.role == "weight":
-        if spec.bits > 8:
-            can = "weights of 2 to 8 bits"
-        elif bool((grid.zero_point != 0).any()):
-            can = "weights with zero point 0 (symmetric=True)"
-    elif spec.quant_max - spec.quant_min != 255:
-        can = "activations of 8 bits over all 256 integers; quantize with activation_bits=8"
-    elif spec.axis is not None:
-        can = "one scale per activation tensor (axis=None)"
-    if can is not None:
-        raise PassError(
-            f"{describe(node)} has the spec {item.extra_repr()!r}, which the ONNX backends cannot run; they "
-            f"can run {can}."
-        )
+        return f"float32 scales, and this one is {grid.scale.dtype}; convert the model with .float()"
+    if item.spec.role == "activation" and item.spec.quant_max - item.spec.quant_min != 255:
+        return "activations of 8 bits over all 256 integers; quantize with activation_bits=8"
+    return None
 
 
 def _weight(rewriter: Rewriter, node: fx.Node, item: FakeQuantize) -> None:

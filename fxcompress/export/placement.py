@@ -27,6 +27,8 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor, dict[str, Any]], torch.Tensor]] 
     "Sigmoid": lambda x, options: torch.sigmoid(x),
     "Tanh": lambda x, options: torch.tanh(x),
 }
+#: Layers whose float weights and biases ONNX Runtime quantizes (WeightBiasQuantization; MatMulAddFusion makes Gemm).
+_LAYERS = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul"))
 #: Half of what an int32 bias may hold: the sum of products needs room too.
 _LARGEST_BIAS = 2**30
 
@@ -76,7 +78,8 @@ def place_pairs(model: Any, *, every: bool) -> tuple[dict[str, Rounded], list[st
     Weights that are transposed are stored transposed, and biases of convolutions and Gemm as int32 with the scale of
     the products. ``every``: also a pair behind each operator that only moves or picks values, on its input's grid, and
     inside fused blocks, behind a convolution whose result is added to or passed to an activation. There the grid is
-    one beyond whose ends the block's result saturates, so that no data is needed to find it.
+    one beyond whose ends the block's result saturates, so that no data is needed to find it. And a layer with a float
+    weight or bias is kept float: ONNX Runtime quantizes by itself what is missing between two pairs.
 
     Returns:
         Where each activation's fake-quant node is, by its name; and which layers stay float.
@@ -86,7 +89,9 @@ def place_pairs(model: Any, *, every: bool) -> tuple[dict[str, Rounded], list[st
     if every:
         placer.movements()
         placer.blocks()
-    placer.biases()  # last: the step of a bias is that of the layer's input
+    placer.biases()  # behind them: the step of a bias is that of the layer's input
+    if every:
+        placer.floats()
     return placer.rounded(), placer.notes()
 
 
@@ -215,10 +220,11 @@ class _Placer:
             scales = None if weight is None else self._array(weight.inputs[1])
             if grid is None or bias is None or weight is None or scales is None or bias.ndim != 1:
                 continue
-            step = scales.astype(np.float64) * grid.scale
-            if (np.abs(bias) > step * _LARGEST_BIAS).any():
-                continue  # weights so small beside their bias that no int32 holds it in their steps
-            step = np.broadcast_to(step, bias.shape).astype(np.float32)
+            least = (np.abs(bias.astype(np.float64)) / _LARGEST_BIAS / grid.scale).astype(np.float32)
+            if (scales < least).any():
+                scales = np.maximum(scales, least)
+                weight = self._widened(node, weight, scales)
+            step = np.broadcast_to(scales.astype(np.float64) * grid.scale, bias.shape).astype(np.float32)
             integers = self._constant(np.rint(bias / step.astype(np.float64)).astype(np.int32))
             per_channel = scales.ndim > 0 and scales.size > 1
             scale = self._constant(step if per_channel else step[:1].reshape(()))
@@ -226,6 +232,49 @@ class _Placer:
             made.outputs[0].type = node.inputs[2].type
             self.graph.insert_before(node, made)
             node.replace_input_with(2, made.outputs[0])
+
+    def _widened(self, node: Any, weight: Any, scales: np.ndarray[Any, Any]) -> Any:
+        """A layer's weight on coarser scales, one per output channel.
+
+        A channel that is so small beside its bias that no int32 holds the bias in its steps (a dead BatchNorm's) is a
+        constant in 8 bits: half a step of a weight, times a step of the input, is 2**-31 of the bias.
+        """
+        held, old = self._array(weight.inputs[0]), self._array(weight.inputs[1])
+        assert held is not None
+        assert old is not None
+        rows = node.op_type == "Conv" or ("transB" in node.attributes and node.attributes["transB"].as_int() == 1)
+        axis = 0 if rows else 1
+        ratio = (old.astype(np.float64) / scales).reshape([-1 if dim == axis else 1 for dim in range(held.ndim)])
+        integers = self._constant(np.rint(held * ratio).astype(held.dtype))
+        constants = [self._constant(scales), self._constant(np.zeros(scales.shape, held.dtype))]
+        made = self._node("DequantizeLinear", [integers, *constants], node.inputs[1], axis=axis)
+        made.outputs[0].type = node.inputs[1].type
+        self.graph.insert_before(node, made)
+        node.replace_input_with(1, made.outputs[0])
+        if not weight.outputs[0].uses():
+            self.graph.remove(weight, safe=True)
+        return made
+
+    def floats(self) -> None:
+        """Hide the grid of what enters a layer with a float weight or bias.
+
+        ONNX Runtime would quantize that, per tensor, in a layer behind a DequantizeLinear. With the scale in a
+        multiplication of its own the values are the same, bit for bit, and no rule of the runtime looks behind it.
+        """
+        for node in list(self.graph):
+            if node.op_type not in _LAYERS or self._grid(node.inputs[0]) is None:
+                continue
+            if all(value is None or self._maker(value, "DequantizeLinear") for value in node.inputs[1:]):
+                continue
+            back = node.inputs[0].producer()
+            one = self._constant(np.array(1, np.float32))
+            steps = self._node("DequantizeLinear", [back.inputs[0], one, back.inputs[2]], node.inputs[0])
+            scaled = self._node("Mul", [steps.outputs[0], back.inputs[1]], node.inputs[0])
+            steps.outputs[0].type = scaled.outputs[0].type = node.inputs[0].type
+            self.graph.insert_before(node, [steps, scaled])
+            node.replace_input_with(0, scaled.outputs[0])
+            if not back.outputs[0].uses() and not back.outputs[0].is_graph_output():
+                self.graph.remove(back, safe=True)
 
     # ---- pairs ---------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -17,11 +18,12 @@ from torch.utils import _pytree as pytree
 
 from fxcompress.errors import InputError, PassError
 from fxcompress.export.extras import require
-from fxcompress.export.from_fake_quant import fake_quant_nodes, fold_masks, write_operators
+from fxcompress.export.from_fake_quant import store_masked, write_operators
 from fxcompress.export.grid_operators import translations
 from fxcompress.export.placement import Rounded, place_pairs
 from fxcompress.inputs import Inputs, check_devices, other_batch, positional
 from fxcompress.module import TracedModule, copied
+from fxcompress.quantization.fake_quantize import fake_quant_nodes
 from fxcompress.replacing import replacing
 from fxcompress.trace import trace
 
@@ -46,11 +48,13 @@ class Signature:
     Attributes:
         given: for each leaf of the positional inputs (``torch.utils._pytree``): None for a tensor, which the model
             takes, else the value that is written into it.
+        shapes: for each of the tensors, its shape, with None where any size goes.
         result: what the model returns, with a :class:`Slot` for each tensor.
         rounded: where it computes what the fake-quant nodes of activations compute, by their names.
     """
 
     given: tuple[Any, ...]
+    shapes: tuple[tuple[int | None, ...], ...]
     result: Any
     rounded: Mapping[str, Rounded]
 
@@ -78,6 +82,8 @@ def export_onnx(
     runtime: Runtime = "onnxruntime",
 ) -> None:
     """Write a model as an ONNX file (opset 18), in eval mode, with a batch dimension of any size.
+
+    Other dimensions have the sizes of the example inputs: what runtimes fuse and how fast is decided by them.
 
     Float and pruned models are written as they are. Fake-quant nodes become QuantizeLinear and DequantizeLinear,
     weights int8 initializers with a DequantizeLinear per channel, biases of convolutions int32 ones.
@@ -117,7 +123,7 @@ def program_of(module: TracedModule, inputs: Inputs, runtime: Runtime, author: s
     module.eval()
     quantized = bool(fake_quant_nodes(module))
     notes = write_operators(module, author) if quantized else []
-    fold_masks(module, author)
+    store_masked(module, author)
     module.ready()
     # A batch of one would be taken for a constant.
     trial = inputs.rebatched(other_batch(inputs.batch)) if inputs.batch == 1 else inputs
@@ -133,7 +139,10 @@ def program_of(module: TracedModule, inputs: Inputs, runtime: Runtime, author: s
     leaves = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in pytree.tree_leaves(values))
     numbers = itertools.count()
     result = pytree.tree_map_only(Tensor, lambda _: Slot(next(numbers)), result)
-    return Program(_serialized(written), Signature(leaves, result, rounded), tuple(notes))
+    shapes = tuple(
+        tuple(size if isinstance(size, int) else None for size in value.shape) for value in written.graph.inputs
+    )
+    return Program(_serialized(written), Signature(leaves, shapes, result, rounded), tuple(notes))
 
 
 class _TensorsOnly(nn.Module):
@@ -194,10 +203,16 @@ def _exported(module: TracedModule, values: tuple[Any, ...], batched: tuple[str,
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the exporter prints and warns of itself."""
+    """Without what the exporter prints, logs and warns of itself."""
+    logger = logging.getLogger("onnxscript")
+    level = logger.level
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        yield
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
 
 
 def _serialized(model: Any) -> bytes:

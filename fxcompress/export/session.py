@@ -55,7 +55,7 @@ class OnnxModule(nn.Module):
         """The model's result, of the same structure, on the device of the inputs.
 
         Raises:
-            InputError: what is no tensor differs from what was written into the model.
+            InputError: a shape, or what is no tensor, differs from what was written into the model.
         """
         leaves = inputs if all(isinstance(item, Tensor) for item in inputs) else pytree.tree_leaves(inputs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -64,6 +64,13 @@ class OnnxModule(nn.Module):
             raise InputError(
                 f"the inputs beside tensors are {rest}; this model was written for {self.signature.given}, which are "
                 "part of it. Lower or export it with example inputs like these."
+            )
+        if not all(map(_fits, self.signature.shapes, tensors)):
+            expected = ", ".join(str(tuple(size or "any" for size in shape)) for shape in self.signature.shapes)
+            raise InputError(
+                f"the inputs have the shapes {', '.join(str(tuple(tensor.shape)) for tensor in tensors)}; this model "
+                f"was written for {expected.replace(repr('any'), 'any')}. Lower or export it with example inputs of "
+                "these sizes, or use Lower(backend='torch'), which takes others."
             )
         arrays = [np.ascontiguousarray(tensor.detach().cpu().numpy()) for tensor in tensors]
         found = self._ready()(arrays)
@@ -107,6 +114,12 @@ def in_runtime(module: TracedModule, inputs: Inputs, runtime: Runtime, notes: li
     tree = nn.Module()
     tree.add_module(runtime, OnnxModule(program.model, program.signature, runtime))
     return TracedModule.build(tree.train(training), graph, meta)
+
+
+def _fits(shape: tuple[int | None, ...], tensor: Tensor) -> bool:
+    return len(shape) == tensor.dim() and all(
+        size in (None, found) for size, found in zip(shape, tensor.shape, strict=True)
+    )
 
 
 class _OnnxRuntime:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from fxcompress.errors import PassError
 from fxcompress.inputs import Inputs
 from fxcompress.lower import integers, movement
 from fxcompress.lower.agreement import GRID
@@ -24,9 +22,9 @@ from fxcompress.lower.siblings import merge_siblings
 from fxcompress.lower.stem import suits
 from fxcompress.lower.values import shapes_of
 from fxcompress.module import TracedModule, submodule
-from fxcompress.quantization.fake_quantize import QUANT, FakeQuantize
+from fxcompress.quantization.fake_quantize import QUANT, FakeQuantize, fake_quant_of, require_kernels
 from fxcompress.quantization.sites import operation
-from fxcompress.rewrite import Rewriter, describe, rewriting
+from fxcompress.rewrite import Rewriter, rewriting
 
 _BATCH_NORM = (nn.BatchNorm2d,)
 
@@ -40,7 +38,8 @@ def lower_int8(module: TracedModule, inputs: Inputs, author: str) -> list[str]:
     Raises:
         PassError: there is a fake-quant node whose spec integer kernels cannot run.
     """
-    _require_specs(module, shapes_of(module, inputs)[1])
+    dtypes = shapes_of(module, inputs)[1]
+    require_kernels(module, "backend='torch'", lambda node, item, grid: _limit(dtypes.get(node.name)))
     with rewriting(module, author) as rewriter:
         drop_idle(rewriter)
     shapes, _ = shapes_of(module, inputs)
@@ -53,33 +52,11 @@ def lower_int8(module: TracedModule, inputs: Inputs, author: str) -> list[str]:
     return work.notes()
 
 
-def fake_quantized(module: TracedModule, node: fx.Node) -> FakeQuantize | None:
-    """The fake-quant module that a node calls."""
-    found = submodule(module, str(node.target)) if node.op == "call_module" else None
-    return found if isinstance(found, FakeQuantize) else None
-
-
-def _require_specs(module: TracedModule, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Every fake-quant node is one that kernels can follow."""
-    found = [(node, item) for node in module.graph.nodes if (item := fake_quantized(module, node)) is not None]
-    for node, item in found:
-        grid, spec = item.grid(), item.spec
-        if grid is None:
-            continue
-        can = None
-        if dtypes.get(node.name, torch.float32) != torch.float32:
-            can = f"float32 values, and these are {dtypes[node.name]}; convert the model with .float()"
-        elif spec.bits > 8:
-            can = "at most 8 bits"
-        elif spec.role == "activation" and spec.axis is not None:
-            can = "one scale per activation tensor"
-        elif spec.role == "weight" and bool((grid.zero_point != 0).any()):
-            can = "weights with zero point 0 (symmetric)"
-        if can is not None:
-            raise PassError(
-                f"{describe(node)} has the spec {item.extra_repr()!r}, which backend='torch' cannot run; it can run "
-                f"{can}. Quantize with another spec."
-            )
+def _limit(dtype: torch.dtype | None) -> str | None:
+    """What can run in place of values of a dtype."""
+    if dtype in (None, torch.float32):
+        return None
+    return f"float32 values, and these are {dtype}; convert the model with .float()"
 
 
 class _Lowering:
@@ -131,7 +108,7 @@ class _Lowering:
         if site is not None:
             self._layer(site)
             return
-        item = fake_quantized(self.module, node)
+        item = fake_quant_of(self.module, node)
         if item is not None:
             if item.spec.role == "activation":
                 self._rounded(node, item)
@@ -244,7 +221,7 @@ class _Lowering:
         if len(chain.last.users) != 1:
             return None
         (reader,) = chain.last.users
-        item = fake_quantized(self.module, reader)
+        item = fake_quant_of(self.module, reader)
         grid = None if item is None or movement.overwritten(self.module, reader) else item.grid()
         return None if item is None or grid is None else ByteGrid.of(item.spec, grid)
 

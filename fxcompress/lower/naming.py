@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from fxcompress.module import TracedModule, modules_of, state_of, submodule
-from fxcompress.quantization.fake_quantize import FakeQuantize
+from fxcompress.quantization.fake_quantize import fake_quant_of
 
 
 class Names:
@@ -42,7 +42,7 @@ def _in_use(module: TracedModule, layers: Mapping[fx.Node, fx.Node]) -> set[str]
     """Modules that are called, or of whose tensors somebody reads more than the layers do."""
     constant: set[fx.Node] = set()
     for node in module.graph.nodes:
-        made = node.op in ("call_function", "call_method") or _is_fake_quant(module, node)
+        made = node.op in ("call_function", "call_method") or fake_quant_of(module, node) is not None
         if node.op == "get_attr" or (made and node.all_input_nodes and constant.issuperset(node.all_input_nodes)):
             constant.add(node)
     held: set[fx.Node] = set()  # parameters of these layers, and of nobody else
@@ -52,10 +52,6 @@ def _in_use(module: TracedModule, layers: Mapping[fx.Node, fx.Node]) -> set[str]
     found = {str(node.target) for node in module.graph.find_nodes(op="call_module") if node not in layers}
     read = {str(node.target) for node in module.graph.find_nodes(op="get_attr") if node not in held}
     return found | {name.rpartition(".")[0] for name in read}
-
-
-def _is_fake_quant(module: TracedModule, node: fx.Node) -> bool:
-    return node.op == "call_module" and isinstance(submodule(module, str(node.target)), FakeQuantize)
 
 
 def state_read(module: TracedModule) -> dict[str, Tensor]:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from fxcompress.errors import GraphError
+from fxcompress.errors import GraphError, PassError
+from fxcompress.module import submodule
 from fxcompress.processes import widest
 from fxcompress.quantization.observers import MovingAverage, extremes
 from fxcompress.quantization.spec import SMALLEST_STEP, Grid, QuantSpec
+from fxcompress.rewrite import describe
 
 QUANT = "_quant"
 #: In steps: the end of a range, divided by the scale in float32, may come out as slightly more than the last integer.
@@ -349,3 +352,46 @@ class _RoundThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         return gradients[0]
+
+
+def fake_quant_of(module: fx.GraphModule, node: fx.Node) -> FakeQuantize | None:
+    """The fake-quant module that a node calls; None if it calls none."""
+    found = submodule(module, str(node.target)) if node.op == "call_module" else None
+    return found if isinstance(found, FakeQuantize) else None
+
+
+def fake_quant_nodes(module: fx.GraphModule) -> list[tuple[fx.Node, FakeQuantize]]:
+    """The nodes that call fake-quant modules, with these."""
+    found = ((node, fake_quant_of(module, node)) for node in module.graph.nodes)
+    return [(node, item) for node, item in found if item is not None]
+
+
+def require_kernels(
+    module: fx.GraphModule, runner: str, limit: Callable[[fx.Node, FakeQuantize, Grid], str | None]
+) -> None:
+    """Every fake-quant node with a fixed grid is one that 8-bit kernels can follow.
+
+    Args:
+        module: with fake-quant nodes.
+        runner: whose kernels, for messages.
+        limit: what it can run in place of a node, where it asks for more than 8 bits, one scale for an activation and
+            zero point 0 for a weight; None if it can run that.
+
+    Raises:
+        PassError: it cannot run a spec; names the node, the spec, and what it can run.
+    """
+    for node, item in fake_quant_nodes(module):
+        grid, spec = item.grid(), item.spec
+        if grid is None:
+            continue
+        can = limit(node, item, grid)
+        if can is None and spec.bits > 8:
+            can = "at most 8 bits"
+        elif can is None and spec.role == "activation" and spec.axis is not None:
+            can = "one scale per activation tensor (axis=None)"
+        elif can is None and spec.role == "weight" and bool((grid.zero_point != 0).any()):
+            can = "weights with zero point 0 (symmetric=True)"
+        if can is not None:
+            raise PassError(
+                f"{describe(node)} has the spec {item.extra_repr()!r}, which {runner} cannot run; it can run {can}."
+            )
