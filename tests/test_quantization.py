@@ -253,6 +253,80 @@ def test_moving_average_begins_with_the_first_batch() -> None:
     assert float(made.scale) == pytest.approx(4.1 / 255, rel=1e-5)
 
 
+class Uneven(nn.Module):
+    """A concatenation of values near zero and of values a hundred times as large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.small, self.large, self.last = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.Conv2d(8, 4, 1)
+        with torch.no_grad():
+            self.large.weight *= 100
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.cat([self.small(x), self.large(x)], 1))
+
+
+@pytest.mark.parametrize(
+    "item", [QATQuantizer(), PTQQuantizer(observer="moving_average"), PTQQuantizer()], ids=lambda item: str(item)[:40]
+)
+def test_a_shared_range_holds_what_all_its_places_see(item: Pass) -> None:
+    torch.manual_seed(0)
+    model, x = Uneven().eval(), values(8, 3, 6, 6)
+    made = compress(model, [item], example_inputs=x)
+    with torch.no_grad():
+        wanted = model(x)
+        assert float((made(x) - wanted).abs().max() / wanted.abs().max()) < 0.03
+        made.train()
+        for _ in range(100):
+            made(x)
+        assert float((made.eval()(x) - wanted).abs().max() / wanted.abs().max()) < 0.03
+
+
+def shared(batches: list[list[list[float]]], momentum: float = 0.9, **options: Any) -> AffineFakeQuantize:
+    """What is left of forwards that call one module at several places."""
+    made = AffineFakeQuantize(activation_spec(8, MovingAverage(momentum)), calls=2, **options).train()
+    for batch in batches:
+        for place, seen in enumerate(batch):
+            if seen:
+                made(torch.tensor(seen), place=place)
+    return made
+
+
+def test_one_step_of_the_average_is_one_forward() -> None:
+    forwards: list[list[list[float]]] = [[[-1.0, 0.0], [0.0, 3.0]], [[0.0, 5.0], [-2.0, 0.0]], [[], [-9.0, 0.0]]]
+    made = shared(forwards[:1])
+    assert (float(made.low), float(made.high), int(made.seen)) == (-1, 3, 1)
+    made = shared(forwards[:2])
+    assert (float(made.low), float(made.high)) == pytest.approx((-1.1, 3.2))
+    assert float(made.scale) == pytest.approx(4.3 / 255, rel=1e-5)
+    made = shared(forwards)  # the first place saw nothing the third time
+    assert (float(made.low), float(made.high), int(made.seen)) == pytest.approx((-1.1 - 0.79, 3.2 - 0.32, 3))
+    made = shared([*forwards[:2], [[math.nan], [0.0, 5.0]]])
+    assert (float(made.low), float(made.high)) == pytest.approx((-1.1 + 0.11, 3.2 + 0.18))
+    made = shared(forwards, freeze_step=1)
+    assert (float(made.low), float(made.high)) == (-1, 3)
+    assert float(made.scale) == pytest.approx(4 / 255, rel=1e-5)
+    made = shared(forwards[:1], start_step=2)
+    x = values(5)
+    for rounded in (False, True):
+        places = [made(x, place=0), made(x, place=1)]
+        assert all(torch.equal(y, x) is not rounded for y in places)
+
+
+def test_a_batch_of_nan_leaves_what_calibration_found() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 4, 3)).eval()
+    made = compress(model, [QATQuantizer()], example_inputs=X).train()
+    before = {name: tensor.clone() for name, tensor in made.state_dict().items()}
+    made(X * math.nan)
+    changed = [name for name, tensor in made.state_dict().items() if not torch.equal(before[name], tensor)]
+    assert all(name.endswith(".seen") for name in changed)
+    made(X)
+    ranges = [q for name, q in quantizers(made).items() if "activations" in name]
+    assert len(ranges) == 2
+    assert all(math.isinf(before[f"{n}.low"]) for n, q in quantizers(made).items() if q in ranges)
+    assert all(isinstance(q, AffineFakeQuantize) and float(q.low) <= 0 < float(q.high) for q in ranges)
+
+
 def test_eval_and_freeze_leave_ranges_alone(network: nn.Module) -> None:
     made = compress(network, [QATQuantizer(freeze_step=2, start_step=1)], example_inputs=X)
     before = {name: tensor.clone() for name, tensor in made.state_dict().items() if name.startswith("_quant.")}

@@ -18,7 +18,7 @@ from fxcompress.quantization.edges import ActivationEdges, Block, Edges, LayerSp
 from fxcompress.quantization.fake_quantize import QUANT
 from fxcompress.quantization.sites import Site, find_sites
 from fxcompress.quantization.spec import QuantSpec
-from fxcompress.rewrite import Rewriter, rewriting
+from fxcompress.rewrite import Rewriter, Value, rewriting
 
 #: ``node.meta`` of a fake-quant node: its role.
 ROLE = "quant"
@@ -143,8 +143,9 @@ class _Inserter:
     def activation(self, edges: ActivationEdges) -> None:
         """One module behind each of the places."""
         slot = self._slot(f"activations.{edges.places[0].name}", edges.spec, 0, len(edges.places), "")
-        for place in edges.places:
-            node = self.rewriter.insert_after(place, "call_module", slot.name, (place,))
+        for number, place in enumerate(edges.places):
+            options: dict[str, Value] = {"place": number} if len(edges.places) > 1 else {}
+            node = self.rewriter.insert_after(place, "call_module", slot.name, (place,), options)
             node.meta[ROLE] = edges.spec.role
             readers = edges.readers
             self.rewriter.replace(place, node, (lambda user: True) if readers is None else readers.__contains__)
