@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from fxcompress.context import Context
 from fxcompress.errors import InputError
 from fxcompress.module import TracedModule
@@ -49,7 +51,8 @@ class PTQQuantizer(Quantizer):
         batches: how many of the task's to calibrate with, at most.
         equalize: make the ranges of neighbouring layers alike first (:func:`equalize`).
         bias_correction: take the mean error of rounded weights out of the biases (:func:`correct_biases`).
-        adaround: learn for each weight whether to round up or down (:func:`learn_rounding`).
+        adaround: learn for each weight whether to round up or down (:func:`learn_rounding`); the parameters hold the
+            rounded values then.
         iterations: of AdaRound, per layer.
         samples: kept of what each layer reads, for the last two.
 
@@ -112,8 +115,9 @@ class PTQQuantizer(Quantizer):
     def finish(self, module: TracedModule, context: Context, seen: dict[str, Calibrator]) -> None:
         """Learn which way to round, correct biases."""
         run = partial(feed, module, context)
+        before: dict[str, Tensor] = {}
         if self.adaround:
-            learn_rounding(
+            before = learn_rounding(
                 module,
                 partial(self.calibration, context),
                 run,
@@ -122,7 +126,7 @@ class PTQQuantizer(Quantizer):
                 author=self.name,
             )
         if self.bias_correction:
-            new = correct_biases(module, self.calibration(context), run, self.samples, self.name)
+            new = correct_biases(module, self.calibration(context), run, self.samples, self.name, before)
             if new:
                 context.notes.append(f"adds {', '.join(new)}")
 

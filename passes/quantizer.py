@@ -32,8 +32,8 @@ from fxcompress.training import placed
 class Quantizer(Pass):
     """Rounds the weights of convolutions and linear layers, and what they read, to a few bits, in simulation.
 
-    Puts fake-quant nodes on the edges of the graph; parameters keep their names and values, and what is new in the
-    ``state_dict`` is under ``_quant.``. Masks stay: a masked weight is zero behind its fake-quant node too.
+    Puts fake-quant nodes on the edges of the graph; parameters keep their names and values (PTQQuantizer's options fold
+    and replace some), and what is new in the ``state_dict`` is under ``_quant.``. Masks stay: a masked weight is zero behind its fake-quant node too.
 
     Args:
         weight_bits: 2 to 8, or a mapping of name pattern to bits (the last match counts; unmatched layers stay float).

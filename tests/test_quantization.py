@@ -219,6 +219,21 @@ def test_dorefa_gradients_lie_on_a_grid_and_are_right_on_average() -> None:
     assert layer.eval()(x) is x
 
 
+def test_rounded_gradients_in_front_of_an_activation_in_place() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 5, 3), nn.ReLU(inplace=True), nn.Conv2d(5, 4, 3), nn.Flatten(1), nn.ReLU(inplace=True)]
+    model = nn.Sequential(*layers).eval()
+    item = DoReFaQuantizer(8, 8, first_last="same", gradient_bits=8)
+    made = compress(model, [item], example_inputs=X).train()
+    plain = compress(model, [DoReFaQuantizer(8, 8, first_last="same")], example_inputs=X).train()
+    for each in (made, plain):
+        each(X).sum().backward()
+    found, wanted = (each.get_parameter("0.weight").grad for each in (made, plain))
+    assert found is not None
+    assert wanted is not None
+    assert float((found - wanted).norm() / wanted.norm()) < 0.1
+
+
 def test_bnn_signs_and_gradients() -> None:
     rule = BNNQuantizer()
     x = torch.tensor([-2.0, -1.0, -0.3, -0.0, 0.0, 0.4, 1.0, 1.5], requires_grad=True)
