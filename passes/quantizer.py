@@ -20,6 +20,7 @@ from fxcompress.quantization.calibrate import Calibrator, calibrate
 from fxcompress.quantization.edges import LayerSpecs
 from fxcompress.quantization.fake_quantize import FakeQuantize, TransformedFakeQuantize
 from fxcompress.quantization.insert import Slot, insert
+from fxcompress.quantization.regular import common_step
 from fxcompress.quantization.sites import ends, find_sites
 from fxcompress.quantization.spec import QuantSpec, activation_spec, weight_spec
 from fxcompress.rewrite import rewriting
@@ -32,8 +33,9 @@ from fxcompress.training import placed
 class Quantizer(Pass):
     """Rounds the weights of convolutions and linear layers, and what they read, to a few bits, in simulation.
 
-    Puts fake-quant nodes on the edges of the graph; parameters keep their names and values (PTQQuantizer's options fold
-    and replace some), and what is new in the ``state_dict`` is under ``_quant.``. Masks stay: a masked weight is zero behind its fake-quant node too.
+    Puts fake-quant nodes on the edges of the graph, and keeps those that are there; parameters keep their names and
+    values (not in :class:`PTQQuantizer`), and what is new in the ``state_dict`` is under ``_quant.``. Masks stay: a
+    masked weight is zero behind its fake-quant node too.
 
     Args:
         weight_bits: 2 to 8, or a mapping of name pattern to bits (the last match counts; unmatched layers stay float).
@@ -92,12 +94,9 @@ class Quantizer(Pass):
         return (x / scale).round().clamp(spec.quant_min, spec.quant_max) * scale
 
     def step(self, x: Tensor, spec: QuantSpec) -> Tensor | None:
-        """The distance of neighbouring values of ``quantize(x)``; by default, if they are multiples of its largest
-        value over the largest integer."""
-        values = self.quantize(x, spec).detach()
-        scale = values.abs().max() / spec.quant_max
-        steps = values / scale
-        return scale if bool(((steps - steps.round()).abs() < 1e-3).all()) else None
+        """The distance of neighbouring values of ``quantize(x)``, one for each index of the spec's axis; by default the
+        largest number of which all values are multiples, if 8 bits hold those."""
+        return common_step(self.quantize(x, spec).detach(), spec.axis)
 
     def weight_spec(self, bits: int) -> QuantSpec:
         """The grid of a weight."""

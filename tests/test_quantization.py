@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import fxcompress
-from fxcompress import InputError, Pass, SelectionError, Task, compress
+from fxcompress import InputError, Pass, QuantSpec, SelectionError, Task, compress
 from fxcompress.passes import (
     BNNQuantizer,
     DoReFaQuantizer,
@@ -22,6 +22,7 @@ from fxcompress.passes import (
     NaiveQuantizer,
     PTQQuantizer,
     QATQuantizer,
+    Quantizer,
     Speedup,
 )
 from fxcompress.quantization.fake_quantize import AffineFakeQuantize, FakeQuantize, LearnedFakeQuantize
@@ -532,6 +533,20 @@ def test_options_that_cannot_be() -> None:
         PTQQuantizer(observer="average")
     with pytest.raises(InputError, match="first_last"):
         QATQuantizer(first_last="none")  # type: ignore[arg-type]
+
+
+class Channelwise(Quantizer):
+    """A scale for each channel of what is read."""
+
+    def activation_spec(self, bits: int) -> QuantSpec:
+        return activation_spec(bits, MinMax()).along(1)
+
+
+def test_specs_that_cannot_be(network: nn.Module) -> None:
+    with pytest.raises(InputError, match=r"Channelwise for \w+ has axis=1; expected None"):
+        compress(network, [Channelwise(8, 8)], example_inputs=X)
+    with pytest.raises(InputError, match="bits is 9; expected an integer from 1 to 8"):
+        QuantSpec(9, "weight", signed=True, symmetric=True)
 
 
 def test_calibration_without_batches_or_with_nan(network: nn.Module) -> None:

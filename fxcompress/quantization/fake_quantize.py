@@ -15,6 +15,8 @@ from fxcompress.quantization.observers import MovingAverage, extremes
 from fxcompress.quantization.spec import SMALLEST_STEP, Grid, QuantSpec
 
 QUANT = "_quant"
+#: ``node.meta`` of a fake-quant node: its role.
+ROLE = "quant"
 #: In steps: the end of a range, divided by the scale in float32, may come out as slightly more than the last integer.
 _SLACK = 1e-3
 #: A smaller factor is as good as none: what it folds is zero.

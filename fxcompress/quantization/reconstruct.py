@@ -130,8 +130,8 @@ def correct_biases(
     """Take the mean error that rounding weights makes out of each bias, in place; layers without one get one.
 
     Nagel et al. 2019, arXiv 1906.04721, section 4.2, the empirical form: ``b -= E[(W_q - W) x]`` per output channel,
-    over what the quantized model feeds the layer. ``W`` is the stored weight, or what ``wanted`` has under its name: what
-    it was before :func:`learn_rounding`. Returns the biases that are new.
+    over what the quantized model feeds the layer. ``W`` is the stored weight, or what ``wanted`` has under its name:
+    what it was before :func:`learn_rounding`. Returns the biases that are new.
     """
     new: list[str] = []
     wanted = {} if wanted is None else wanted
