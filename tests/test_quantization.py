@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import fxcompress
-from fxcompress import InputError, Pass, QuantSpec, SelectionError, Task, compress
+from fxcompress import InputError, Pass, PassError, QuantSpec, SelectionError, Task, compress
 from fxcompress.passes import (
     BNNQuantizer,
     DoReFaQuantizer,
     L1FilterPruner,
     LevelPruner,
+    Lower,
     LSQQuantizer,
     NaiveQuantizer,
     PTQQuantizer,
@@ -547,6 +548,27 @@ def test_specs_that_cannot_be(network: nn.Module) -> None:
         compress(network, [Channelwise(8, 8)], example_inputs=X)
     with pytest.raises(InputError, match="bits is 9; expected an integer from 1 to 8"):
         QuantSpec(9, "weight", signed=True, symmetric=True)
+
+
+def test_a_quantizer_that_finds_nothing_says_why(network: nn.Module) -> None:
+    made = compress(network, [PTQQuantizer()], example_inputs=X)
+    with pytest.warns(UserWarning, match="QATQuantizer has nothing to quantize: .*stem has 8, not 4"):
+        again = compress(made, [QATQuantizer(4)], example_inputs=X)
+    assert again.meta["history"][-1].notes == ("nothing to quantize",)
+    again = compress(made, [QATQuantizer()], example_inputs=X)  # no warning: it is as asked
+    assert again.meta["history"][-1].notes == ("nothing to quantize",)
+    with pytest.warns(UserWarning, match="no convolution or linear layer"):
+        compress(nn.Sequential(nn.ReLU()), [PTQQuantizer()], example_inputs=X)
+    with pytest.warns(UserWarning, match="leave every layer in float"):
+        compress(nn.Sequential(nn.Linear(6, 6)), [BNNQuantizer()], example_inputs=X)
+
+
+@pytest.mark.parametrize("item", [NaiveQuantizer(), PTQQuantizer(), QATQuantizer()], ids=lambda item: item.name)
+def test_lowered_modules_are_refused(item: Pass) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 4, 3)).eval()
+    lowered = compress(model, [Lower(dtype="float32")], example_inputs=X)
+    with pytest.raises(PassError, match=f"{item.name} was given a lowered module"):
+        compress(lowered, [item], example_inputs=X)
 
 
 def test_calibration_without_batches_or_with_nan(network: nn.Module) -> None:
