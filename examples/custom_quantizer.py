@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 import fxcompress
-from fxcompress.passes import Quantizer
+from fxcompress.passes import PTQQuantizer, Quantizer
 
 
 class PowerOfTwoQuantizer(Quantizer):
@@ -15,12 +15,12 @@ class PowerOfTwoQuantizer(Quantizer):
 
 
 def main() -> fxcompress.TracedModule:
-    """Quantize the weights of a small network to 4 bits."""
+    """Quantize the weights of a small network to 4 bits; PTQQuantizer adds what they are multiplied with."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10)).eval()
     x = torch.randn(2, 3, 8, 8)
-    quantized = fxcompress.compress(model, [PowerOfTwoQuantizer(weight_bits=4)], example_inputs=x)
-    print(quantized.meta["history"][-1].notes[0])
+    quantized = fxcompress.compress(model, [PowerOfTwoQuantizer(weight_bits=4), PTQQuantizer()], example_inputs=x)
+    print(*(line for step in quantized.meta["history"] for line in step.notes), sep="\n")
     return quantized
 
 

@@ -25,7 +25,7 @@ from fxcompress.merged import Merged, Step
 from fxcompress.module import MASKS, TracedModule, copy_graph, evaluating, submodule
 from fxcompress.nodes import apply_mask, learned_mask, restore_live, select_live
 from fxcompress.plan import Plan
-from fxcompress.quantization.fake_quantize import QUANT, fake_quant_of
+from fxcompress.quantization.fake_quantize import QUANT, ROLE, fake_quant_of
 from fxcompress.rewrite import Rewriter, rewriting
 
 LIVE = "_live"
@@ -218,7 +218,7 @@ def _mask_parameters(rewriter: Rewriter, elements: Mapping[str, Tensor], behind:
         product.meta["mask"] = True
         rewriter.replace(node, product)
         for user in list(product.users):
-            if user.meta.get("quant") == "weight" and not _keeps_zero(module, user):
+            if user.meta.get(ROLE) == "weight" and not _keeps_zero(module, user):
                 again = rewriter.insert_after(user, "call_function", apply_mask, (user, buffer))
                 again.meta["mask"] = True
                 rewriter.replace(user, again)

@@ -16,6 +16,7 @@ from fxcompress.passes.admm_pruner import ADMMPruner as ADMMPruner
 from fxcompress.passes.agp_pruner import AGPPruner as AGPPruner
 from fxcompress.passes.autocompress_pruner import AutoCompressPruner as AutoCompressPruner
 from fxcompress.passes.bnn_quantizer import BNNQuantizer as BNNQuantizer
+from fxcompress.passes.bnn_quantizer import clip_weights as clip_weights
 from fxcompress.passes.channel_pruner import ChannelPruner as ChannelPruner
 from fxcompress.passes.compensate_bias import CompensateBias as CompensateBias
 from fxcompress.passes.dorefa_quantizer import DoReFaQuantizer as DoReFaQuantizer
@@ -46,3 +47,8 @@ from fxcompress.passes.speedup import Speedup as Speedup
 from fxcompress.passes.taylor_fo_pruner import TaylorFOPruner as TaylorFOPruner
 from fxcompress.passes.tuned_pruner import TunedPruner as TunedPruner
 from fxcompress.passes.tuned_quantizer import TunedQuantizer as TunedQuantizer
+from fxcompress.quantization.observers import MSE as MSE
+from fxcompress.quantization.observers import Entropy as Entropy
+from fxcompress.quantization.observers import MinMax as MinMax
+from fxcompress.quantization.observers import MovingAverage as MovingAverage
+from fxcompress.quantization.observers import Percentile as Percentile

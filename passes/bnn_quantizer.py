@@ -14,8 +14,7 @@ from fxcompress.errors import InputError
 from fxcompress.module import TracedModule, submodule
 from fxcompress.passes.quantizer import Quantizer
 from fxcompress.quantization.bits import Bits
-from fxcompress.quantization.fake_quantize import along
-from fxcompress.quantization.insert import ROLE
+from fxcompress.quantization.fake_quantize import ROLE, along
 from fxcompress.quantization.observers import rows
 from fxcompress.quantization.sites import find_sites, operation
 from fxcompress.quantization.spec import QuantSpec

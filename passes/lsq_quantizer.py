@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
-from fxcompress.passes.quantizer import Quantizer
-from fxcompress.quantization.bits import Bits, require_bits
+from fxcompress.passes.kernel_quantizer import KernelQuantizer
 from fxcompress.quantization.calibrate import Calibrator
 from fxcompress.quantization.fake_quantize import FakeQuantize, LearnedFakeQuantize
 from fxcompress.quantization.insert import Slot
@@ -15,7 +13,7 @@ from fxcompress.quantization.spec import QuantSpec
 
 
 @dataclass(frozen=True)
-class LSQQuantizer(Quantizer):
+class LSQQuantizer(KernelQuantizer):
     """Learns the step ``s`` of ``s * round(clamp(x / s, -Q_n, Q_p))`` with the weights (LSQ: Esser et al. 2020, arXiv
     1902.08153).
 
@@ -26,28 +24,18 @@ class LSQQuantizer(Quantizer):
     ``_quant.<place>.scale``.
 
     Args:
-        activation_bits: of every value that integer kernels read or write.
-        product_bits: of what products of two activations read (``matmul``, ``bmm``, scaled-dot-product attention: its
-            queries, keys and values); float by default.
         per_channel: a step for every output channel of a weight; the paper has one for the tensor.
         learn_offset: LSQ+ (Bhalgat et al. 2020, arXiv 2004.09576): activations are affine, and their offset is learned
             too, starting at their smallest value.
 
-    See :class:`Quantizer` for the other options.
+    See :class:`KernelQuantizer` and :class:`Quantizer` for the other options.
     """
 
-    activation_bits: Bits | None = 8
-    product_bits: int | None = None
     per_channel: bool = False
     learn_offset: bool = False
 
-    needs_inputs: ClassVar[bool] = True
-    kernels: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.product_bits is not None:
-            require_bits("product_bits", self.product_bits)
 
     def weight_spec(self, bits: int) -> QuantSpec:
         """Signed and symmetric; of 8 bits without -128, whose negative is needed where BatchNorm's factor is."""
@@ -57,10 +45,6 @@ class LSQQuantizer(Quantizer):
     def activation_spec(self, bits: int) -> QuantSpec:
         """Unsigned; what is negative decides in :meth:`make`."""
         return QuantSpec(bits, "activation", signed=False, symmetric=not self.learn_offset, learned=True)
-
-    def product_spec(self) -> QuantSpec | None:
-        """Like other activations."""
-        return None if self.product_bits is None else self.activation_spec(self.product_bits)
 
     def make(self, slot: Slot, seen: Calibrator) -> FakeQuantize:
         """Steps from the mean magnitude, or with an offset from the range."""

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
+
+from torch import Tensor
 
 from fxcompress.context import Context
 from fxcompress.errors import InputError
 from fxcompress.module import TracedModule
 from fxcompress.passes.fold_batch_norm import FoldBatchNorm
-from fxcompress.passes.quantizer import Quantizer, feed
-from fxcompress.quantization.bits import Bits, require_bits
+from fxcompress.passes.kernel_quantizer import KernelQuantizer
+from fxcompress.passes.quantizer import feed
 from fxcompress.quantization.calibrate import Calibrator
 from fxcompress.quantization.equalize import equalize
 from fxcompress.quantization.fake_quantize import AffineFakeQuantize, FakeQuantize
@@ -32,16 +34,13 @@ OBSERVERS: dict[str, type[Observer]] = {
 
 
 @dataclass(frozen=True)
-class PTQQuantizer(Quantizer):
+class PTQQuantizer(KernelQuantizer):
     """Quantizes a trained model with a few batches to calibrate, without training.
 
     BatchNorm is folded; then ranges are what ``observer`` makes of what calibration sees: batches of the task, or the
     example inputs alone if there is no task.
 
     Args:
-        activation_bits: of every value that integer kernels read or write.
-        product_bits: of what products of two activations read (``matmul``, ``bmm``, scaled-dot-product attention: its
-            queries, keys and values); float by default.
         per_channel: a scale for every output channel of a weight, or one for the tensor.
         observer: of activations: ``"min_max"``, ``"moving_average"``, ``"percentile"``, ``"entropy"``, ``"mse"``, or an
             :class:`Observer` with options of its own.
@@ -49,15 +48,14 @@ class PTQQuantizer(Quantizer):
         batches: how many of the task's to calibrate with, at most.
         equalize: make the ranges of neighbouring layers alike first (:func:`equalize`).
         bias_correction: take the mean error of rounded weights out of the biases (:func:`correct_biases`).
-        adaround: learn for each weight whether to round up or down (:func:`learn_rounding`).
+        adaround: learn for each weight whether to round up or down (:func:`learn_rounding`); the parameters hold the
+            rounded values then.
         iterations: of AdaRound, per layer.
         samples: kept of what each layer reads, for the last two.
 
-    See :class:`Quantizer` for the other options.
+    See :class:`KernelQuantizer` and :class:`Quantizer` for the other options.
     """
 
-    activation_bits: Bits | None = 8
-    product_bits: int | None = None
     per_channel: bool = True
     observer: str | Observer = "min_max"
     weight_observer: str | Observer = "min_max"
@@ -68,13 +66,8 @@ class PTQQuantizer(Quantizer):
     iterations: int = 1000
     samples: int = 256
 
-    needs_inputs: ClassVar[bool] = True
-    kernels: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.product_bits is not None:
-            require_bits("product_bits", self.product_bits)
         for observer in (self.observer, self.weight_observer):
             _parse(observer)
         for name in ("batches", "iterations", "samples"):
@@ -87,10 +80,6 @@ class PTQQuantizer(Quantizer):
     def activation_spec(self, bits: int) -> QuantSpec:
         """Affine per tensor."""
         return activation_spec(bits, _parse(self.observer))
-
-    def product_spec(self) -> QuantSpec | None:
-        """Like other activations."""
-        return None if self.product_bits is None else self.activation_spec(self.product_bits)
 
     def calibration(self, context: Context) -> Iterator[Any]:
         """As many batches as asked for."""
@@ -112,8 +101,9 @@ class PTQQuantizer(Quantizer):
     def finish(self, module: TracedModule, context: Context, seen: dict[str, Calibrator]) -> None:
         """Learn which way to round, correct biases."""
         run = partial(feed, module, context)
+        before: dict[str, Tensor] = {}
         if self.adaround:
-            learn_rounding(
+            before = learn_rounding(
                 module,
                 partial(self.calibration, context),
                 run,
@@ -122,7 +112,7 @@ class PTQQuantizer(Quantizer):
                 author=self.name,
             )
         if self.bias_correction:
-            new = correct_biases(module, self.calibration(context), run, self.samples, self.name)
+            new = correct_biases(module, self.calibration(context), run, self.samples, self.name, before)
             if new:
                 context.notes.append(f"adds {', '.join(new)}")
 

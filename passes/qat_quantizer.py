@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fxcompress.errors import InputError
-from fxcompress.passes.quantizer import Quantizer
-from fxcompress.quantization.bits import Bits, require_bits
+from fxcompress.passes.kernel_quantizer import KernelQuantizer
 from fxcompress.quantization.calibrate import Calibrator
 from fxcompress.quantization.fake_quantize import AffineFakeQuantize, FakeQuantize
 from fxcompress.quantization.insert import Slot
@@ -17,7 +16,7 @@ from fxcompress.task import require_count
 
 
 @dataclass(frozen=True)
-class QATQuantizer(Quantizer):
+class QATQuantizer(KernelQuantizer):
     """Trains with rounding in the forward and straight-through gradients (Jacob et al. 2018, arXiv 1712.05877).
 
     Activations: ``scale * (clamp(round(x / scale) + zero_point, 0, 2^bits - 1) - zero_point)`` with a range that holds
@@ -26,32 +25,23 @@ class QATQuantizer(Quantizer):
     on with those of the batch (Krishnamoorthi 2018, arXiv 1806.08342, section 3.2.2).
 
     Args:
-        activation_bits: of every value that integer kernels read or write.
-        product_bits: of what products of two activations read (``matmul``, ``bmm``, scaled-dot-product attention: its
-            queries, keys and values); float by default.
         per_channel: a scale for every output channel of a weight, or one for the tensor.
         momentum: of the moving average.
         start_step: forwards in train mode before rounding begins; ranges are watched from the first.
         freeze_step: forwards in train mode after which ranges no longer change; None for never.
 
-    See :class:`Quantizer` for the other options.
+    See :class:`KernelQuantizer` and :class:`Quantizer` for the other options.
     """
 
-    activation_bits: Bits | None = 8
-    product_bits: int | None = None
     per_channel: bool = True
     momentum: float = 0.99
     start_step: int = 0
     freeze_step: int | None = None
 
-    needs_inputs: ClassVar[bool] = True
     folds: ClassVar[bool] = True
-    kernels: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.product_bits is not None:
-            require_bits("product_bits", self.product_bits)
         MovingAverage(self.momentum)
         require_count("start_step", self.start_step, least=0)
         if self.freeze_step is not None:
@@ -69,10 +59,6 @@ class QATQuantizer(Quantizer):
     def activation_spec(self, bits: int) -> QuantSpec:
         """Affine per tensor, with a moving average."""
         return activation_spec(bits, MovingAverage(self.momentum))
-
-    def product_spec(self) -> QuantSpec | None:
-        """Like other activations."""
-        return None if self.product_bits is None else self.activation_spec(self.product_bits)
 
     def make(self, slot: Slot, seen: Calibrator) -> FakeQuantize:
         """A grid that begins with what calibration saw; the first batch of training sets it anew."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -13,13 +14,16 @@ from torch import Tensor
 
 from fxcompress.context import Context
 from fxcompress.errors import InputError, PassError
+from fxcompress.export.session import OnnxModule
+from fxcompress.lower.flat import FLAT
 from fxcompress.module import TracedModule, submodule
 from fxcompress.pipeline import Pass
 from fxcompress.quantization.bits import BitRules, Bits, require_bits
 from fxcompress.quantization.calibrate import Calibrator, calibrate
 from fxcompress.quantization.edges import LayerSpecs
-from fxcompress.quantization.fake_quantize import FakeQuantize, TransformedFakeQuantize
+from fxcompress.quantization.fake_quantize import QUANT, FakeQuantize, TransformedFakeQuantize
 from fxcompress.quantization.insert import Slot, insert
+from fxcompress.quantization.regular import common_step
 from fxcompress.quantization.sites import ends, find_sites
 from fxcompress.quantization.spec import QuantSpec, activation_spec, weight_spec
 from fxcompress.rewrite import rewriting
@@ -32,8 +36,9 @@ from fxcompress.training import placed
 class Quantizer(Pass):
     """Rounds the weights of convolutions and linear layers, and what they read, to a few bits, in simulation.
 
-    Puts fake-quant nodes on the edges of the graph; parameters keep their names and values, and what is new in the
-    ``state_dict`` is under ``_quant.``. Masks stay: a masked weight is zero behind its fake-quant node too.
+    Puts fake-quant nodes on the edges of the graph, and keeps those that are there; parameters keep their names and
+    values (not in :class:`PTQQuantizer`), and what is new in the ``state_dict`` is under ``_quant.``. Masks stay: a
+    masked weight is zero behind its fake-quant node too.
 
     Args:
         weight_bits: 2 to 8, or a mapping of name pattern to bits (the last match counts; unmatched layers stay float).
@@ -79,8 +84,13 @@ class Quantizer(Pass):
         return ("batches", "loss", "optimizer") if self.epochs else ()
 
     def requires(self, module: TracedModule, context: Context) -> None:
-        """Activations are followed through a run of the model."""
+        """Activations are followed through a run of the model, which is not lowered yet."""
         super().requires(module, context)
+        if module.meta.get(FLAT) or any(isinstance(item, OnnxModule) for item in module.modules()):
+            raise PassError(
+                f"{self.name} was given a lowered module, whose kernels hold packed weights; expected one that Lower "
+                "did not see. Quantize first, then lower."
+            )
         if (self.activation_bits is not None or self.product_spec() is not None) and context.inputs is None:
             raise InputError(f"example_inputs is missing: {self.name} follows activations through a run of the model.")
 
@@ -92,12 +102,9 @@ class Quantizer(Pass):
         return (x / scale).round().clamp(spec.quant_min, spec.quant_max) * scale
 
     def step(self, x: Tensor, spec: QuantSpec) -> Tensor | None:
-        """The distance of neighbouring values of ``quantize(x)``; by default, if they are multiples of its largest
-        value over the largest integer."""
-        values = self.quantize(x, spec).detach()
-        scale = values.abs().max() / spec.quant_max
-        steps = values / scale
-        return scale if bool(((steps - steps.round()).abs() < 1e-3).all()) else None
+        """The distance of neighbouring values of ``quantize(x)``, one for each index of the spec's axis; by default the
+        largest number of which all values are multiples, if 8 bits hold those."""
+        return common_step(self.quantize(x, spec).detach(), spec.axis)
 
     def weight_spec(self, bits: int) -> QuantSpec:
         """The grid of a weight."""
@@ -137,6 +144,7 @@ class Quantizer(Pass):
         """Insert, calibrate, train."""
         summary = context.step(module, partial(self._place, module, context))
         if summary is None:
+            context.notes.append("nothing to quantize")
             return module
         if self.epochs:
             with context.laid(module, self.name):
@@ -157,10 +165,32 @@ class Quantizer(Pass):
         facts = context.groups(module).channels.facts if wants_facts and context.inputs is not None else None
         slots = insert(module, specs, facts, self.name, folds=self.folds, kernels=self.kernels, products=products)
         if not slots:
+            self._say_why(module, specs)
             return None
         with context.laid(module, self.name):
             self._fill(module, slots, context)
         return _summary(slots)
+
+    def _say_why(self, module: TracedModule, specs: Mapping[str, LayerSpecs]) -> None:
+        """Warn that nothing is left to quantize, unless all of it was quantized with the bits that are asked for."""
+        sites = list(find_sites(module))
+        kept = [(site, submodule(module, f"{QUANT}.{site.weight}")) for site in sites if site.layer in specs]
+        others = [
+            f"{site.layer} has {quantizer.spec.bits}, not {wanted.bits}"
+            for site, quantizer in kept
+            if (wanted := specs[site.layer].weight) is not None
+            and isinstance(quantizer, FakeQuantize)
+            and quantizer.spec.bits != wanted.bits
+        ]
+        reason = ""
+        if not sites:
+            reason = "the model has no convolution or linear layer whose weight is a parameter"
+        elif not specs:
+            reason = "include, exclude, the bits and first_last leave every layer in float"
+        elif others:
+            reason = f"fake-quant nodes that are there stay ({'; '.join(others[:5])} bits)"
+        if reason:
+            warnings.warn(f"{self.name} has nothing to quantize: {reason}", stacklevel=2)
 
     def _specs(self, module: TracedModule) -> dict[str, LayerSpecs]:
         """What is wanted of each layer."""

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 
 import fxcompress
+from fxcompress.lower.features import has_int8_instructions
+from fxcompress.passes import Lower
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES, DOCS = ROOT / "examples", ROOT / "docs"
@@ -189,6 +191,13 @@ def test_custom_quantizer() -> None:
     assert len(steps.unique()) == 13
     rounded.sum().backward()
     assert bool((weight.grad == 1).all())
+
+
+@pytest.mark.skipif(not has_int8_instructions(), reason="no 8-bit multiply-accumulate instructions")
+def test_what_the_custom_quantizer_gives_is_lowered() -> None:
+    quantized = runpy.run_path(str(EXAMPLES / "custom_quantizer.py"))["main"]()
+    lowered = fxcompress.compress(quantized, [Lower()], example_inputs=torch.randn(2, 3, 8, 8))
+    assert lowered.meta["history"][-1].notes[0].startswith("2 of 2 layers run in int8")
 
 
 # ---- documentation ---------------------------------------------------------------------------------------------------

@@ -68,6 +68,29 @@ def test_copies_and_pickles_train_on_alike(item: fxcompress.Pass) -> None:
         assert all(map(torch.equal, step(twin).values(), step(original).values()))
 
 
+class Concatenation(nn.Module):
+    """Two values that share a scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.last = nn.Conv2d(3, 5, 1), nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(9, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.cat([self.one(x), self.two(x) * 5], 1))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch, of its own doing
+def test_a_shared_range_compiles() -> None:
+    torch.manual_seed(0)
+    made = fxcompress.compress(Concatenation().eval(), [QATQuantizer(momentum=0.5)], example_inputs=X)
+    twin = copy.deepcopy(made)
+    compiled = torch.compile(made, backend="aot_eager", fullgraph=True)
+    for _ in range(3):
+        expected = step(twin)
+        found = {name.removeprefix("_orig_mod."): tensor for name, tensor in step(compiled).items()}
+        torch.testing.assert_close(found, expected)
+
+
 class Killed(Exception):  # noqa: N818 - it is no error
     pass
 

@@ -160,7 +160,7 @@ MODELS: dict[str, tuple[type[nn.Module], Any]] = {
 def _nothing_to_prune() -> Iterator[None]:
     """A network whose channels are all its outputs' is a warning for its user, and none here."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".* has nothing to prune")
+        warnings.filterwarnings("ignore", message=".* has nothing to (prune|quantize)")
         warnings.filterwarnings("ignore", message=".*; its channels stay")
         yield
 

@@ -12,16 +12,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import fxcompress
-from fxcompress import InputError, Pass, SelectionError, Task, compress
+from fxcompress import InputError, Pass, PassError, QuantSpec, SelectionError, Task, compress
 from fxcompress.passes import (
     BNNQuantizer,
     DoReFaQuantizer,
     L1FilterPruner,
     LevelPruner,
+    Lower,
     LSQQuantizer,
     NaiveQuantizer,
     PTQQuantizer,
     QATQuantizer,
+    Quantizer,
     Speedup,
 )
 from fxcompress.quantization.fake_quantize import AffineFakeQuantize, FakeQuantize, LearnedFakeQuantize
@@ -219,6 +221,21 @@ def test_dorefa_gradients_lie_on_a_grid_and_are_right_on_average() -> None:
     assert layer.eval()(x) is x
 
 
+def test_rounded_gradients_in_front_of_an_activation_in_place() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 5, 3), nn.ReLU(inplace=True), nn.Conv2d(5, 4, 3), nn.Flatten(1), nn.ReLU(inplace=True)]
+    model = nn.Sequential(*layers).eval()
+    item = DoReFaQuantizer(8, 8, first_last="same", gradient_bits=8)
+    made = compress(model, [item], example_inputs=X).train()
+    plain = compress(model, [DoReFaQuantizer(8, 8, first_last="same")], example_inputs=X).train()
+    for each in (made, plain):
+        each(X).sum().backward()
+    found, wanted = (each.get_parameter("0.weight").grad for each in (made, plain))
+    assert found is not None
+    assert wanted is not None
+    assert float((found - wanted).norm() / wanted.norm()) < 0.1
+
+
 def test_bnn_signs_and_gradients() -> None:
     rule = BNNQuantizer()
     x = torch.tensor([-2.0, -1.0, -0.3, -0.0, 0.0, 0.4, 1.0, 1.5], requires_grad=True)
@@ -251,6 +268,80 @@ def test_moving_average_begins_with_the_first_batch() -> None:
     made(torch.tensor([math.nan, 5.0]))
     assert (float(made.low), float(made.high)) == pytest.approx((-0.9, 3.2))
     assert float(made.scale) == pytest.approx(4.1 / 255, rel=1e-5)
+
+
+class Uneven(nn.Module):
+    """A concatenation of values near zero and of values a hundred times as large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.small, self.large, self.last = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.Conv2d(8, 4, 1)
+        with torch.no_grad():
+            self.large.weight *= 100
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.cat([self.small(x), self.large(x)], 1))
+
+
+@pytest.mark.parametrize(
+    "item", [QATQuantizer(), PTQQuantizer(observer="moving_average"), PTQQuantizer()], ids=lambda item: str(item)[:40]
+)
+def test_a_shared_range_holds_what_all_its_places_see(item: Pass) -> None:
+    torch.manual_seed(0)
+    model, x = Uneven().eval(), values(8, 3, 6, 6)
+    made = compress(model, [item], example_inputs=x)
+    with torch.no_grad():
+        wanted = model(x)
+        assert float((made(x) - wanted).abs().max() / wanted.abs().max()) < 0.03
+        made.train()
+        for _ in range(100):
+            made(x)
+        assert float((made.eval()(x) - wanted).abs().max() / wanted.abs().max()) < 0.03
+
+
+def shared(batches: list[list[list[float]]], momentum: float = 0.9, **options: Any) -> AffineFakeQuantize:
+    """What is left of forwards that call one module at several places."""
+    made = AffineFakeQuantize(activation_spec(8, MovingAverage(momentum)), calls=2, **options).train()
+    for batch in batches:
+        for place, seen in enumerate(batch):
+            if seen:
+                made(torch.tensor(seen), place=place)
+    return made
+
+
+def test_one_step_of_the_average_is_one_forward() -> None:
+    forwards: list[list[list[float]]] = [[[-1.0, 0.0], [0.0, 3.0]], [[0.0, 5.0], [-2.0, 0.0]], [[], [-9.0, 0.0]]]
+    made = shared(forwards[:1])
+    assert (float(made.low), float(made.high), int(made.seen)) == (-1, 3, 1)
+    made = shared(forwards[:2])
+    assert (float(made.low), float(made.high)) == pytest.approx((-1.1, 3.2))
+    assert float(made.scale) == pytest.approx(4.3 / 255, rel=1e-5)
+    made = shared(forwards)  # the first place saw nothing the third time
+    assert (float(made.low), float(made.high), int(made.seen)) == pytest.approx((-1.1 - 0.79, 3.2 - 0.32, 3))
+    made = shared([*forwards[:2], [[math.nan], [0.0, 5.0]]])
+    assert (float(made.low), float(made.high)) == pytest.approx((-1.1 + 0.11, 3.2 + 0.18))
+    made = shared(forwards, freeze_step=1)
+    assert (float(made.low), float(made.high)) == (-1, 3)
+    assert float(made.scale) == pytest.approx(4 / 255, rel=1e-5)
+    made = shared(forwards[:1], start_step=2)
+    x = values(5)
+    for rounded in (False, True):
+        places = [made(x, place=0), made(x, place=1)]
+        assert all(torch.equal(y, x) is not rounded for y in places)
+
+
+def test_a_batch_of_nan_leaves_what_calibration_found() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 4, 3)).eval()
+    made = compress(model, [QATQuantizer()], example_inputs=X).train()
+    before = {name: tensor.clone() for name, tensor in made.state_dict().items()}
+    made(X * math.nan)
+    changed = [name for name, tensor in made.state_dict().items() if not torch.equal(before[name], tensor)]
+    assert all(name.endswith(".seen") for name in changed)
+    made(X)
+    ranges = [q for name, q in quantizers(made).items() if "activations" in name]
+    assert len(ranges) == 2
+    assert all(math.isinf(before[f"{n}.low"]) for n, q in quantizers(made).items() if q in ranges)
+    assert all(isinstance(q, AffineFakeQuantize) and float(q.low) <= 0 < float(q.high) for q in ranges)
 
 
 def test_eval_and_freeze_leave_ranges_alone(network: nn.Module) -> None:
@@ -443,6 +534,41 @@ def test_options_that_cannot_be() -> None:
         PTQQuantizer(observer="average")
     with pytest.raises(InputError, match="first_last"):
         QATQuantizer(first_last="none")  # type: ignore[arg-type]
+
+
+class Channelwise(Quantizer):
+    """A scale for each channel of what is read."""
+
+    def activation_spec(self, bits: int) -> QuantSpec:
+        return activation_spec(bits, MinMax()).along(1)
+
+
+def test_specs_that_cannot_be(network: nn.Module) -> None:
+    with pytest.raises(InputError, match=r"Channelwise for \w+ has axis=1; expected None"):
+        compress(network, [Channelwise(8, 8)], example_inputs=X)
+    with pytest.raises(InputError, match="bits is 9; expected an integer from 1 to 8"):
+        QuantSpec(9, "weight", signed=True, symmetric=True)
+
+
+def test_a_quantizer_that_finds_nothing_says_why(network: nn.Module) -> None:
+    made = compress(network, [PTQQuantizer()], example_inputs=X)
+    with pytest.warns(UserWarning, match="QATQuantizer has nothing to quantize: .*stem has 8, not 4"):
+        again = compress(made, [QATQuantizer(4)], example_inputs=X)
+    assert again.meta["history"][-1].notes == ("nothing to quantize",)
+    again = compress(made, [QATQuantizer()], example_inputs=X)  # no warning: it is as asked
+    assert again.meta["history"][-1].notes == ("nothing to quantize",)
+    with pytest.warns(UserWarning, match="no convolution or linear layer"):
+        compress(nn.Sequential(nn.ReLU()), [PTQQuantizer()], example_inputs=X)
+    with pytest.warns(UserWarning, match="leave every layer in float"):
+        compress(nn.Sequential(nn.Linear(6, 6)), [BNNQuantizer()], example_inputs=X)
+
+
+@pytest.mark.parametrize("item", [NaiveQuantizer(), PTQQuantizer(), QATQuantizer()], ids=lambda item: item.name)
+def test_lowered_modules_are_refused(item: Pass) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 4, 3)).eval()
+    lowered = compress(model, [Lower(dtype="float32")], example_inputs=X)
+    with pytest.raises(PassError, match=f"{item.name} was given a lowered module"):
+        compress(lowered, [item], example_inputs=X)
 
 
 def test_calibration_without_batches_or_with_nan(network: nn.Module) -> None:

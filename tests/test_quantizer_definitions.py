@@ -10,11 +10,20 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fxcompress import InputError, Pass, Task, compress
-from fxcompress.passes import BNNQuantizer, DoReFaQuantizer, LSQQuantizer, NaiveQuantizer, PTQQuantizer, QATQuantizer
+from fxcompress import InputError, Pass, QuantSpec, Task, compress
+from fxcompress.passes import (
+    BNNQuantizer,
+    DoReFaQuantizer,
+    LSQQuantizer,
+    NaiveQuantizer,
+    PTQQuantizer,
+    QATQuantizer,
+    Quantizer,
+)
 from fxcompress.quantization.calibrate import Calibrator
-from fxcompress.quantization.fake_quantize import FakeQuantize, LearnedFakeQuantize, TransformedFakeQuantize
+from fxcompress.quantization.fake_quantize import ROLE, FakeQuantize, LearnedFakeQuantize, TransformedFakeQuantize
 from fxcompress.quantization.observers import MSE, Entropy, MovingAverage, Percentile
+from fxcompress.quantization.regular import common_step
 from fxcompress.quantization.settle import settle
 from fxcompress.quantization.spec import activation_spec, weight_spec
 
@@ -219,6 +228,48 @@ def test_dorefa_of_eight_bits_stays_where_integers_have_too_few() -> None:
     assert torch.equal(made(X).detach(), wanted)
 
 
+@pytest.mark.parametrize(
+    "multiples, step",
+    [([2, 5], 1.0), ([-3, 9, 6], 3.0), ([0, 0], None), ([127, -126], 1.0), ([4, 8, -1, 64], 1.0), ([6, 10, 15], 1.0)],
+)
+def test_the_step_of_regular_values(multiples: list[int], step: float | None) -> None:
+    found = common_step(torch.tensor(multiples) * 0.0123, None)
+    assert found is not None
+    assert float(found) == pytest.approx(1.0 if step is None else step * 0.0123, rel=1e-5)
+
+
+def test_the_step_of_each_channel_and_of_irregular_values() -> None:
+    x = torch.tensor([[0.2, 0.8], [0.0, 0.0], [-0.9, 0.6]])
+    found = common_step(x, 0)
+    assert found is not None
+    assert found.tolist() == pytest.approx([0.2, 1.0, 0.3])
+    assert common_step(values(50), None) is None
+    assert common_step(torch.tensor([1.0, 128.0]), None) is None  # one bit too many
+
+
+class Doubling(Quantizer):
+    """Steps that are powers of two: the largest value is rarely the largest integer."""
+
+    def quantize(self, x: Tensor, spec: QuantSpec) -> Tensor:
+        scale = (x.abs().max() / spec.quant_max).log2().ceil().exp2()
+        return (x / scale).round() * scale
+
+
+def test_weights_of_a_rule_and_activations_of_another_quantizer() -> None:
+    model = normed()
+    made = compress(model, [Doubling(4), PTQQuantizer(8)], example_inputs=X)
+    assert type(module_of(made, "0.weight")) is TransformedFakeQuantize
+    assert [step.notes for step in made.meta["history"]] == [
+        ("weights: 2 to 4 bits",),
+        ("activations: 2 to 8 bits",),
+    ]
+    wanted = made(X).detach()
+    said = settle(made)
+    assert not any("stays as it is" in line for line in said)
+    assert isinstance(module_of(made, "0.weight").grid(), tuple)
+    torch.testing.assert_close(made(X).detach(), wanted, rtol=1e-4, atol=1e-4)
+
+
 # ---- observers -------------------------------------------------------------------------------------------------------
 
 
@@ -344,12 +395,12 @@ def test_products_of_activations_read_grids(item: Any) -> None:
     model, x = Attention().eval(), values(3, 7, 12)
     plain = compress(model, [item()], example_inputs=x)
     made = compress(model, [item(product_bits=6)], example_inputs=x)
-    found = [str(n.args[0]) for n in made.graph.nodes if n.meta.get("quant") == "activation"]
-    before = [str(n.args[0]) for n in plain.graph.nodes if n.meta.get("quant") == "activation"]
+    found = [str(n.args[0]) for n in made.graph.nodes if n.meta.get(ROLE) == "activation"]
+    before = [str(n.args[0]) for n in plain.graph.nodes if n.meta.get(ROLE) == "activation"]
     assert len(found) == len(before) + 3  # one for all of q, k and v, where they are made; probabilities; the product
     new = {"qkv", "softmax", "matmul_1"}
     assert set(found) == set(before) | new
-    bits = {str(n.args[0]): made.get_submodule(n.target).spec.bits for n in made.graph.nodes if n.meta.get("quant")}
+    bits = {str(n.args[0]): made.get_submodule(n.target).spec.bits for n in made.graph.nodes if n.meta.get(ROLE)}
     assert {bits[name] for name in new} == {6}
     torch.testing.assert_close(made(x), model(x), rtol=0.2, atol=0.1)
     with pytest.raises(InputError, match="product_bits"):
@@ -360,7 +411,7 @@ def test_projections_of_a_multihead_attention_are_quantized() -> None:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True).eval()
     made = compress(layer, [PTQQuantizer()], example_inputs=values(2, 5, 8))
-    names = {n.target for n in made.graph.nodes if n.meta.get("quant") == "weight"}
+    names = {n.target for n in made.graph.nodes if n.meta.get(ROLE) == "weight"}
     layers = ("self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight")
     assert names == {f"_quant.{name}" for name in layers}
 

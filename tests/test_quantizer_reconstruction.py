@@ -98,6 +98,21 @@ def test_bias_correction_takes_the_mean_error_out(batch: int) -> None:
     assert "adds second.bias" in " ".join(made.meta["history"][-1].notes)
 
 
+def test_biases_are_corrected_for_what_adaround_changed() -> None:
+    model, task = Pair().eval(), Task(batches=[X])
+    options: Any = {"adaround": True, "iterations": 20}
+    plain = compress(model, [PTQQuantizer(3, None, **options)], example_inputs=X, task=task)
+    made = compress(model, [PTQQuantizer(3, None, **options, bias_correction=True)], example_inputs=X, task=task)
+    with torch.no_grad():
+        for name, reads in (("first", X), ("second", F.relu(outputs(plain, "first", X)))):
+            weight, rounded = model.get_parameter(f"{name}.weight"), plain.get_parameter(f"{name}.weight")
+            error = F.conv2d(reads, rounded - weight, stride=2 if name == "second" else 1).double().mean((0, 2, 3))
+            bias = dict(model.named_parameters()).get(f"{name}.bias", torch.zeros(5))
+            assert float(error.abs().max()) > 1e-3
+            torch.testing.assert_close(made.get_parameter(f"{name}.bias").double(), bias - error, rtol=0, atol=1e-5)
+            assert torch.equal(made.get_parameter(f"{name}.weight"), rounded)
+
+
 def test_adaround_rounds_up_or_down_and_better_than_to_nearest() -> None:
     model = Pair().eval()
     task = Task(batches=[X])

@@ -8,8 +8,7 @@ from torch import Tensor, fx
 from fxcompress.export.grid_operators import dequantize, quantize
 from fxcompress.module import TracedModule
 from fxcompress.nodes import apply_mask, learned_mask
-from fxcompress.quantization.fake_quantize import FakeQuantize, fake_quant_nodes, require_kernels
-from fxcompress.quantization.insert import ROLE
+from fxcompress.quantization.fake_quantize import ROLE, FakeQuantize, fake_quant_nodes, require_kernels
 from fxcompress.quantization.settle import settle, value_of
 from fxcompress.quantization.spec import Grid
 from fxcompress.rewrite import Rewriter, rewriting

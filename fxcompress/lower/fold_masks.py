@@ -11,7 +11,7 @@ from fxcompress.layers import close_layer, closes
 from fxcompress.masking import LIVE
 from fxcompress.module import MASKS, TracedModule, owner, submodule
 from fxcompress.nodes import apply_mask, learned_mask, restore_live, select_live
-from fxcompress.quantization.fake_quantize import FakeQuantize
+from fxcompress.quantization.fake_quantize import ROLE, FakeQuantize
 from fxcompress.rewrite import Rewriter, rewriting
 
 _MASKING = (apply_mask, learned_mask)
@@ -32,7 +32,7 @@ def fold_masks(module: TracedModule, author: str) -> None:
     with rewriting(module, author) as rewriter:
         for node in list(module.graph.nodes):
             if node.target in _MASKING and (_into_parameter(rewriter, node) or _behind_quantizer(rewriter, node)):
-                rewriter.replace(node, node.args[0])  # type: ignore[arg-type]
+                rewriter.replace(node, node.all_input_nodes[0])
                 rewriter.erase(node)
         for nodes in _behind_norms(module).values():
             _into_norm(rewriter, nodes)
@@ -77,7 +77,7 @@ def _into_parameter(rewriter: Rewriter, node: fx.Node) -> bool:
 def _behind_quantizer(rewriter: Rewriter, node: fx.Node) -> bool:
     """Whether a mask is that of a weight which a fake-quant node leaves zero where it was."""
     source = node.args[0]
-    if not isinstance(source, fx.Node) or source.meta.get("quant") != "weight":
+    if not isinstance(source, fx.Node) or source.meta.get(ROLE) != "weight":
         return False
     quantizer = submodule(rewriter.module, str(source.target))
     return isinstance(quantizer, FakeQuantize) and quantizer.keeps_zero
@@ -132,9 +132,7 @@ def _of_state(node: fx.Node) -> bool:
     waiting = [node]
     while waiting:
         item = waiting.pop()
-        if item.op in ("placeholder", "call_method") or (
-            item.op == "call_module" and item.meta.get("quant") != "weight"
-        ):
+        if item.op in ("placeholder", "call_method") or (item.op == "call_module" and item.meta.get(ROLE) != "weight"):
             return False
         waiting += item.all_input_nodes
     return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -25,7 +26,7 @@ class Calibrator(nn.Module):
     Attributes:
         low, high: extremes of everything seen, 0-d or ``[channels]``; averaged for :class:`MovingAverage`.
         magnitude: mean of ``abs(x)``, likewise; zeros of weights, which masks made, are not counted.
-        batches: how often it saw something.
+        batches: how often it saw something; several nodes that share it count as many times.
         watching: whether it looks at what it is called with.
     """
 
@@ -35,17 +36,24 @@ class Calibrator(nn.Module):
         self.batches = 0
         self.watching = False
         self.low = self.high = self.magnitude = torch.zeros(())
+        self._last = sys.maxsize  # a forward begins with a node that does not come behind this one
+        self._earlier: tuple[Tensor, Tensor] | None = None
+        self._batch = self.low, self.high
         self._sum = self._count = torch.zeros(())
         self._values: Tensor | None = None  # of a weight
         self._histogram: _Histogram | None = None
 
-    def forward(self, x: Tensor, factor: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, factor: Tensor | None = None, place: int = 0) -> Tensor:
         if self.watching:
-            self.see(x.detach() if factor is None else x.detach() * factor)
+            self.see(x.detach() if factor is None else x.detach() * factor, place)
         return x
 
-    def see(self, x: Tensor) -> None:
-        """One batch.
+    def see(self, x: Tensor, place: int = 0) -> None:
+        """One batch, or what one of the nodes that share the calibrator sees of it.
+
+        Args:
+            x: what goes by.
+            place: which of the nodes it is, counted in the order of the graph.
 
         Raises:
             InputError: it holds values that are not finite.
@@ -61,13 +69,20 @@ class Calibrator(nn.Module):
                 f"calibration met NaN or infinite values at {self.name}; expected finite ones. Check the batches for "
                 "bad samples, and the model for overflow."
             )
-        if not self.batches or weight:
+        if place > self._last:  # of the same forward
+            low, high = torch.minimum(self._batch[0], low), torch.maximum(self._batch[1], high)
+        elif self.batches and not weight:
+            self._earlier = self.low, self.high
+        self._last, self._batch = place, (low, high)
+        if self._earlier is None:
             self.low, self.high = low, high
         elif isinstance(self.spec.observer, MovingAverage):
             rate = 1 - self.spec.observer.momentum
-            self.low, self.high = self.low + rate * (low - self.low), self.high + rate * (high - self.high)
+            self.low, self.high = (
+                old + rate * (new - old) for old, new in zip(self._earlier, self._batch, strict=True)
+            )
         else:
-            self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
+            self.low, self.high = torch.minimum(self._earlier[0], low), torch.maximum(self._earlier[1], high)
         flat = rows(x, self.spec.axis)
         seen = torch.stack((flat.abs().sum(1), torch.full_like(flat[:, 0], flat.shape[1])))
         if weight:

@@ -10,6 +10,7 @@ from torch import fx, nn
 from fxcompress.channels.labels import Labels
 from fxcompress.channels.propagate import Facts
 from fxcompress.module import TracedModule, submodule
+from fxcompress.quantization.fake_quantize import ROLE
 from fxcompress.quantization.sites import Site, operation
 from fxcompress.quantization.spec import QuantSpec
 
@@ -169,7 +170,7 @@ class Edges:
         specs: dict[fx.Node, QuantSpec] = {}
         for site in self.sites:
             spec = self.specs[site.node].data if site.node in self.specs else None
-            if spec is not None and "quant" not in site.data.meta:
+            if spec is not None and ROLE not in site.data.meta:
                 readers.setdefault(site.data, []).append(site.node)
                 specs[site.data] = max(spec, specs.get(site.data, spec), key=lambda item: item.bits)
         return [ActivationEdges((value,), specs[value], frozenset(nodes)) for value, nodes in readers.items()]
@@ -227,7 +228,7 @@ class Edges:
     def _want(self, wanted: dict[fx.Node, _Wish], value: fx.Node, spec: QuantSpec, reader: fx.Node) -> fx.Node:
         """Ask for a value on a grid where it is made; of two wishes the one with more bits counts."""
         root = self.root(value)
-        if "quant" in root.meta:
+        if ROLE in root.meta:
             return root
         while value is not root:
             reader, value = value, value.all_input_nodes[0]

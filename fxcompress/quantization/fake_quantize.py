@@ -18,6 +18,8 @@ from fxcompress.quantization.spec import SMALLEST_STEP, Grid, QuantSpec
 from fxcompress.rewrite import describe
 
 QUANT = "_quant"
+#: ``node.meta`` of a fake-quant node: its role.
+ROLE = "quant"
 #: In steps: the end of a range, divided by the scale in float32, may come out as slightly more than the last integer.
 _SLACK = 1e-3
 #: A smaller factor is as good as none: what it folds is zero.
@@ -53,22 +55,23 @@ class FakeQuantize(nn.Module, ABC):
     def quantize(self, x: Tensor) -> Tensor:
         """``x`` on the grid."""
 
-    def observe(self, x: Tensor) -> None:
+    def observe(self, x: Tensor, place: int) -> None:
         """See a tensor go by in train mode; nothing by default."""
 
-    def forward(self, x: Tensor, factor: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, factor: Tensor | None = None, place: int = 0) -> Tensor:
         """``x`` on the grid; with a ``factor``, ``quantize(x * factor) / factor``.
 
         Args:
             x: a weight (behind its mask) or an activation.
             factor: broadcastable to ``x``; what a BatchNorm that is to be folded multiplies the weight with. The grid
                 is that of the folded weight.
+            place: which of the nodes that share the module this is, counted in the order of the graph.
         """
         if factor is not None:  # a channel that BatchNorm multiplies with zero is zero on any grid
             factor = torch.where(factor.abs() < _SMALLEST, _SMALLEST, factor)
         scaled = x if factor is None else x * factor
         if self.training and self.observing:
-            self.observe(scaled.detach())
+            self.observe(scaled.detach(), place)
         if not self.quantizing:
             return x
         made = self.quantize(scaled)
@@ -102,8 +105,10 @@ class FakeQuantize(nn.Module, ABC):
 class AffineFakeQuantize(FakeQuantize):
     """``clamp(round(x / scale) + zero_point, quant_min, quant_max)``, minus the zero point, times the scale.
 
-    Buffers ``scale``, ``zero_point`` and ``seen``, the number of calls in train mode; with a running observer of
-    activations also ``low`` and ``high``.
+    Buffers ``scale``, ``zero_point`` and ``seen``, the number of forwards of the model in train mode; with a running
+    observer of activations also ``low`` and ``high``, the range. Where several nodes share the module, what they see in
+    one forward is one batch: ``earlier`` is the range before it, ``batch`` its extremes so far, and ``last`` the node
+    that was called last. A forward begins with a node that does not come behind that one.
 
     Args:
         spec: the grid.
@@ -118,6 +123,9 @@ class AffineFakeQuantize(FakeQuantize):
     low: Tensor
     high: Tensor
     seen: Tensor
+    last: Tensor
+    earlier: Tensor
+    batch: Tensor
 
     def __init__(
         self, spec: QuantSpec, channels: int = 0, *, calls: int = 1, start_step: int = 0, freeze_step: int | None = None
@@ -128,9 +136,15 @@ class AffineFakeQuantize(FakeQuantize):
         self.register_buffer("scale", torch.ones(shape))
         self.register_buffer("zero_point", torch.zeros(shape))  # an integer, in a dtype that has channels
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        if calls > 1:
+            self.register_buffer("last", torch.full((), calls, dtype=torch.int64))
         if self.remembers:
-            self.register_buffer("low", torch.full(shape, torch.inf))
-            self.register_buffer("high", torch.full(shape, -torch.inf))
+            nothing = torch.full(shape, torch.inf)
+            self.register_buffer("low", nothing)
+            self.register_buffer("high", -nothing)
+            if calls > 1:
+                self.register_buffer("earlier", torch.stack((nothing, -nothing)))
+                self.register_buffer("batch", torch.stack((nothing, -nothing)))
 
     @property
     def remembers(self) -> bool:
@@ -146,41 +160,54 @@ class AffineFakeQuantize(FakeQuantize):
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
 
-    def observe(self, x: Tensor) -> None:
-        if x.numel() == 0:
+    def observe(self, x: Tensor, place: int) -> None:
+        begins = None
+        if self.calls > 1:
+            begins = self.last >= place
+            self.last.fill_(place)
+        self.seen += 1 if begins is None else begins
+        if self.spec.observer is None or not self.spec.observer.running or not (self.remembers or x.numel()):
             return
-        going = None if self.freeze_step is None else self.seen < self.freeze_step * self.calls
-        if self.spec.observer is not None and self.spec.observer.running:
+        going = None if self.freeze_step is None else self.seen <= self.freeze_step
+        if self.remembers:
+            low, high = self._remembered(x, begins, going)
+        else:
             low, high = (item.to(self.scale.dtype) for item in extremes(x, self.spec.axis))
-            if self.remembers:
-                low, high = self._remembered(*widest(low, high), going)
-            scale, zero_point = self.spec.grid(low, high)
-            if going is not None:
-                scale = torch.where(going, scale, self.scale)
-                zero_point = torch.where(going, zero_point.to(self.zero_point.dtype), self.zero_point)
-            self.scale.copy_(scale)
-            self.zero_point.copy_(zero_point)
-        self.seen += 1
+        scale, zero_point = self.spec.grid(low, high)
+        known = low <= high if self.remembers else None  # an empty range, of which nothing was seen yet, says nothing
+        for buffer, value in ((self.scale, scale), (self.zero_point, zero_point)):
+            _update(buffer, value, going, known)
 
-    def _remembered(self, low: Tensor, high: Tensor, going: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _remembered(self, x: Tensor, begins: Tensor | None, going: Tensor | None) -> tuple[Tensor, Tensor]:
         """The range with one batch more; the first one sets it, and one that is not finite is passed over."""
-        fine = torch.isfinite(low) & torch.isfinite(high)
-        fine = fine if going is None else fine & going
+        low, high = torch.full_like(self.low, torch.inf), torch.full_like(self.high, -torch.inf)
+        if x.numel():
+            lowest, highest = (item.to(low.dtype) for item in extremes(x, self.spec.axis))
+            fine = torch.isfinite(lowest) & torch.isfinite(highest)
+            low, high = torch.where(fine, lowest, low), torch.where(fine, highest, high)
+        low, high = widest(low, high)  # of all processes: every one has its part of the batch
+        before = torch.stack((self.low, self.high))
+        if begins is not None:
+            before = torch.where(begins, before, self.earlier)
+            low = torch.where(begins, low, torch.minimum(self.batch[0], low))
+            high = torch.where(begins, high, torch.maximum(self.batch[1], high))
+            _update(self.earlier, before, going)
+            _update(self.batch, torch.stack((low, high)), going)
         if isinstance(self.spec.observer, MovingAverage):
             rate = 1 - self.spec.observer.momentum
-            first = self.low > self.high
-            low = torch.where(first, low, self.low + rate * (low - self.low))
-            high = torch.where(first, high, self.high + rate * (high - self.high))
+            first, nothing = before[0] > before[1], low > high
+            low = torch.where(first, low, torch.where(nothing, before[0], before[0] + rate * (low - before[0])))
+            high = torch.where(first, high, torch.where(nothing, before[1], before[1] + rate * (high - before[1])))
         else:
-            low, high = torch.minimum(self.low, low), torch.maximum(self.high, high)
-        self.low.copy_(torch.where(fine, low, self.low))
-        self.high.copy_(torch.where(fine, high, self.high))
-        return self.low, self.high
+            low, high = torch.minimum(before[0], low), torch.maximum(before[1], high)
+        _update(self.low, low, going)
+        _update(self.high, high, going)
+        return low, high
 
     def quantize(self, x: Tensor) -> Tensor:
         made = quantize(x, self.scale, self.zero_point, self.spec)
         if self.training and self.start_step:
-            return torch.where(self.seen > self.start_step * self.calls, made, x)
+            return torch.where(self.seen > self.start_step, made, x)
         return made
 
     def agree(self) -> None:
@@ -188,6 +215,15 @@ class AffineFakeQuantize(FakeQuantize):
         if self.remembers and self.low.shape != self.scale.shape:
             self.low = (self.spec.quant_min - self.zero_point) * self.scale
             self.high = (self.spec.quant_max - self.zero_point) * self.scale
+
+
+def _update(buffer: Tensor, value: Tensor, *conditions: Tensor | None) -> None:
+    """Write a value, where all conditions hold; None always does."""
+    value = value.to(buffer.dtype)
+    for condition in conditions:
+        if condition is not None:
+            value = torch.where(condition, value, buffer)
+    buffer.copy_(value)
 
 
 def along(values: Tensor, x: Tensor, axis: int | None) -> Tensor:

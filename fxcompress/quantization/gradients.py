@@ -36,7 +36,7 @@ class _RoundGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bits: int) -> Tensor:
         ctx.levels = (1 << bits) - 1
-        return x.view_as(x)
+        return x.clone()  # who reads a view may not write into it, as an activation in place does
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:

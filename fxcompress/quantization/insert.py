@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from fxcompress.channels.labels import Labels
 from fxcompress.channels.propagate import Facts
+from fxcompress.errors import InputError
 from fxcompress.folding import calls_of, norm_source
 from fxcompress.layers import open_layer, parameter_node
 from fxcompress.module import TracedModule, owner, submodule
@@ -16,12 +17,10 @@ from fxcompress.nodes import batch_norm_factor
 from fxcompress.quantization.calibrate import Calibrator
 from fxcompress.quantization.edges import ActivationEdges, Block, Edges, LayerSpecs
 from fxcompress.quantization.fake_quantize import QUANT
+from fxcompress.quantization.fake_quantize import ROLE as ROLE
 from fxcompress.quantization.sites import Site, find_sites
 from fxcompress.quantization.spec import QuantSpec
-from fxcompress.rewrite import Rewriter, rewriting
-
-#: ``node.meta`` of a fake-quant node: its role.
-ROLE = "quant"
+from fxcompress.rewrite import Rewriter, Value, rewriting
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,17 @@ def insert(
         kernels: activations lie on grids wherever integer kernels read or write them; without, only what the layers
             read does, and other readers see it as it was.
         products: with ``kernels``, of what contractions of two activations read; None leaves them as they are.
+
+    Raises:
+        InputError: a spec of an activation has a scale for each index of a dimension.
     """
-    sites = [site for site in find_sites(module) if site.layer in specs and not site.quantized]
+    for name, spec in [*((name, item.data) for name, item in specs.items()), ("product", products)]:
+        if spec is not None and spec.axis is not None:
+            raise InputError(
+                f"the activation_spec of {author} for {name} has axis={spec.axis}; expected None: what a layer reads "
+                "has one scale for the tensor."
+            )
+    sites = [site for site in find_sites(module) if site.layer in specs]
     with rewriting(module, author) as rewriter:
         inserter = _Inserter(rewriter, facts)
         if facts is not None:
@@ -74,7 +82,7 @@ def insert(
             activations = edges.activations(products) if kernels else edges.inputs()
         else:
             blocks, activations = {}, []
-        inserter.weights(sites, specs, blocks if folds else {})
+        inserter.weights([site for site in sites if not site.quantized], specs, blocks if folds else {})
         for item in activations:
             inserter.activation(item)
     return inserter.slots
@@ -143,8 +151,9 @@ class _Inserter:
     def activation(self, edges: ActivationEdges) -> None:
         """One module behind each of the places."""
         slot = self._slot(f"activations.{edges.places[0].name}", edges.spec, 0, len(edges.places), "")
-        for place in edges.places:
-            node = self.rewriter.insert_after(place, "call_module", slot.name, (place,))
+        for number, place in enumerate(edges.places):
+            options: dict[str, Value] = {"place": number} if len(edges.places) > 1 else {}
+            node = self.rewriter.insert_after(place, "call_module", slot.name, (place,), options)
             node.meta[ROLE] = edges.spec.role
             readers = edges.readers
             self.rewriter.replace(place, node, (lambda user: True) if readers is None else readers.__contains__)

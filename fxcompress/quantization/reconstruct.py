@@ -120,14 +120,21 @@ def _call(site: Site, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def correct_biases(
-    module: TracedModule, batches: Iterable[Any], run: Callable[[Any], object], samples: int, author: str
+    module: TracedModule,
+    batches: Iterable[Any],
+    run: Callable[[Any], object],
+    samples: int,
+    author: str,
+    wanted: Mapping[str, Tensor] | None = None,
 ) -> list[str]:
     """Take the mean error that rounding weights makes out of each bias, in place; layers without one get one.
 
     Nagel et al. 2019, arXiv 1906.04721, section 4.2, the empirical form: ``b -= E[(W_q - W) x]`` per output channel,
-    over what the quantized model feeds the layer. Returns the biases that are new.
+    over what the quantized model feeds the layer. ``W`` is the stored weight, or what ``wanted`` has under its name:
+    what it was before :func:`learn_rounding`. Returns the biases that are new.
     """
     new: list[str] = []
+    wanted = {} if wanted is None else wanted
     watchers: dict[fx.Node, tuple[Site, _Mean]] = {}
     for site in _open_sites(module):
         weight = value_of(module, quantized_node(site).args[0])
@@ -138,7 +145,8 @@ def correct_biases(
             if not seen.sums:
                 continue
             node = quantized_node(site)
-            weight, rounded = value_of(module, node.args[0]), value_of(module, node)
+            weight = wanted[site.weight] if site.weight in wanted else value_of(module, node.args[0])
+            rounded = value_of(module, node)
             shift = _mean_output(site, seen, rounded - weight)
             read = site.node.args[2]
             if isinstance(read, fx.Node) and read.op == "get_attr":
@@ -165,7 +173,7 @@ def learn_rounding(
     samples: int,
     iterations: int,
     author: str,
-) -> None:
+) -> dict[str, Tensor]:
     """AdaRound: each weight goes up or down so that its layer's output changes least, in place.
 
     Nagel et al. 2020, arXiv 2004.10568, equations 20 to 24: ``W_q = s clamp(floor(W / s) + h(V))``, ``h(V) =
@@ -175,7 +183,10 @@ def learn_rounding(
     The error counts as a fraction of that of rounding to nearest. Instead of whole feature maps, at most 16,384
     positions at random are compared, 256 a step. Layers are learned in the order of the graph, as many together as
     memory allows: later ones see the earlier ones' result.
+
+    Returns what the weights were, masked as they are, by name.
     """
+    before: dict[str, Tensor] = {}
     rest = _open_sites(module)
     while rest:
         watchers: dict[fx.Node, tuple[Site, _Columns]] = {}
@@ -194,7 +205,9 @@ def learn_rounding(
                     with torch.no_grad():
                         weight = value_of(module, node.args[0]).detach()
                     columns, seen.kept = torch.cat(seen.kept, 1), []
+                    before.setdefault(site.weight, weight)
                     rewriter.set_tensor(site.weight, _rounded(weight, quantizer, seen.product, columns, iterations))
+    return before
 
 
 def _mean_output(site: Site, seen: _Mean, weight: Tensor) -> Tensor:

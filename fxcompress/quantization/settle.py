@@ -12,9 +12,8 @@ from torch import Tensor, fx, nn
 from fxcompress.folding import calls_of, folded, norm_source, scaled
 from fxcompress.layers import parameter_node
 from fxcompress.module import MASKS, TracedModule, evaluating, owner, submodule
-from fxcompress.quantization.fake_quantize import AffineFakeQuantize, FakeQuantize, TransformedFakeQuantize
+from fxcompress.quantization.fake_quantize import ROLE, AffineFakeQuantize, FakeQuantize, TransformedFakeQuantize, along
 from fxcompress.quantization.gradients import GradientQuantize
-from fxcompress.quantization.insert import ROLE
 from fxcompress.quantization.sites import Site, find_sites
 from fxcompress.quantization.spec import QuantSpec
 from fxcompress.rewrite import Rewriter, rewriting
@@ -93,9 +92,10 @@ def _settle(rewriter: Rewriter, site: Site, calls: Mapping[str, int], ranks: Cal
             values = scaled(submodule(module, site.layer), values, scale)
             step = (step * scale.abs()).clamp(min=torch.finfo(scale.dtype).tiny)
     # With a factor, the grid is that of the folded weight already.
-    spec = quantizer.spec.frozen() if factor else _plain_spec(quantizer.spec, values, step, site.axis)
-    if spec.bits > 8:
-        return [f"{site.layer} stays as it is: around zero its values need {spec.bits} bits"]
+    bits = quantizer.spec.bits if factor else _bits(values, step, site.axis)
+    if bits > 8:
+        return [f"{site.layer} stays as it is: around zero its values need {bits} bits"]
+    spec = quantizer.spec.frozen() if factor else _plain_spec(quantizer.spec, bits, site.axis if step.dim() else None)
     if norm is not None:
         _fold(rewriter, site, norm, bias)
     made = AffineFakeQuantize(spec, len(step) if step.dim() else 0).to(values)
@@ -180,12 +180,15 @@ def _step(quantizer: FakeQuantize, source: Tensor) -> Tensor | None:
     return None if grid is None or not quantizer.spec.symmetric else grid.scale
 
 
-def _plain_spec(spec: QuantSpec, values: Tensor, step: Tensor, axis: int | None) -> QuantSpec:
-    """The smallest symmetric grid that holds these values."""
-    axis = axis if step.dim() else None
-    along = step if axis is None else step.reshape([-1 if dim == axis else 1 for dim in range(values.dim())])
-    largest = max(1, int((values / along).round().abs().max()))
-    return replace(spec.frozen(), bits=largest.bit_length() + 1, signed=True, symmetric=True, narrow=True, axis=axis)
+def _bits(values: Tensor, step: Tensor, axis: int | None) -> int:
+    """Width of the smallest symmetric integers that hold these values."""
+    largest = max(1, int((values / along(step, values, axis if step.dim() else None)).round().abs().max()))
+    return largest.bit_length() + 1
+
+
+def _plain_spec(spec: QuantSpec, bits: int, axis: int | None) -> QuantSpec:
+    """A symmetric grid of so many bits."""
+    return replace(spec.frozen(), bits=bits, signed=True, symmetric=True, narrow=True, axis=axis)
 
 
 def _fold(rewriter: Rewriter, site: Site, norm: fx.Node, bias: Tensor) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from fxcompress.module import TracedModule, owner, submodule
+from fxcompress.quantization.fake_quantize import ROLE
 
 _CONVOLUTIONS = frozenset("conv1d conv2d conv3d".split())
 _TRANSPOSED = frozenset("convtranspose1d convtranspose2d convtranspose3d".split())
@@ -83,8 +84,8 @@ def _function(module: TracedModule, node: fx.Node) -> Site | None:
     if not isinstance(data, fx.Node) or not isinstance(weight, fx.Node):
         return None
     quantized = False
-    while "quant" in weight.meta or "mask" in weight.meta:
-        quantized = quantized or "quant" in weight.meta
+    while ROLE in weight.meta or "mask" in weight.meta:
+        quantized = quantized or ROLE in weight.meta
         weight = weight.all_input_nodes[0]
     if weight.op != "get_attr":
         return None

@@ -32,7 +32,7 @@ class QuantSpec:
     """Frozen description of one fake-quant node.
 
     Attributes:
-        bits: width of the integers, 2 to 8 (1 for binary weights and activations).
+        bits: width of the integers, 1 (binary) to 8.
         role: of what: decides whether a range remembers earlier batches (activations) or not (weights).
         signed: integers from ``-2^(bits-1)``, or from 0.
         symmetric: the zero point is 0.
@@ -52,8 +52,8 @@ class QuantSpec:
     learned: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 1 <= self.bits <= 9:
-            raise InputError(f"bits is {self.bits!r}; expected an integer from 2 to 8.")
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 1 <= self.bits <= 8:
+            raise InputError(f"bits is {self.bits!r}; expected an integer from 1 to 8.")
         if self.narrow and not (self.signed and self.symmetric):
             raise InputError("narrow leaves out the lowest of signed integers around 0; expected signed and symmetric.")
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fxcompress.module import TracedModule, owner, submodule
-from fxcompress.quantization.fake_quantize import FakeQuantize
+from fxcompress.quantization.fake_quantize import ROLE, FakeQuantize
 from fxcompress.rewrite import rewriting
 
 
@@ -26,7 +26,7 @@ def keep_zeros(module: TracedModule, masks: Mapping[str, Tensor], author: str) -
     kept = {id(module.get_parameter(name)): mask for name, mask in masks.items() if not bool(mask.all())}
     with rewriting(module, author) as rewriter:
         for node in module.graph.nodes:
-            if node.meta.get("quant") != "weight" or "mask" in node.meta:
+            if node.meta.get(ROLE) != "weight" or "mask" in node.meta:
                 continue
             quantizer = submodule(module, str(node.target))
             source = node.all_input_nodes[0]
