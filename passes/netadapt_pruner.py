@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from fxcompress.budget import Budget
-from fxcompress.channels.labels import IntArray
+from fxcompress.channels.labels import FloatArray, IntArray
 from fxcompress.checkpoint import seeded
 from fxcompress.context import Context
 from fxcompress.errors import InputError, SearchError
@@ -22,6 +22,7 @@ from fxcompress.search.trial import Proposal, Trial, best_of
 from fxcompress.search.worker import one_thread
 from fxcompress.task import Need, require_count
 from fxcompress.training import Training
+from fxcompress.water_filling import TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class NetAdaptPruner(BudgetPruner):
     model less than it does; with a budget of several figures, of the one that is furthest from its budget. For each
     group, just as many of its lowest units go as that takes; each of these candidates is trained for ``epochs`` and
     scored, and the best is kept, weights included. In the last step, where the last unit of a group would take too
-    much, units of others go in its place, in the proportions so far. What a step costs is priced on the graph (or
+    much, units of another one may go in its place. What a step costs is priced on the graph (or
     measured, for a latency); every step is noted with it.
 
     Args:
@@ -181,7 +182,7 @@ class NetAdaptPruner(BudgetPruner):
         """See that the budget is met, in the proportions so far where the steps have not."""
         ground = self.ground(module, context, terms)
         met = steps[-1].end == "met"
-        taken = ground.mask((ground.most if met else ground.alike(ground.most)).tolist())
+        taken = ground.mask((ground.most if met else ground.fill(ground.shares(ground.most))).tolist())
         if not met or (taken.kept != tuple(ground.most.tolist())):
             context.notes.append(f"the rest goes in the proportions so far: {shown(taken, ground)}")
         return taken
@@ -198,40 +199,57 @@ class NetAdaptPruner(BudgetPruner):
         """
         enough, least = [], []
         wanted = Budget(**{name: allowed})
-        for group in np.flatnonzero(ground.free & (ground.most > ground.least)).tolist():
-            numbers = np.arange(ground.most[group] - 1, ground.least[group] - 1, -1)
-            numbers = numbers[numbers * ground.prices.sizes[group] % ground.round_to == 0]
-            if not len(numbers):
+        for group in np.flatnonzero(ground.free).tolist():
+            kept = self._narrowed(ground, ground.most, group)
+            if not len(kept):
                 continue
-            kept: IntArray = np.tile(ground.most, (len(numbers), 1))
-            kept[:, group] = numbers
-            fits = self._use(ground, kept, wanted) <= 1 + 1e-12
             least.append(kept[-1])
-            if fits.any():
-                first = int(np.argmax(fits))
-                wider = kept[first - 1] if first else ground.most
-                enough.append(self._filled(ground, kept[first], wider))
+            first = self._first(ground, kept, wanted)
+            if first is not None:
+                enough.append(self._completed(ground, kept[first], kept[first - 1] if first else None, group))
         if not least:
             raise InputError(f"the budget allows {self.budget}, and no group can lose any more; expected a larger one.")
         return ground.proposals(np.stack(enough or least))
 
-    def _filled(self, ground: Ground, kept: IntArray, wider: IntArray) -> IntArray:
-        """A candidate; if it is the last one, and leaves some of the budget unused, the next wider with less of others.
+    def _completed(self, ground: Ground, kept: IntArray, wider: IntArray | None, group: int) -> IntArray:
+        """A candidate; if it is a last one, the next wider with just as little less of another group may use more.
 
         Args:
             ground: as it is now.
             kept: the candidate, (groups,).
-            wider: the same with one unit more of its group.
+            wider: the same with one unit more of its group, (groups,); None where that would be all of them.
+            group: the candidate's.
         """
-        use = self._use(ground, kept, ground.budget)
-        if use > 1:
+        use = float(self._use(ground, kept[None], ground.budget)[0])
+        if wider is None or use > 1:
             return kept
-        other = ground.alike(wider, wider)
-        better: bool = use < self._use(ground, other, ground.budget)
-        return other if better else kept
+        for other in np.flatnonzero(ground.free).tolist():
+            if other == group or use >= 1 - TOLERANCE:
+                continue
+            narrower = self._narrowed(ground, wider, other)
+            first = self._first(ground, narrower, ground.budget)
+            if first is None:
+                continue
+            found = float(self._use(ground, narrower[first][None], ground.budget)[0])
+            if found > use:
+                use, kept = found, narrower[first]
+        return kept
 
-    def _use(self, ground: Ground, kept: IntArray, budget: Budget) -> np.float64:
-        """What allocations, (.., groups), use of a budget's scarcest figure: (..)."""
+    def _narrowed(self, ground: Ground, start: IntArray, group: int) -> IntArray:
+        """An allocation, (groups,), with ever fewer units of one group: (allocations, groups)."""
+        numbers = np.arange(start[group] - 1, ground.least[group] - 1, -1)
+        numbers = numbers[numbers * ground.prices.sizes[group] % ground.round_to == 0]
+        kept: IntArray = np.tile(start, (len(numbers), 1))
+        kept[:, group] = numbers
+        return kept
+
+    def _first(self, ground: Ground, kept: IntArray, budget: Budget) -> int | None:
+        """The first of some allocations, (allocations, groups), that meets a budget."""
+        fits = self._use(ground, kept, budget) <= 1 + 1e-12 if len(kept) else np.zeros(0, dtype=bool)
+        return int(np.argmax(fits)) if fits.any() else None
+
+    def _use(self, ground: Ground, kept: IntArray, budget: Budget) -> FloatArray:
+        """What allocations, (allocations, groups), use of a budget's scarcest figure: (allocations,)."""
         figures = ground.prices.of(kept)
-        used: np.float64 = np.max([figures[n] / (ratio * ground.dense[n]) for n, ratio in budget.ratios.items()], 0)
+        used: FloatArray = np.max([figures[n] / (ratio * ground.dense[n]) for n, ratio in budget.ratios.items()], 0)
         return used

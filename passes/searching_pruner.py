@@ -117,27 +117,16 @@ class Ground:
         """The same for another allowance."""
         return replace(self, terms=replace(self.terms, allowance=allowance))
 
-    def fill(self, sparsities: FloatArray, most: IntArray | None = None) -> IntArray:
-        """Allocations (.., groups) that meet the budget, by sparsities of the same shape.
-
-        Args:
-            sparsities: of each group, relative to the others'.
-            most: what each group keeps at most, (groups,); :attr:`most` by default.
-        """
+    def fill(self, sparsities: FloatArray) -> IntArray:
+        """Allocations (.., groups) that meet the budget, by sparsities of the same shape."""
         shares = np.where(self.free, sparsities, 0.0)
-        largest = self.most if most is None else most
-        return self.prices.fill(
-            shares, self.budget, self.round_to, least=self.least, most=largest, dense=self.dense
-        )  # fmt: skip
+        limits = {"least": self.least, "most": self.most}
+        return self.prices.fill(shares, self.budget, self.round_to, **limits, dense=self.dense)
 
-    def alike(self, kept: IntArray, most: IntArray | None = None) -> IntArray:
-        """The allocation that meets the budget in the proportions of another one, (groups,).
-
-        Args:
-            kept: the other one.
-            most: what each group keeps at most, (groups,); :attr:`most` by default.
-        """
-        return self.fill(np.maximum(1 - kept / self.prices.units, _LEAST), most)
+    def shares(self, kept: IntArray) -> FloatArray:
+        """Sparsities in the proportions of an allocation, (groups,), to be scaled by :meth:`fill`."""
+        shares: FloatArray = np.maximum(1 - kept / self.prices.units, _LEAST)
+        return shares
 
     def cost(self, kept: IntArray) -> list[dict[str, float]]:
         """What each of some allocations, (allocations, groups), costs as fractions of the dense model."""
@@ -194,7 +183,7 @@ class Ground:
     def _counts(self, kept: IntArray, corrected: Allowance) -> list[int]:
         """How many units go: those that an allocation does not keep, or more (fewer) in these proportions."""
         if corrected.dense != self.dense:
-            kept = self.within(corrected).alike(kept)
+            kept = self.within(corrected).fill(self.shares(kept))
         return [int(units) for units in self.prices.units - kept]
 
     def history(self, search: Search, **known: Any) -> SearchHistory:
@@ -347,9 +336,13 @@ class SearchingPruner(BudgetPruner):
             taken = chosen.proposal
         if history.interrupted and number < rounds:
             ground, chosen = whole, None
-            (taken,) = ground.proposals(ground.alike(np.array(taken.kept))[None])
+            (taken,) = ground.proposals(ground.fill(ground.shares(np.array(taken.kept)))[None])
         context.notes += [*told(history), outcome(taken, chosen, ground)]
-        kept = ground.mask(taken.kept) if masks else ground.met(taken.kept)
+        kept = taken
+        if number == rounds or history.interrupted:
+            kept = ground.mask(taken.kept) if masks else ground.met(taken.kept)
+        elif masks:  # a round before the last one need not meet its budget exactly
+            ground.mask_as_asked(taken.kept)
         if not kept.same(taken):
             context.notes.append(f"corrected for what is left: {shown(kept, ground)}")
         return replace(history, best=None if chosen is None else chosen.number, taken=kept)
@@ -361,7 +354,7 @@ class SearchingPruner(BudgetPruner):
         except KeyboardInterrupt:
             if not search.interrupted or number == 1:
                 raise
-        (taken,) = ground.proposals(ground.alike(ground.most)[None])
+        (taken,) = ground.proposals(ground.fill(ground.shares(ground.most))[None])
         return ground.history(search, taken=taken)
 
 
