@@ -123,3 +123,29 @@ def test_a_run_that_is_killed_ends_as_if_it_were_not(
     assert found.state_dict().keys() == state.keys()
     assert all(torch.equal(value, state[key]) for key, value in found.state_dict().items())
     assert found.meta["history"][0].notes == expected.meta["history"][0].notes
+
+
+ROUNDS = {
+    "netadapt": SEARCHES["netadapt"],
+    "annealing": SHORT,
+    "sensitivity": SensitivityPruner(HALF, rounds=2, drop=0.5),
+    "autocompress": SEARCHES["autocompress"],
+}
+
+
+@pytest.mark.parametrize("name", ROUNDS)
+@pytest.mark.parametrize("place", ["early", "next round", "late"])
+def test_ctrl_c_ends_all_rounds_within_the_budget(name: str, place: str) -> None:
+    """Nothing is asked of the task after it, and what was found so far is scaled to the budget."""
+    item, several = ROUNDS[name], name in ("sensitivity", "autocompress")
+    compressed(item)
+    half = MOMENT.calls // 2 if several else 3  # calls of one round, if there are rounds
+    end = {"early": 3, "next round": half + 1, "late": half + 3}[place]
+    found = compressed(item, end, how=KeyboardInterrupt)
+    assert MOMENT.calls == end
+    (step,) = found.meta["history"]
+    assert [history.interrupted for history in step.searches] == [False] * (several and place != "early") + [True]
+    dense, left = (fxcompress.count(model, X[:2]) for model in (network(), found))
+    macs = left.macs if left.after is None else left.after.macs  # AutoCompress removes what it masks
+    assert 0.35 * dense.macs < macs <= 0.5 * dense.macs
+    assert step.searches[-1].taken.cost["macs"] == pytest.approx(macs / dense.macs)
