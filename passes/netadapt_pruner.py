@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -51,9 +52,9 @@ class NetAdaptPruner(BudgetPruner):
     Yang et al. 2018, arXiv 1804.03230, algorithm 1. In step i the model may cost ``step * step_decay^i`` of the dense
     model less than it does; with a budget of several figures, of the one that is furthest from its budget. For each
     group, just as many of its lowest units go as that takes; each of these candidates is trained for ``epochs`` and
-    scored, and the best is kept, weights included. In the last step, where the last unit of a group would take too
-    much, units of another one may go in its place. What a step costs is priced on the graph (or
-    measured, for a latency); every step is noted with it.
+    scored, and the best is kept, weights included. Candidates that end below the budget share their step with a second
+    group where that uses more of it. What a step costs is priced on the graph (or measured, for a latency); every step
+    is noted with it.
 
     Args:
         budget: what may be left, as fractions of the caller's dense model.
@@ -206,34 +207,35 @@ class NetAdaptPruner(BudgetPruner):
             least.append(kept[-1])
             first = self._first(ground, kept, wanted)
             if first is not None:
-                enough.append(self._completed(ground, kept[first], kept[first - 1] if first else None, group))
+                enough.append(self._completed(ground, kept[: first + 1], group))
         if not least:
             raise InputError(f"the budget allows {self.budget}, and no group can lose any more; expected a larger one.")
         return ground.proposals(np.stack(enough or least))
 
-    def _completed(self, ground: Ground, kept: IntArray, wider: IntArray | None, group: int) -> IntArray:
-        """A candidate; if it is a last one, the next wider with just as little less of another group may use more.
+    def _completed(self, ground: Ground, kept: IntArray, group: int) -> IntArray:
+        """A candidate; where it is a last one and leaves some of the budget, it may share the step with another group.
 
         Args:
             ground: as it is now.
-            kept: the candidate, (groups,).
-            wider: the same with one unit more of its group, (groups,); None where that would be all of them.
+            kept: with ever fewer units of the group, the candidate last: (allocations, groups).
             group: the candidate's.
         """
-        use = float(self._use(ground, kept[None], ground.budget)[0])
-        if wider is None or use > 1:
-            return kept
-        for other in np.flatnonzero(ground.free).tolist():
-            if other == group or use >= 1 - TOLERANCE:
-                continue
-            narrower = self._narrowed(ground, wider, other)
+        *wider, best = kept
+        use = float(self._use(ground, best[None], ground.budget)[0])
+        if use > 1:
+            return best
+        others = [other for other in np.flatnonzero(ground.free).tolist() if other != group]
+        for start, other in itertools.product(reversed(wider), others):
+            if use >= 1 - TOLERANCE:
+                break
+            narrower = self._narrowed(ground, start, other)
             first = self._first(ground, narrower, ground.budget)
             if first is None:
                 continue
             found = float(self._use(ground, narrower[first][None], ground.budget)[0])
             if found > use:
-                use, kept = found, narrower[first]
-        return kept
+                use, best = found, narrower[first]
+        return best
 
     def _narrowed(self, ground: Ground, start: IntArray, group: int) -> IntArray:
         """An allocation, (groups,), with ever fewer units of one group: (allocations, groups)."""
