@@ -220,12 +220,12 @@ class NetAdaptPruner(BudgetPruner):
             kept: with ever fewer units of the group, the candidate last: (allocations, groups).
             group: the candidate's.
         """
-        *wider, best = kept
+        best: IntArray = kept[-1]
         use = float(self._use(ground, best[None], ground.budget)[0])
         if use > 1:
             return best
         others = [other for other in np.flatnonzero(ground.free).tolist() if other != group]
-        for start, other in itertools.product(reversed(wider), others):
+        for start, other in itertools.product(kept[-2::-1], others):
             if use >= 1 - TOLERANCE:
                 break
             narrower = self._narrowed(ground, start, other)
