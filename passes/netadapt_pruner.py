@@ -10,7 +10,6 @@ from typing import Literal
 
 import numpy as np
 
-from fxcompress.budget import Budget
 from fxcompress.channels.labels import FloatArray, IntArray
 from fxcompress.checkpoint import seeded
 from fxcompress.context import Context
@@ -199,7 +198,7 @@ class NetAdaptPruner(BudgetPruner):
             allowed: what the step may leave of it, as a fraction of the dense model.
         """
         enough, least = [], []
-        wanted = Budget(**{name: allowed})
+        wanted = {name: allowed}  # a latency may be above that of the dense model
         for group in np.flatnonzero(ground.free).tolist():
             kept = self._narrowed(ground, ground.most, group)
             if not len(kept):
@@ -221,7 +220,7 @@ class NetAdaptPruner(BudgetPruner):
             group: the candidate's.
         """
         best: IntArray = kept[-1]
-        use = float(self._use(ground, best[None], ground.budget)[0])
+        use = float(self._use(ground, best[None], ground.budget.ratios)[0])
         if use > 1:
             return best
         others = [other for other in np.flatnonzero(ground.free).tolist() if other != group]
@@ -229,10 +228,10 @@ class NetAdaptPruner(BudgetPruner):
             if use >= 1 - TOLERANCE:
                 break
             narrower = self._narrowed(ground, start, other)
-            first = self._first(ground, narrower, ground.budget)
+            first = self._first(ground, narrower, ground.budget.ratios)
             if first is None:
                 continue
-            found = float(self._use(ground, narrower[first][None], ground.budget)[0])
+            found = float(self._use(ground, narrower[first][None], ground.budget.ratios)[0])
             if found > use:
                 use, best = found, narrower[first]
         return best
@@ -245,13 +244,13 @@ class NetAdaptPruner(BudgetPruner):
         kept[:, group] = numbers
         return kept
 
-    def _first(self, ground: Ground, kept: IntArray, budget: Budget) -> int | None:
-        """The first of some allocations, (allocations, groups), that meets a budget."""
-        fits = self._use(ground, kept, budget) <= 1 + 1e-12 if len(kept) else np.zeros(0, dtype=bool)
+    def _first(self, ground: Ground, kept: IntArray, ratios: Mapping[str, float]) -> int | None:
+        """The first of some allocations, (allocations, groups), that costs at most these fractions of the dense one."""
+        fits = self._use(ground, kept, ratios) <= 1 + 1e-12 if len(kept) else np.zeros(0, dtype=bool)
         return int(np.argmax(fits)) if fits.any() else None
 
-    def _use(self, ground: Ground, kept: IntArray, budget: Budget) -> FloatArray:
-        """What allocations, (allocations, groups), use of a budget's scarcest figure: (allocations,)."""
+    def _use(self, ground: Ground, kept: IntArray, ratios: Mapping[str, float]) -> FloatArray:
+        """What allocations, (allocations, groups), use of the scarcest of some figures: (allocations,)."""
         figures = ground.prices.of(kept)
-        used: FloatArray = np.max([figures[n] / (ratio * ground.dense[n]) for n, ratio in budget.ratios.items()], 0)
+        used: FloatArray = np.max([figures[n] / (ratio * ground.dense[n]) for n, ratio in ratios.items()], 0)
         return used

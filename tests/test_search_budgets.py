@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -92,6 +93,53 @@ def test_a_latency_is_met_by_measurement(work: Work, monkeypatch: pytest.MonkeyP
     assert len(tables) == 1
     before, after = work(lambda: model(x), 0), work(lambda: small(x), 0)
     assert after / before == pytest.approx(0.75, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["netadapt", "annealing"])
+def test_a_run_that_goes_on_keeps_its_table(
+    work: Work, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    """Another measurement would price, and so propose, something else."""
+    model, x = (
+        Net(plain, one=conv(3, 40, 3), two=conv(40, 50, 3), three=conv(50, 12, 3)).eval(),
+        torch.randn(2, 3, 9, 9),
+    )
+    made, tables = latency_table.measure, []
+
+    def drifting(*args: object, **options: object) -> latency_table.LatencyTable:
+        table = made(*args, **options)  # type: ignore[arg-type]
+        tables.append(table)
+        return replace(table, figure=table.figure.scaled(1 + 0.2 * len(tables)))
+
+    monkeypatch.setattr("fxcompress.passes.allowance.measure", drifting)
+    task, calls = near(model, x), []
+    wanted = task.score
+    assert wanted is not None
+
+    def scored(candidate: nn.Module) -> float:
+        calls.append(1)
+        if len(calls) == 5:
+            raise Killed
+        return wanted(candidate)
+
+    run = partial(
+        fxcompress.compress,
+        model,
+        [SEARCHES[name](Budget(latency=0.75))],
+        example_inputs=x,
+        task=replace(task, score=scored),
+        verify=False,
+        checkpoint=tmp_path / "run.pt",
+    )
+    with pytest.raises(Killed):
+        run()
+    (history,) = run().meta["history"][0].searches
+    assert len(tables) == 1
+    assert len(calls) == len(history.trials) + 1
+
+
+class Killed(BaseException):
+    """The process ends here."""
 
 
 # ---- use -------------------------------------------------------------------------------------------------------------
