@@ -72,6 +72,12 @@ class Inputs:
         """Size of dimension 0 of the first tensor that has one: the batch size, if the inputs are batched."""
         return next((tensor.shape[0] for tensor in self.tensors() if tensor.dim()), 1)
 
+    def sample(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of a sample: without dimension 0 where that is the batch."""
+        batch = self.batch
+        shapes = [tuple(tensor.shape) for tensor in self.tensors()]
+        return tuple(shape[1:] if shape[:1] == (batch,) else shape for shape in shapes)
+
     def rebatched(self, batch: int) -> Inputs:
         """The inputs at another batch size: rows repeated, floating ones scaled so that no two rows are equal."""
         old = self.batch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -28,18 +29,65 @@ DENSE = "dense_cost"
 _EXACT = ("params", "macs", "bytes")
 
 
-def dense_cost(module: TracedModule, inputs: Inputs) -> Mapping[str, float]:
+@dataclass(frozen=True)
+class DenseCost:
+    """What a dense model cost, and on what that was counted.
+
+    Attributes:
+        figures: params, macs (of a sample) and bytes; the latency (of a batch) where it was measured.
+        sample: shapes of the example inputs without their batch dimension.
+        batch: samples in the batch.
+    """
+
+    figures: Mapping[str, float]
+    sample: tuple[tuple[int, ...], ...]
+    batch: int
+
+    @classmethod
+    def of(cls, module: TracedModule, inputs: Inputs) -> DenseCost:
+        """Of a module as it is, on some inputs."""
+        cost = count(module, inputs)
+        return cls({name: float(getattr(cost, name)) for name in _EXACT}, inputs.sample(), inputs.batch)
+
+    def measured(self, latency: float, inputs: Inputs) -> DenseCost:
+        """With a latency, unless there is one."""
+        return DenseCost({"latency": latency, **self.figures}, self.sample, inputs.batch)
+
+    def elsewhere(self, inputs: Inputs) -> tuple[str, ...]:
+        """The figures that are others on these inputs."""
+        if self.sample != inputs.sample():
+            return ("macs", "latency")
+        return () if self.batch == inputs.batch or "latency" not in self.figures else ("latency",)
+
+
+def dense_cost(module: TracedModule, inputs: Inputs, budget: Budget | None = None) -> DenseCost:
     """What the caller's dense model costs: of what the module was before anything was removed from it.
 
     Args:
         module: without mask nodes; remembers what it costs, if nothing is remembered.
-        inputs: to count with.
+        inputs: to count with. What was counted on others is counted again while nothing has been removed.
+        budget: of what it costs, if that has to be known.
+
+    Raises:
+        InputError: the budget is of figures that were counted on inputs of another size, before something was removed.
     """
-    if DENSE not in module.meta:
-        cost = count(module, inputs)
-        module.meta[DENSE] = {name: float(getattr(cost, name)) for name in _EXACT}
-    found: Mapping[str, float] = module.meta[DENSE]
-    return found
+    known: DenseCost | None = module.meta.get(DENSE)
+    wrong = () if known is None else known.elsewhere(inputs)
+    if known is None or (wrong and DenseCost.of(module, inputs).figures["params"] == known.figures["params"]):
+        module.meta[DENSE] = known = DenseCost.of(module, inputs)
+        return known
+    for name in () if budget is None else sorted(set(wrong) & set(budget.ratios)):
+        raise InputError(
+            f"the budget is of the {name} of the dense model, known for inputs of {_sizes(known.sample, known.batch)}; "
+            f"found {_sizes(inputs.sample(), inputs.batch)}, and channels have been removed since. Expected example "
+            "inputs of the same size, a budget of params or bytes, or the dense model."
+        )
+    kept = {name: value for name, value in known.figures.items() if name not in wrong}
+    return DenseCost(kept, known.sample, known.batch)
+
+
+def _sizes(sample: tuple[tuple[int, ...], ...], batch: int) -> str:
+    return f"{', '.join(map(str, sample))} in batches of {batch}"
 
 
 class Prices:

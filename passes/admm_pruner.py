@@ -124,9 +124,13 @@ class ADMMPruner(AroundPruner):
             residual, norm = context.step(module, partial(self._project, module, context, weights, split))
             share = residual / norm if norm else 0.0
             context.notes.append(f"{place}: norm(W - Z) is {residual:.6g}, {share:.2%} of norm(W)")
-        context.masking = split["masking"]
+        context.step(module, partial(self._mask, context, split))
         release()
         return module
+
+    def _mask(self, context: Context, split: Kept) -> None:
+        """Mask what the last projection made zero. A step: what follows may mask more, and be stored, in its place."""
+        context.masking = split["masking"]
 
     def _begin(self, module: TracedModule, context: Context, weights: _Weights, split: Kept) -> None:
         """Z is a copy of the weights that would be masked now."""

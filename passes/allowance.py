@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from fxcompress.removable_units import Units
 #: How often a budget is tightened for what comes back after a choice.
 _ROUNDS = 8
 
-#: A latency is met within this fraction of its target, either way; after all rounds within twice that.
+#: A latency is met within this fraction of its target, either way; after all rounds it is at most twice that above it.
 _BAND, _ACCEPTED = 0.05, 2.0
 
 
@@ -73,15 +74,19 @@ class Allowance:
         """For a clean traced module; what it costs first is remembered as what the caller's dense model costs."""
         assert context.inputs is not None
         prices = Prices(module, groups, context.inputs)
-        dense = dict(dense_cost(module, context.inputs))
+        dense = dense_cost(module, context.inputs, budget)
         if budget.latency is None:
-            return cls(budget, prices, dense)
-        table = measure(module, groups, context.inputs, prices, round_to=round_to)
+            return cls(budget, prices, dense.figures)
+        # a run that goes on prices with the same table, or it would propose something else
+        table = context.step(module, partial(measure, module, groups, context.inputs, prices, round_to=round_to))
         prices.add("latency", table.figure, table.dense)
-        dense.setdefault("latency", table.dense)
-        module.meta[DENSE] = dense
+        module.meta[DENSE] = dense = dense.measured(table.dense, context.inputs)
         context.notes.append(str(table))
-        return cls(budget, prices, dense, Race(module, groups, context, table.dense))
+        return cls(budget, prices, dense.figures, Race(module, groups, context, table.dense))
+
+    def within(self, budget: Budget) -> Allowance:
+        """The same for another budget of the same figures."""
+        return Allowance(budget, self.prices, self.dense, self.race)
 
     def parts(self, chosen: Sequence[tuple[Group | RowSet, float]]) -> list[tuple[Group | RowSet, float]]:
         """Groups as they are priced, with their sparsities; of several the smallest."""
@@ -98,27 +103,29 @@ class Allowance:
         Raises:
             InputError: it is not, after as many rounds as make sense.
         """
-        factors, misses = dict.fromkeys(self.budget.ratios, 1.0), {"": 1.0}
-        best: tuple[float, list[int], Settled] | None = None
+        factors = dict.fromkeys(self.budget.ratios, 1.0)
+        best: tuple[float, list[int], Settled, dict[str, float]] | None = None
+        last: list[int] = []
         for _ in range(_ROUNDS):
             try:
-                chosen = counts(self._corrected(factors))
+                chosen = counts(self.corrected(factors))
             except InputError:
-                if best is None or best[0] > _ACCEPTED:
+                if best is None or _distance(best[3], below=False) > _ACCEPTED:
                     raise
                 break  # the corrected budget is out of reach
             found = ranking.without(chosen)
-            misses = self._misses(found.live)
+            misses = {name: share / self.budget.ratios[name] for name, share in self.left(found.live).items()}
             worst = _distance(misses)
             if best is None or worst < best[0]:
-                best = worst, chosen, found
-            if worst <= 1:
+                best = worst, chosen, found, misses
+            if worst <= 1 or (chosen == last and _distance(misses, below=False) <= 1):
                 break
+            last = chosen
             for name, miss in misses.items():
                 factors[name] *= miss if name == "latency" else max(miss, 1.0)
         assert best is not None
-        worst, chosen, found = best
-        if worst > (_ACCEPTED if self.race else 1.0):
+        _, chosen, found, misses = best
+        if _distance(misses, below=False) > _ACCEPTED:
             raise InputError(
                 f"the budget allows {self.budget}, and what is left after {_ROUNDS} rounds of corrections is not "
                 f"within it ({', '.join(f'{miss:.3f} times the {name}' for name, miss in misses.items())}): channels "
@@ -126,15 +133,20 @@ class Allowance:
             )
         return chosen, found
 
-    def _misses(self, live: BoolArray) -> dict[str, float]:
-        """What lives, by figure, as a multiple of what the budget allows; a latency is measured."""
+    def left(self, live: BoolArray) -> dict[str, float]:
+        """What lives, by figure, as a fraction of the dense model; a latency is measured."""
         have: dict[str, float] = dict(self.prices.price(live))
         if self.race is not None:
             have["latency"] = self.race.seconds(live)
-        return {name: have[name] / (ratio * self.dense[name]) for name, ratio in self.budget.ratios.items()}
+        return {name: have[name] / self.dense[name] for name in self.budget.ratios}
 
-    def _corrected(self, factors: Mapping[str, float]) -> Allowance:
-        """The same for a budget that is smaller by a factor for each figure."""
+    def allows(self, left: Mapping[str, float]) -> bool:
+        """Whether fractions of the dense model, as :meth:`left` has them, are within the budget."""
+        misses = {name: left[name] / ratio for name, ratio in self.budget.ratios.items()}
+        return _distance(misses, below=False) <= 1
+
+    def corrected(self, factors: Mapping[str, float]) -> Allowance:
+        """The same for a dense model that costs less by a factor for each figure."""
         dense = {name: value / factors.get(name, 1.0) for name, value in self.dense.items()}
         return Allowance(self.budget, self.prices, dense)
 
@@ -196,11 +208,17 @@ class Allowance:
         return counts(low)
 
 
-def _distance(misses: Mapping[str, float]) -> float:
+def _distance(misses: Mapping[str, float], *, below: bool = True) -> float:
     """How far what is left is from its budget, at most 1 where it is met: latencies vary, and may be met from above.
 
     A latency that is far below its target is no miss where there are other figures, which may be the scarcer ones.
+
+    Args:
+        misses: what is left, as multiples of what the budget allows.
+        below: whether a latency alone may be too far below its target.
     """
     exact = max((miss for name, miss in misses.items() if name != "latency"), default=0.0)
-    gap = misses.get("latency", 1.0) - 1
-    return max(exact, gap / _BAND if len(misses) > 1 else abs(gap) / _BAND)
+    if exact > 1 + 1e-9:
+        return _ACCEPTED + exact
+    gap = (misses.get("latency", 1.0) - 1) / _BAND
+    return max(min(exact, 1.0), abs(gap) if below and len(misses) == 1 else gap)

@@ -1,4 +1,4 @@
-"""AutoCompress: annealing finds the widths, ADMM trains towards them, removal makes room for the next round."""
+"""AutoCompress: annealing finds the widths, ADMM trains towards them, round by round; then all that goes is removed."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from fxcompress.passes.admm_pruner import ADMMPruner
 from fxcompress.passes.channel_pruner import ChannelPruner
 from fxcompress.passes.inner_pruner import TRAINING
 from fxcompress.passes.scoring import Layer
+from fxcompress.passes.searching_pruner import Terms, shown
 from fxcompress.passes.simulated_annealing_pruner import SimulatedAnnealingPruner
 from fxcompress.passes.speedup import Speedup
 from fxcompress.pipeline import Pass, run_pass
@@ -31,6 +32,7 @@ class _AllocatedPruner(ChannelPruner):
     """Keeps the channels of every group that hold most of the squared norm of what produces them, so many of each."""
 
     kept: tuple[int, ...] = ()
+    prices: Prices | None = field(default=None, repr=False)
 
     idempotent: ClassVar[bool] = False
 
@@ -45,10 +47,10 @@ class _AllocatedPruner(ChannelPruner):
 
     def run(self, module: TracedModule, context: Context) -> TracedModule:
         """Mask all others."""
-        assert context.inputs is not None
+        assert self.prices is not None
         groups = context.groups(module)
         masking = complete(module, context.masking or Masking(), groups.channels)
-        items = list(Prices(module, groups, context.inputs).groups)
+        items = list(self.prices.groups)
         scores = self.scores(items, module, groups, masking, context)
         aligned = self.granularity == "head_dim"
         ranking = Ranking.of(module, groups, masking, items, scores, aligned=aligned)
@@ -58,11 +60,13 @@ class _AllocatedPruner(ChannelPruner):
 
 @dataclass(frozen=True)
 class AutoCompressPruner(Pass):
-    """Rounds of annealing, ADMM and removal, each of which leaves a little less.
+    """Rounds of annealing and ADMM, each of which leaves a little less; then what they left out is removed.
 
     Liu et al. 2020, "AutoCompress", arXiv 1907.03141, section 4. Round r of n has the budget ``budget^(r / n)``:
     simulated annealing finds how many channels each group keeps, ADMM trains the weights towards that, and what it made
-    zero is removed, so that the next round searches and trains a smaller model. Any layer type.
+    zero is masked, so that the next round searches and trains what is left. Channels are removed once, after the last
+    round: a masked model computes the same, and loses none of the freedom that groups of a convolution have while all
+    their channels are there. Any layer type.
 
     Args:
         budget: what may be left in the end, as fractions of the caller's dense model.
@@ -99,32 +103,42 @@ class AutoCompressPruner(Pass):
     @property
     def needs(self) -> tuple[Need, ...]:
         """A score, and what training and the pruner inside annealing need."""
-        return tuple(dict.fromkeys((*self.searching.needs, *TRAINING, *self.searching.inner.needs)))
+        return tuple(dict.fromkeys((*self.searching.needs, *TRAINING)))
 
     def run(self, module: TracedModule, context: Context) -> TracedModule:
-        """Search, train and remove, round by round."""
-        inner = self.searching.inner
+        """Search and train round by round, then remove."""
+        searching = self.searching
+        terms = searching.terms(module, context)
         for number in range(1, self.rounds + 1):
-            budget = Budget(**{name: ratio ** (number / self.rounds) for name, ratio in self.budget.ratios.items()})
-            context.notes.append(f"round {number} of {self.rounds}: {budget}")
-            history = self.searching.search(module, context, budget, f".{number}", masks=False)
-            taken = history.taken
-            assert taken is not None
-            projection = _AllocatedPruner(0.5, reduce=inner.reduce, granularity=inner.granularity, kept=taken.kept)
-            admm = replace(
-                self.admm,
-                sparsity=None,
-                include=None,
-                exclude=None,
-                scope="layer",
-                granularity="element",
-                inner=projection,
-            )
-            admm.run(module, context)
-            context.step(module, partial(_remove, module, context))
+            history = searching.search(module, context, terms, number, self.rounds, masks=False)
+            assert history.taken is not None
+            kept = history.taken.kept
+            if history.interrupted:
+                context.step(module, partial(self._mask, module, context, terms, kept))
+                break
+            self._trained(terms, kept).run(module, context)
+        context.step(module, partial(self._end, module, context, terms))
         return module
 
+    def _trained(self, terms: Terms, kept: tuple[int, ...]) -> ADMMPruner:
+        """ADMM that projects on an allocation."""
+        inner = self.searching.inner
+        prices = terms.allowance.prices
+        projection = _AllocatedPruner(
+            0.5, reduce=inner.reduce, granularity=inner.granularity, kept=kept, prices=prices
+        )  # fmt: skip
+        return replace(
+            self.admm, sparsity=None, include=None, exclude=None, scope="layer", granularity="element", inner=projection
+        )  # fmt: skip
 
-def _remove(module: TracedModule, context: Context) -> None:
-    """Remove what is masked; verified like any removal."""
-    run_pass(Speedup(), module, context, lays=False)
+    def _mask(self, module: TracedModule, context: Context, terms: Terms, kept: tuple[int, ...]) -> None:
+        """Mask what an allocation does not keep, without training: somebody interrupted."""
+        self.searching.ground(module, context, terms).mask(kept)
+
+    def _end(self, module: TracedModule, context: Context, terms: Terms) -> None:
+        """See that the budget is met, and remove what is masked; verified like any removal."""
+        ground = self.searching.ground(module, context, terms)
+        taken = ground.mask(ground.most.tolist())
+        if taken.kept != tuple(ground.most.tolist()):
+            context.notes.append(f"corrected for what is left: {shown(taken, ground)}")
+        run_pass(Speedup(), module, context, lays=False)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from fxcompress.budget import Budget
-from fxcompress.channels.labels import FloatArray, IntArray
+from fxcompress.channels.labels import BoolArray, FloatArray, IntArray
 from fxcompress.context import Context
 from fxcompress.errors import InputError, SearchError
 from fxcompress.masking import Masking, complete
@@ -21,6 +21,7 @@ from fxcompress.passes.allowance import Allowance
 from fxcompress.passes.channel_pruner import ChannelPruner
 from fxcompress.passes.l1_filter_pruner import L1FilterPruner
 from fxcompress.pipeline import Pass
+from fxcompress.plan import Settled
 from fxcompress.prices import Prices
 from fxcompress.ranking import Ranking
 from fxcompress.search.history import SearchHistory
@@ -34,6 +35,23 @@ _LEAST = 1e-6
 
 
 @dataclass(frozen=True)
+class Terms:
+    """What does not change while a pass searches, however often it masks and trains.
+
+    Attributes:
+        allowance: the budget, and the prices of allocations: a latency has one table, and one dense model.
+        free: (groups,): whether a group may lose units.
+    """
+
+    allowance: Allowance
+    free: BoolArray
+
+    def within(self, budget: Budget) -> Terms:
+        """The same for another budget of the same figures."""
+        return replace(self, allowance=self.allowance.within(budget))
+
+
+@dataclass(frozen=True)
 class Ground:
     """What a search for widths stands on: the groups, in which order their units go, and what they cost.
 
@@ -41,19 +59,27 @@ class Ground:
         module: the clean module.
         context: of the run.
         masking: what was masked before.
-        allowance: the budget, and the prices of allocations.
+        terms: the budget, the prices, and which groups may lose units.
         ranking: the units of each of the prices' groups.
-        free: (groups,): whether a group may lose units.
         round_to: kept channels are a multiple of it.
     """
 
     module: TracedModule
     context: Context
     masking: Masking
-    allowance: Allowance
+    terms: Terms
     ranking: Ranking
-    free: Any
     round_to: int
+
+    @property
+    def allowance(self) -> Allowance:
+        """The budget, and the prices of allocations."""
+        return self.terms.allowance
+
+    @property
+    def free(self) -> BoolArray:
+        """(groups,): whether a group may lose units."""
+        return self.terms.free
 
     @property
     def prices(self) -> Prices:
@@ -87,12 +113,20 @@ class Ground:
         found: IntArray = np.where(self.free, fewest, self.most)
         return found
 
-    def fill(self, sparsities: FloatArray, budget: Budget | None = None) -> IntArray:
+    def within(self, allowance: Allowance) -> Ground:
+        """The same for another allowance."""
+        return replace(self, terms=replace(self.terms, allowance=allowance))
+
+    def fill(self, sparsities: FloatArray) -> IntArray:
         """Allocations (.., groups) that meet the budget, by sparsities of the same shape."""
         shares = np.where(self.free, sparsities, 0.0)
-        return self.prices.fill(
-            shares, budget or self.budget, self.round_to, least=self.least, most=self.most, dense=self.dense
-        )
+        limits = {"least": self.least, "most": self.most}
+        return self.prices.fill(shares, self.budget, self.round_to, **limits, dense=self.dense)
+
+    def shares(self, kept: IntArray) -> FloatArray:
+        """Sparsities in the proportions of an allocation, (groups,), to be scaled by :meth:`fill`."""
+        shares: FloatArray = np.maximum(1 - kept / self.prices.units, _LEAST)
+        return shares
 
     def cost(self, kept: IntArray) -> list[dict[str, float]]:
         """What each of some allocations, (allocations, groups), costs as fractions of the dense model."""
@@ -119,29 +153,38 @@ class Ground:
         module = copy.deepcopy(self.module)
         return WidthSubject(module, context.inputs, context.task, self.masking, tables, epochs, groups)
 
-    def mask(self, kept: Sequence[int]) -> None:
-        """Mask what an allocation does not keep, within the budget.
+    def met(self, kept: Sequence[int]) -> Proposal:
+        """An allocation, corrected until what it leaves is within the budget.
 
         Channels may come back (coupled rows that must stay equal, nodes that cannot be rewritten), and a latency is a
-        prediction: what is left is priced, or measured, and the allocation corrected until the budget is met.
+        prediction: what is left is priced, or measured, and others go (come back) in the proportions of the allocation.
 
         Raises:
             InputError: it cannot be.
         """
-        _, found = self.allowance.met(self.ranking, partial(self._counts, np.array(kept, dtype=np.int64)))
+        return self._met(kept)[0]
+
+    def mask(self, kept: Sequence[int]) -> Proposal:
+        """Mask what an allocation does not keep, corrected as by :meth:`met`; returns what is kept."""
+        proposal, found = self._met(kept)
         self.context.masking = self.masking.with_live(self.ranking.groups.channels, found.live)
+        return proposal
 
     def mask_as_asked(self, kept: Sequence[int]) -> None:
         """Mask what an allocation does not keep, whatever comes back."""
         self.context.masking = masking_of(kept, self.ranking, self.masking)
 
+    def _met(self, kept: Sequence[int]) -> tuple[Proposal, Settled]:
+        asked = np.array(kept, dtype=np.int64)
+        gone, found = self.allowance.met(self.ranking, partial(self._counts, asked))
+        (proposal,) = self.proposals((self.prices.units - np.array(gone, dtype=np.int64))[None])
+        return proposal, found
+
     def _counts(self, kept: IntArray, corrected: Allowance) -> list[int]:
         """How many units go: those that an allocation does not keep, or more (fewer) in these proportions."""
-        if corrected.dense != self.allowance.dense:
-            shares = np.where(self.free, np.maximum(1 - kept / self.prices.units, _LEAST), 0.0)
-            limits = {"least": self.least, "most": self.most}
-            kept = self.prices.fill(shares, self.budget, self.round_to, **limits, dense=corrected.dense)
-        return [units.number - int(count) for units, count in zip(self.ranking.tables, kept, strict=True)]
+        if corrected.dense != self.dense:
+            kept = self.within(corrected).fill(self.shares(kept))
+        return [int(units) for units in self.prices.units - kept]
 
     def history(self, search: Search, **known: Any) -> SearchHistory:
         """What was tried, with the groups by name."""
@@ -151,8 +194,8 @@ class Ground:
 
 
 @dataclass(frozen=True)
-class SearchingPruner(Pass):
-    """Finds how many channels each group keeps, so that the model meets a budget and scores best.
+class BudgetPruner(Pass):
+    """Prunes groups, in the order that another pruner says, until a budget is met, and asks the task for scores.
 
     Args:
         budget: what may be left, as fractions of the caller's dense model.
@@ -184,41 +227,56 @@ class SearchingPruner(Pass):
         """A score, and what the inner pruner needs."""
         return tuple(dict.fromkeys(("score", *self.inner.needs)))
 
-    def ground(self, module: TracedModule, context: Context, budget: Budget | None = None) -> Ground:
-        """Analyse, rank and price a module whose masks are lifted.
+    def terms(self, module: TracedModule, context: Context) -> Terms:
+        """Analyse and price a module whose masks are lifted; a latency table is measured in a step of the run.
 
         Raises:
             InputError: there is nothing to prune.
         """
-        assert context.inputs is not None
         groups = context.groups(module)
-        masking = complete(module, context.masking or Masking(), groups.channels)
-        allowance = Allowance.of(budget or self.budget, module, groups, context, self.inner.round_to)
+        allowance = Allowance.of(self.budget, module, groups, context, self.inner.round_to)
         prices = allowance.prices
         shares = {item.name: share for item, share in self.inner._choose(groups, module, context)}
         taken = [group for group in groups if shares.get(group.name, 0) > 0]
         free = {part.name for part, _ in prices.parts(taken)}
         if not free:
             raise InputError(f"{self.name} has no group to prune; expected at least one that {self.inner!r} takes.")
-        items = list(prices.groups)
+        return Terms(allowance, np.array([item.name in free for item in prices.groups]))
+
+    def ground(self, module: TracedModule, context: Context, terms: Terms | None = None) -> Ground:
+        """Rank the units of a module whose masks are lifted.
+
+        Args:
+            module: as it is now.
+            context: of the run.
+            terms: those of the pass that is under way; new ones by default.
+        """
+        terms = self.terms(module, context) if terms is None else terms
+        groups = context.groups(module)
+        masking = complete(module, context.masking or Masking(), groups.channels)
+        items = list(terms.allowance.prices.groups)
         scores = self.inner.scores(items, module, groups, masking, context)
         aligned = self.inner.granularity == "head_dim"
-        return Ground(
-            module,
-            context,
-            masking,
-            allowance,
-            Ranking.of(module, groups, masking, items, scores, aligned=aligned),
-            np.array([item.name in free for item in items]),
-            self.inner.round_to,
-        )
+        ranking = Ranking.of(module, groups, masking, items, scores, aligned=aligned)
+        return Ground(module, context, masking, terms, ranking, self.inner.round_to)
 
-    def begin(self, ground: Ground, total: int, label: str = "") -> Search:
+    def begin(self, context: Context, terms: Terms, total: int, label: str = "") -> Search:
         """A search over allocations."""
-        context = ground.context
-        search = context.search(self.name, total, self, ground.names, ground.budget, label=label)
-        search.about(ground.subject)
-        return search
+        names = tuple(group.name for group in terms.allowance.prices.groups)
+        return context.search(self.name, total, self, names, terms.allowance.budget, label=label)
+
+
+@dataclass(frozen=True)
+class SearchingPruner(BudgetPruner):
+    """Finds how many channels each group keeps, so that the model meets a budget and scores best.
+
+    Args:
+        budget: what may be left, as fractions of the caller's dense model.
+        inner: says in which order the channels of a group go, which layers are taken, and what kept widths are rounded
+            to; how many go is what is searched. Groups to which it gives a sparsity of 0 stay whole.
+
+    Needs the task's score, and what the inner pruner needs. Masks that were there stay.
+    """
 
     @abstractmethod
     def look(self, ground: Ground, search: Search) -> SearchHistory:
@@ -230,45 +288,74 @@ class SearchingPruner(Pass):
 
     def run(self, module: TracedModule, context: Context) -> TracedModule:
         """Search, then mask what the best allocation does not keep."""
-        self.search(module, context)
+        self.search(module, context, self.terms(module, context))
         return module
 
     def search(
         self,
         module: TracedModule,
         context: Context,
-        budget: Budget | None = None,
-        label: str = "",
+        terms: Terms,
+        number: int = 1,
+        rounds: int = 1,
         *,
         masks: bool = True,
     ) -> SearchHistory:
         """Search, mask what the best allocation does not keep, and say what was tried.
 
+        A round before the last one has a part of the budget, ``budget^(number / rounds)``. If somebody interrupts it,
+        what it has found is scaled to the whole budget, and no further round is to follow.
+
         Args:
             module: its masks are lifted.
             context: of the run.
-            budget: another than the pass's own.
-            label: tells the search from others of the same run.
+            terms: of the run, with the whole budget.
+            number: of the round, from 1.
+            rounds: how many there are.
             masks: whether to mask; without, the masks are left as they were.
         """
-        history = context.step(module, partial(self._searched, module, context, budget, label, masks))
+        history = context.step(module, partial(self._searched, module, context, terms, number, rounds, masks))
         context.searches.append(history)
         return history
 
     def _searched(
-        self, module: TracedModule, context: Context, budget: Budget | None, label: str, masks: bool
+        self, module: TracedModule, context: Context, terms: Terms, number: int, rounds: int, masks: bool
     ) -> SearchHistory:
-        ground = self.ground(module, context, budget)
-        with self.begin(ground, self.expected(ground), label) as search:
-            history = self.look(ground, search)
+        whole = self.ground(module, context, terms)
+        whole.fill(np.ones(len(whole.free)))  # raises where even the last round could not meet its budget
+        part = Budget(**{name: ratio ** (number / rounds) for name, ratio in self.budget.ratios.items()})
+        ground = whole.within(whole.allowance.within(part))
+        if rounds > 1:
+            context.notes.append(f"round {number} of {rounds}: {part}")
+        with self.begin(context, ground.terms, self.expected(ground), f".{number}" if rounds > 1 else "") as search:
+            search.about(ground.subject)
+            history = self._found(ground, search, number)
         taken, chosen = history.taken, history.chosen
         if taken is None:
             assert chosen is not None
             taken = chosen.proposal
-        if masks:
-            ground.mask(taken.kept)
+        if history.interrupted and number < rounds:
+            ground, chosen = whole, None
+            (taken,) = ground.proposals(ground.fill(ground.shares(np.array(taken.kept)))[None])
         context.notes += [*told(history), outcome(taken, chosen, ground)]
-        return replace(history, taken=taken)
+        kept = taken
+        if number == rounds or history.interrupted:
+            kept = ground.mask(taken.kept) if masks else ground.met(taken.kept)
+        elif masks:  # a round before the last one need not meet its budget exactly
+            ground.mask_as_asked(taken.kept)
+        if not kept.same(taken):
+            context.notes.append(f"corrected for what is left: {shown(kept, ground)}")
+        return replace(history, best=None if chosen is None else chosen.number, taken=kept)
+
+    def _found(self, ground: Ground, search: Search, number: int) -> SearchHistory:
+        """What was tried; of a round that was interrupted before it found anything, what the rounds before left."""
+        try:
+            return self.look(ground, search)
+        except KeyboardInterrupt:
+            if not search.interrupted or number == 1:
+                raise
+        (taken,) = ground.proposals(ground.fill(ground.shares(ground.most))[None])
+        return ground.history(search, taken=taken)
 
 
 def require_dense(search: Search, found: list[Trial]) -> list[Trial]:
@@ -300,7 +387,12 @@ def told(history: SearchHistory) -> list[str]:
 
 def outcome(taken: Proposal, chosen: Trial | None, ground: Ground) -> str:
     """What was taken, in a line."""
-    cost = ", ".join(f"{taken.cost[name]:.2%} of the {name}" for name in ground.budget.ratios)
+    cost = shown(taken, ground)
     if chosen is None or chosen.score is None:
         return f"taken without a score: {cost}"
     return f"trial {chosen.number} is taken: score {chosen.score:.6g}, {cost}"
+
+
+def shown(proposal: Proposal, ground: Ground) -> str:
+    """What an allocation costs, by what has a budget."""
+    return ", ".join(f"{proposal.cost[name]:.2%} of the {name}" for name in ground.budget.ratios)

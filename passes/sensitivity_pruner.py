@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fxcompress.budget import Budget
 from fxcompress.context import Context
 from fxcompress.errors import InputError
 from fxcompress.module import TracedModule
@@ -64,9 +63,10 @@ class SensitivityPruner(SearchingPruner):
 
     def run(self, module: TracedModule, context: Context) -> TracedModule:
         """Measure, prune and train, round by round."""
+        terms = self.terms(module, context)
         for number in range(1, self.rounds + 1):
-            budget = Budget(**{name: ratio ** (number / self.rounds) for name, ratio in self.budget.ratios.items()})
-            self.search(module, context, budget, f".{number}")
+            if self.search(module, context, terms, number, self.rounds).interrupted:
+                break
             if self.epochs:
                 with context.laid(module, self.name):
                     context.train(module, epochs=self.epochs, title=f"{self.name}, round {number} of {self.rounds}")

@@ -209,7 +209,7 @@ class _BytePrices:
         """
         weights = [module.get_parameter(site.weight) for site in sites]
         total = sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
-        dense = float(total) if context.inputs is None else dense_cost(module, context.inputs)["bytes"]
+        dense = float(total) if context.inputs is None else dense_cost(module, context.inputs).figures["bytes"]
         ratio = item.budget.bytes
         assert ratio is not None
         made = cls(

@@ -61,9 +61,9 @@ def name_of(item: Pass) -> str:
 def test_the_budget_is_met(item: Pass) -> None:
     small, dense = cut(item), network()
     costs = [fxcompress.count(model, X[:2]) for model in (small, dense)]
-    for figure, ratio in vars(item)["budget"].ratios.items():
-        assert getattr(costs[0], figure) <= ratio * getattr(costs[1], figure)
-        assert getattr(costs[0], figure) > 0.6 * ratio * getattr(costs[1], figure)
+    ratios = vars(item)["budget"].ratios
+    used = [getattr(costs[0], figure) / (ratio * getattr(costs[1], figure)) for figure, ratio in ratios.items()]
+    assert 0.6 < max(used) <= 1  # of several figures the scarcest decides
     for history in histories(small):
         assert [trial.number for trial in history.trials] == list(range(len(history.trials)))
         assert all(trial.done for trial in history.trials)

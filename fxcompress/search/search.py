@@ -84,13 +84,6 @@ class Search:
         self._release()
         self._subject = subject
 
-    def skip(self, count: int) -> list[Trial]:
-        """The next trials, which a part of the run that is not taken again had tried, as they are in the journal."""
-        numbers = range(len(self.trials), len(self.trials) + count)
-        found = [self.journal.trials[number] for number in numbers if number in self.journal.trials]
-        self.trials += found
-        return found
-
     def evaluate(self, proposals: Sequence[Proposal]) -> list[Trial]:
         """Try a generation.
 
