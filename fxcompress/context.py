@@ -21,6 +21,7 @@ from fxcompress.module import TracedModule, state_of
 from fxcompress.search.history import SearchHistory
 from fxcompress.search.journal import Journal
 from fxcompress.search.search import Search
+from fxcompress.search.trial import Trial
 from fxcompress.task import Need, Task, missing
 from fxcompress.training import Epoch, Training, summary
 from fxcompress.verify import Align
@@ -132,7 +133,14 @@ class Context:
         """How far the run is, for a checkpoint."""
         return Position("", 0, module, self.masking)
 
-    def search(self, name: str, total: int, *parts: object, label: str = "") -> Search:
+    def search(
+        self,
+        name: str,
+        total: int,
+        *parts: object,
+        label: str = "",
+        within: Callable[[Trial], bool] | None = None,
+    ) -> Search:
         """A search of the pass under way, whose journal lies next to the checkpoint.
 
         Args:
@@ -140,6 +148,7 @@ class Context:
             total: how many trials are expected.
             parts: what tells it from other searches, besides the seed and the task.
             label: tells it from other searches of the same pass.
+            within: says of a trial whether it may be taken, for the best so far.
         """
         index, path = self.checkpoint.index, self.checkpoint.path
         score = None if self.task is None else self.task.score
@@ -150,7 +159,7 @@ class Context:
             else fingerprint(name, self.checkpoint.run, self.seed, index, label, type(self.task), score, *parts),
         )
         seeds = self.seed, index, *label.encode()
-        return Search(name, total, seeds, journal, self.executor, self.console)
+        return Search(name, total, seeds, journal, self.executor, self.console, within)
 
     def step(self, module: TracedModule, work: Callable[[], Result]) -> Result:
         """What ``work`` returns; in a run that goes on after it was killed, what it returned then.

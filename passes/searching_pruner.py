@@ -107,8 +107,7 @@ class Ground:
 
     def meets(self, trial: Trial) -> bool:
         """Whether a trial is within the budget."""
-        cost = trial.proposal.cost
-        return all(cost[name] <= ratio * (1 + 1e-9) for name, ratio in self.budget.ratios.items())
+        return trial.proposal.within(self.budget.ratios)
 
     def subject(self, epochs: int = 0) -> WidthSubject:
         """What trials are about: a copy of the module."""
@@ -216,7 +215,8 @@ class SearchingPruner(Pass):
     def begin(self, ground: Ground, total: int, label: str = "") -> Search:
         """A search over allocations."""
         context = ground.context
-        search = context.search(self.name, total, self, ground.names, ground.budget, label=label)
+        parts = self, ground.names, ground.budget
+        search = context.search(self.name, total, *parts, label=label, within=ground.meets)
         search.about(ground.subject)
         return search
 

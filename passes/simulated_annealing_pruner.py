@@ -48,7 +48,8 @@ class SimulatedAnnealingPruner(SearchingPruner):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value < high:
                 raise InputError(f"{name} is {value!r}; expected a number above {low:g} and below {high:g}.")
-        if isinstance(self.perturbation, bool) or not 0 < self.perturbation <= 1:
+        given = self.perturbation
+        if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 < given <= 1:
             raise InputError(f"perturbation is {self.perturbation!r}; expected a change of sparsities in (0, 1].")
         require_count("trials_per_temperature", self.trials_per_temperature)
 

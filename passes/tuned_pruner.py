@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
+from fxcompress.budget import Budget
 from fxcompress.channels.labels import FloatArray, IntArray
 from fxcompress.errors import InputError
 from fxcompress.passes.samplers import SAMPLERS, Suggestions, grid_levels, require_sampler
@@ -18,7 +19,7 @@ from fxcompress.task import require_count
 
 #: The largest sparsity that is suggested; what a group cannot lose it does not.
 _LARGEST = 0.99
-_FIGURES = ("params", "macs", "bytes", "latency")
+_FIGURES = tuple(figure.name for figure in fields(Budget))
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class TunedPruner(SearchingPruner):
             trials allow).
         trials: how many, besides the first two.
         objectives: ``("score",)``, or the score and figures to be kept small (``("score", "macs")``): then trials cost
-            at most the budget, the history has the front, and the best score is taken.
+            at most the budget, the history has the front, and the best score is taken. ``"latency"`` takes a budget
+            of latency.
 
     Needs ``fxcompress[search]``.
     """
@@ -52,6 +54,11 @@ class TunedPruner(SearchingPruner):
         if isinstance(self.objectives, str) or list(self.objectives[:1]) != ["score"] or wrong:
             raise InputError(
                 f"objectives is {self.objectives!r}; expected 'score' first, then figures of {', '.join(_FIGURES)}."
+            )
+        if "latency" in self.objectives and self.budget.latency is None:
+            raise InputError(
+                f"objectives is {self.objectives!r}, and latencies are priced under a budget of latency alone; expected "
+                "one such as Budget(macs=0.5, latency=0.9)."
             )
         if len(self.objectives) > 1 and not SAMPLERS[self.sampler].several:
             raise InputError(f"the {self.sampler} sampler takes one objective; expected 'nsga2', 'tpe' or 'random'.")
@@ -91,7 +98,8 @@ class TunedPruner(SearchingPruner):
         if len(self.objectives) == 1:
             return ground.fill(np.maximum(sparsities, 1e-6))  # all zero says nothing about proportions
         units = ground.prices.units
-        kept: IntArray = np.clip(units - (units * sparsities).astype(np.int64), ground.least, ground.most)
+        rounded = ground.prices.rounded(units - (units * sparsities).astype(np.int64), ground.round_to)
+        kept: IntArray = np.clip(rounded, ground.least, ground.most)
         ratios = ground.budget.ratios
         over = np.array([any(cost[f] > ratio for f, ratio in ratios.items()) for cost in ground.cost(kept)])
         if over.any():

@@ -148,7 +148,7 @@ class TunedQuantizer(Pass):
             copy.deepcopy(module), context.inputs, task, context.masking or Masking(), self.inner, layers
         )
         study = self._study(context, layers)
-        with context.search(self.name, 2 + self.trials, self, layers) as search:
+        with context.search(self.name, 2 + self.trials, self, layers, within=_quantized) as search:
             search.about(lambda: subject)
             begun = [prices.proposal(np.zeros(len(layers), dtype=np.int64)), prices.met(np.ones(len(layers)))]
             dense, *_ = require_dense(search, search.evaluate(begun))

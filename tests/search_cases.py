@@ -64,6 +64,14 @@ def noisy(model: nn.Module) -> float:
     return score(model) + 0.1 * float(torch.rand(()))
 
 
+def quitting(model: nn.Module) -> float:
+    """Ends its process for half of the candidates."""
+    value = score(model)
+    if value < 0.999 and int(value * 1e6) % 2:
+        raise SystemExit("enough")
+    return value
+
+
 def slow(model: nn.Module) -> float:
     """Waits and computes, a quarter of a second each on an idle machine."""
     time.sleep(0.25)

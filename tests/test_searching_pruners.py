@@ -133,6 +133,15 @@ def test_several_objectives_leave_a_front() -> None:
     assert len({trial.proposal.kept for trial in history.trials}) > 10
 
 
+def test_widths_are_rounded_with_several_objectives() -> None:
+    inner = L1FilterPruner(0.5, round_to=4)
+    (history,) = histories(cut(replace(SEARCHES[5], inner=inner, trials=8)))  # type: ignore[call-overload]
+    for trial in history.trials:
+        pairs = zip(trial.proposal.kept, history.widths, strict=True)
+        assert all(kept % 4 == 0 or kept == width for kept, width in pairs)
+    assert len({trial.proposal.kept for trial in history.trials}) > 3
+
+
 def test_other_seeds_search_elsewhere() -> None:
     one, same, other = (histories(cut(SEARCHES[1], TASK, seed))[0] for seed in (0, 0, 1))
     assert [t.proposal for t in one.trials] == [t.proposal for t in same.trials]
@@ -209,6 +218,8 @@ def test_bits_fit_the_bytes() -> None:
         (lambda: SimulatedAnnealingPruner(HALF, stop=2.0), r"stop is 2\.0"),
         (lambda: SimulatedAnnealingPruner(HALF, cooling=1.0), r"cooling is 1\.0"),
         (lambda: SimulatedAnnealingPruner(HALF, perturbation=0), "perturbation is 0"),
+        (lambda: SimulatedAnnealingPruner(HALF, perturbation="a"), "perturbation is 'a'"),  # type: ignore[arg-type]
+        (lambda: TunedPruner(HALF, sampler="nsga2", objectives=("score", "latency")), "a budget of latency alone"),
         (lambda: TunedPruner(HALF, sampler="best"), "sampler is 'best'"),
         (lambda: TunedPruner(HALF, objectives=("macs",)), "objectives is"),
         (lambda: TunedPruner(HALF, sampler="cmaes", objectives=("score", "macs")), "takes one objective"),
