@@ -57,8 +57,8 @@ class TunedPruner(SearchingPruner):
             )
         if "latency" in self.objectives and self.budget.latency is None:
             raise InputError(
-                f"objectives is {self.objectives!r}, and latencies are priced under a budget of latency alone; expected "
-                "one such as Budget(macs=0.5, latency=0.9)."
+                f"objectives is {self.objectives!r}, and latencies are priced under a budget of latency alone; "
+                "expected one such as Budget(macs=0.5, latency=0.9)."
             )
         if len(self.objectives) > 1 and not SAMPLERS[self.sampler].several:
             raise InputError(f"the {self.sampler} sampler takes one objective; expected 'nsga2', 'tpe' or 'random'.")

@@ -72,6 +72,21 @@ def quitting(model: nn.Module) -> float:
     return value
 
 
+def careless(model: nn.Module) -> float:
+    """Leaves traces in everything that a model has."""
+    model.train()
+    model(X)
+    model.eval()
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.copy_(tensor * 0.9)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False).data = parameter.data.double().float()
+    model.register_forward_hook(lambda module, inputs, output: output * 0.9)
+    model.extra = nn.Linear(2, 2)
+    return score(model)
+
+
 def slow(model: nn.Module) -> float:
     """Waits and computes, a quarter of a second each on an idle machine."""
     time.sleep(0.25)

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from search_cases import ANNEALING, TASK, TRIALS, X, failing, network, noisy, quitting, score
+from search_cases import ANNEALING, TASK, TRIALS, X, careless, failing, network, noisy, quitting, score
 from search_killed import tuned
 from torch import nn
 
@@ -90,6 +90,15 @@ def test_processes_find_what_one_process_finds(pool: ProcessPoolExecutor) -> Non
     alone = found(replace(TASK, score=noisy), seed=3)
     assert same(alone, found(replace(TASK, score=noisy), seed=3, executor=pool))
     assert not same(alone, found(replace(TASK, score=noisy), seed=4))
+
+
+def test_a_score_that_changes_the_model_changes_no_other_trial(pool: ProcessPoolExecutor) -> None:
+    task = replace(TASK, score=careless)
+    assert same(found(task), found(task, executor=pool))
+    options: dict[str, Any] = {"example_inputs": X[:2], "sparsities": (0.3, 0.6), "bits": (4, 2)}
+    alone = fxcompress.sensitivity(network(), task, **options)
+    assert alone == fxcompress.sensitivity(network(), task, executor=pool, **options)
+    assert alone.groups[0].points[0].score != alone.dense
 
 
 def test_threads_find_what_one_thread_finds() -> None:

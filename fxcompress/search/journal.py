@@ -85,8 +85,8 @@ class Journal:
         content = path.read_bytes()
         if not content.startswith(_BEGINNING[: len(content)]):
             raise CheckpointError(
-                f"{path} is no journal of trials (it begins with {content[:40]!r}); expected a new file, or the journal "
-                "of the same call. It is left as it is: give another path."
+                f"{path} is no journal of trials (it begins with {content[:40]!r}); expected a new file, or the "
+                "journal of the same call. It is left as it is: give another path."
             )
         lines = content.splitlines(keepends=True)
         records = []
