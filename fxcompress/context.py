@@ -13,8 +13,9 @@ from rich.console import Console
 from torch import Tensor, fx, nn
 
 from fxcompress.channels.groups import ChannelGroups, analyse
-from fxcompress.checkpoint import Checkpoint, Position, Stateful, fingerprint
+from fxcompress.checkpoint import Checkpoint, Position, Stateful
 from fxcompress.errors import InputError
+from fxcompress.fingerprint import fingerprint
 from fxcompress.inputs import Inputs
 from fxcompress.masking import Masking, lay, lift
 from fxcompress.module import TracedModule, state_of
@@ -151,12 +152,12 @@ class Context:
             within: says of a trial whether it may be taken, for the best so far.
         """
         index, path = self.checkpoint.index, self.checkpoint.path
-        score = None if self.task is None else self.task.score
+        given = [getattr(self.task, part, None) for part in ("score", "loss", "optimizer", "schedule")]
         journal = Journal(
             None if path is None else path.with_name(f"{path.name}.{index}{label}.jsonl"),
             ""
             if path is None
-            else fingerprint(name, self.checkpoint.run, self.seed, index, label, type(self.task), score, *parts),
+            else fingerprint(name, self.checkpoint.run, self.seed, index, label, type(self.task), given, *parts),
         )
         seeds = self.seed, index, *label.encode()
         return Search(name, total, seeds, journal, self.executor, self.console, within)

@@ -18,14 +18,14 @@ from rich.table import Table
 from torch import nn
 
 from fxcompress.channels.groups import Group
-from fxcompress.checkpoint import fingerprint
 from fxcompress.compress import parse_executor
 from fxcompress.context import Context
 from fxcompress.errors import InputError
 from fxcompress.exclusive import exclusive
+from fxcompress.fingerprint import fingerprint
 from fxcompress.inputs import Inputs, check_devices
 from fxcompress.masking import Masking, complete, lay, lift
-from fxcompress.module import TracedModule, state_of
+from fxcompress.module import TracedModule
 from fxcompress.ranking import Ranking
 from fxcompress.search.journal import Journal
 from fxcompress.search.search import Search
@@ -201,7 +201,7 @@ def sensitivity(
         masking = lift(module)
         context = Context(inputs=inputs, task=task)
         groups = [group for group in context.groups(module) if group.removable]
-        known = fingerprint(state_of(module), values, widths, drop, seed, type(task), task.score, masking)
+        known = fingerprint(module, inputs.shapes(), values, widths, drop, seed, type(task), task.score, masking)
         journal = Journal(checkpoint, "" if checkpoint is None else known)
         sweeps = _Sweeps(module, context, task, masking, groups, drop)
         total = 1 + len(values) * len(groups) + len(widths) * len(weight_sites(module))
