@@ -27,10 +27,11 @@ from fxcompress.search.history import SearchHistory
 from fxcompress.search.search import Search
 from fxcompress.search.trial import Proposal, Trial
 from fxcompress.search.widths import WidthSubject, masking_of
+from fxcompress.select import Selectors
 from fxcompress.task import Need
 
 #: The share of a group that lost nothing, where all others together cannot lose enough.
-_LEAST = 1e-6
+LEAST = 1e-6
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class Ground:
     def _counts(self, kept: IntArray, corrected: Allowance) -> list[int]:
         """How many units go: those that an allocation does not keep, or more (fewer) in these proportions."""
         if corrected.dense != self.allowance.dense:
-            shares = np.where(self.free, np.maximum(1 - kept / self.prices.units, _LEAST), 0.0)
+            shares = np.where(self.free, np.maximum(1 - kept / self.prices.units, LEAST), 0.0)
             limits = {"least": self.least, "most": self.most}
             kept = self.prices.fill(shares, self.budget, self.round_to, **limits, dense=corrected.dense)
         return [units.number - int(count) for units, count in zip(self.ranking.tables, kept, strict=True)]
@@ -157,12 +158,16 @@ class SearchingPruner(Pass):
         budget: what may be left, as fractions of the caller's dense model.
         inner: says in which order the channels of a group go, which layers are taken, and what kept widths are rounded
             to; how many go is what is searched. Groups to which it gives a sparsity of 0 stay whole.
+        include: name patterns, module types or predicates that choose layers, instead of those of the inner pruner.
+        exclude: layers to leave alone, instead of those of the inner pruner; a group with one of them stays whole.
 
     Needs the task's score, and what the inner pruner needs. Masks that were there stay.
     """
 
     budget: Budget
     inner: ChannelPruner = field(default_factory=partial(L1FilterPruner, 0.5))
+    include: Selectors | None = field(default=None, kw_only=True)
+    exclude: Selectors | None = field(default=None, kw_only=True)
 
     needs_inputs: ClassVar[bool] = True
     lifts: ClassVar[bool] = True
@@ -177,6 +182,16 @@ class SearchingPruner(Pass):
             raise InputError(f"inner is {self.inner!r}; expected a channel pruner, such as L1FilterPruner(0.5).")
         if self.inner.granularity == "head":
             raise InputError(f"inner is {self.inner!r}; searches count channels, not heads: expected 'head_dim'.")
+        for name in ("include", "exclude"):
+            if getattr(self, name) is not None and getattr(self.inner, name) is not None:
+                raise InputError(f"{name} is given, and inner is {self.inner!r}; expected it in one of the two places.")
+        self.criterion  # noqa: B018 - raises where a selector is none
+
+    @property
+    def criterion(self) -> ChannelPruner:
+        """The inner pruner, with the layers that this one was told to take."""
+        given = {name: getattr(self, name) for name in ("include", "exclude")}
+        return replace(self.inner, **{name: value for name, value in given.items() if value is not None})
 
     @property
     def needs(self) -> tuple[Need, ...]:
@@ -190,18 +205,18 @@ class SearchingPruner(Pass):
             InputError: there is nothing to prune.
         """
         assert context.inputs is not None
-        groups = context.groups(module)
+        inner, groups = self.criterion, context.groups(module)
         masking = complete(module, context.masking or Masking(), groups.channels)
-        allowance = Allowance.of(budget or self.budget, module, groups, context, self.inner.round_to)
+        allowance = Allowance.of(budget or self.budget, module, groups, context, inner.round_to)
         prices = allowance.prices
-        shares = {item.name: share for item, share in self.inner._choose(groups, module, context)}
+        shares = {item.name: share for item, share in inner._choose(groups, module, context)}
         taken = [group for group in groups if shares.get(group.name, 0) > 0]
         free = {part.name for part, _ in prices.parts(taken)}
         if not free:
-            raise InputError(f"{self.name} has no group to prune; expected at least one that {self.inner!r} takes.")
+            raise InputError(f"{self.name} has no group to prune; expected at least one that {inner!r} takes.")
         items = list(prices.groups)
-        scores = self.inner.scores(items, module, groups, masking, context)
-        aligned = self.inner.granularity == "head_dim"
+        scores = inner.scores(items, module, groups, masking, context)
+        aligned = inner.granularity == "head_dim"
         return Ground(
             module,
             context,
@@ -209,7 +224,7 @@ class SearchingPruner(Pass):
             allowance,
             Ranking.of(module, groups, masking, items, scores, aligned=aligned),
             np.array([item.name in free for item in items]),
-            self.inner.round_to,
+            inner.round_to,
         )
 
     def begin(self, ground: Ground, total: int, label: str = "") -> Search:

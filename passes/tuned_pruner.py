@@ -11,7 +11,7 @@ from fxcompress.budget import Budget
 from fxcompress.channels.labels import FloatArray, IntArray
 from fxcompress.errors import InputError
 from fxcompress.passes.samplers import SAMPLERS, Suggestions, grid_levels, require_sampler
-from fxcompress.passes.searching_pruner import Ground, SearchingPruner, require_dense
+from fxcompress.passes.searching_pruner import LEAST, Ground, SearchingPruner, require_dense
 from fxcompress.search.history import SearchHistory
 from fxcompress.search.search import GENERATION, Search
 from fxcompress.search.trial import Trial
@@ -95,15 +95,16 @@ class TunedPruner(SearchingPruner):
 
     def _allocations(self, sparsities: FloatArray, ground: Ground) -> IntArray:
         """What is tried: with one objective, the whole budget is used; with several, at most the budget."""
+        proportions = np.maximum(sparsities, LEAST)  # all zero says nothing about them
         if len(self.objectives) == 1:
-            return ground.fill(np.maximum(sparsities, 1e-6))  # all zero says nothing about proportions
+            return ground.fill(proportions)
         units = ground.prices.units
         rounded = ground.prices.rounded(units - (units * sparsities).astype(np.int64), ground.round_to)
         kept: IntArray = np.clip(rounded, ground.least, ground.most)
         ratios = ground.budget.ratios
         over = np.array([any(cost[f] > ratio for f, ratio in ratios.items()) for cost in ground.cost(kept)])
         if over.any():
-            kept[over] = ground.fill(np.maximum(sparsities[over], 1e-6))
+            kept[over] = ground.fill(proportions[over])
         return kept
 
     def _values(self, trial: Trial) -> list[float] | None:
