@@ -10,11 +10,11 @@ import numpy as np
 from fxcompress.budget import Budget
 from fxcompress.channels.labels import FloatArray, IntArray
 from fxcompress.errors import InputError
-from fxcompress.passes.samplers import SAMPLERS, Suggestions, grid_levels, require_sampler
+from fxcompress.passes.samplers import SAMPLERS, Suggestions, require_sampler, tuned
 from fxcompress.passes.searching_pruner import LEAST, Ground, SearchingPruner, require_dense
 from fxcompress.search.history import SearchHistory
-from fxcompress.search.search import GENERATION, Search
-from fxcompress.search.trial import Trial
+from fxcompress.search.search import Search
+from fxcompress.search.trial import Proposal, Trial
 from fxcompress.task import require_count
 
 #: The largest sparsity that is suggested; what a group cannot lose it does not.
@@ -68,30 +68,22 @@ class TunedPruner(SearchingPruner):
         return 2 + self.trials
 
     def look(self, ground: Ground, search: Search) -> SearchHistory:
-        """Ask, try, tell, a generation at a time."""
+        """Try what the sampler suggests."""
+        free = np.flatnonzero(ground.free)
+        names = [ground.names[group] for group in free]
+        directions = ["maximize", *("minimize" for _ in self.objectives[1:])]
+        study = Suggestions(self.sampler, names, _LARGEST, self.trials, search.seeds, directions)
         uniform = ground.fill(np.ones(len(ground.free)))
         dense, *_ = require_dense(search, search.evaluate(ground.proposals(np.stack([ground.most, uniform]))))
-        study = self._study(ground, search)
-        free = np.flatnonzero(ground.free)
-        left = self.trials
-        while left and study.left and not search.interrupted:
-            asked = study.ask(min(left, GENERATION))
-            left -= len(asked)
+
+        def propose(asked: FloatArray) -> list[Proposal]:
             sparsities = np.zeros((len(asked), len(ground.free)))
             sparsities[:, free] = asked
-            found = search.evaluate(ground.proposals(self._allocations(sparsities, ground)))
-            study.tell([self._values(trial) for trial in found])
+            return ground.proposals(self._allocations(sparsities, ground))
+
+        tuned(search, study, self.trials, propose, self._values)
         best = search.best(ground.meets)
         return ground.history(search, best=best.number, dense=dense.score)
-
-    def _study(self, ground: Ground, search: Search) -> Suggestions:
-        names = [name for name, free in zip(ground.names, ground.free, strict=True) if free]
-        levels = [0.0, _LARGEST]
-        if self.sampler == "grid":
-            levels = grid_levels(self.trials, len(names), *levels)
-        directions = ["maximize", *("minimize" for _ in self.objectives[1:])]
-        seed = int(np.random.SeedSequence(search.seeds).generate_state(1)[0])
-        return Suggestions(self.sampler, names, [levels] * len(names), directions, seed)
 
     def _allocations(self, sparsities: FloatArray, ground: Ground) -> IntArray:
         """What is tried: with one objective, the whole budget is used; with several, at most the budget."""
@@ -107,7 +99,6 @@ class TunedPruner(SearchingPruner):
             kept[over] = ground.fill(proportions[over])
         return kept
 
-    def _values(self, trial: Trial) -> list[float] | None:
-        if trial.score is None:
-            return None
+    def _values(self, trial: Trial) -> list[float]:
+        assert trial.score is not None
         return [trial.score, *(trial.proposal.cost[figure] for figure in self.objectives[1:])]
