@@ -89,18 +89,32 @@ def test_an_object_that_prints_itself_counts_as_it_prints() -> None:
     assert fingerprint(Named(1)) == fingerprint(Named(2))
 
 
+PROGRAM = """
+from torch import nn
+from fxcompress.fingerprint import fingerprint
+
+class Scorer:
+    def __init__(self, *values):
+        self.values = values
+    def __call__(self, model):
+        return model in {"x", "y", "z"}
+
+def closing(*values):
+    return lambda model, given={"some": values}: (model, values)
+
+parts = Scorer({"a", "b", 3}, object()), closing(Scorer, 1.5), nn.ReLU(), frozenset("hash"), closing
+found = fingerprint(*parts)
+"""
+
+
 def test_another_process_finds_the_same() -> None:
-    program = (
-        "from test_fingerprint import *\n"
-        "print(fingerprint(Scorer({'a', 'b', 3}), closing(loader(2)), constant(1), network(), lambda: {'x', 'y'}))"
-    )
-    paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-    found = set()
-    for seed in "01":
-        environment = {"PYTHONPATH": ":".join(paths), "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, "-c", program], env=environment, check=True, capture_output=True)
-        found.add(done.stdout)
-    assert len(found) == 1
+    """Whose sets have other orders, and whose objects have other addresses."""
+    here: dict[str, Any] = {"__name__": "program"}
+    exec(PROGRAM, here)
+    there = f"here = {{'__name__': 'program'}}; exec({PROGRAM!r}, here); print(here['found'], end='')"
+    environment = {"PYTHONPATH": str(Path(__file__).parent.parent), "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", there], env=environment, check=True, capture_output=True, text=True)
+    assert done.stdout == here["found"]
 
 
 class Activated(nn.Module):

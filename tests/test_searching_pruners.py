@@ -87,8 +87,12 @@ def test_annealing_accepts_worse_candidates_less_and_less() -> None:
     def drawn(model: nn.Module) -> float:
         return 1 + 0.4 * float(torch.rand(()))
 
+    # So wide that candidates differ at the lowest temperature: one that comes up again keeps its score.
+    layers = [layer for width in (9, 500, 600, 700) for layer in (nn.LazyLinear(width), nn.ReLU())]
+    model, x = nn.Sequential(*layers, nn.LazyLinear(3)), torch.randn(2, 9)
+    model(x)
     item = SimulatedAnnealingPruner(HALF, start=1.0, stop=0.015, cooling=0.25, trials_per_temperature=60)
-    notes = cut(item, replace(TASK, score=drawn)).meta["history"][0].notes
+    notes = fxcompress.compress(model, [item], example_inputs=x, task=Task(score=drawn)).meta["history"][0].notes
     found = [re.match(r"temperature ([\d.]+): (\d+) of (\d+) worse", note) for note in notes]
     rates = [int(match[2]) / int(match[3]) for match in found if match]
     assert len(rates) == len(item.temperatures) == 4
