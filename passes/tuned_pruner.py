@@ -91,7 +91,8 @@ class TunedPruner(SearchingPruner):
         if len(self.objectives) == 1:
             return ground.fill(proportions)
         units = ground.prices.units
-        rounded = ground.prices.rounded(units - np.floor(units * sparsities), ground.round_to)
+        wanted: FloatArray = (units * 1.0) - np.floor(units * sparsities)
+        rounded = ground.prices.rounded(wanted, ground.round_to)
         kept: IntArray = np.clip(rounded, ground.least, ground.most)
         ratios = ground.budget.ratios
         over = np.array([any(cost[f] > ratio for f, ratio in ratios.items()) for cost in ground.cost(kept)])
