@@ -91,7 +91,7 @@ class TunedPruner(SearchingPruner):
         if len(self.objectives) == 1:
             return ground.fill(proportions)
         units = ground.prices.units
-        wanted: FloatArray = (units * 1.0) - np.floor(units * sparsities)
+        wanted = units.astype(np.float64) - np.floor(units * sparsities).astype(np.float64)
         rounded = ground.prices.rounded(wanted, ground.round_to)
         kept: IntArray = np.clip(rounded, ground.least, ground.most)
         ratios = ground.budget.ratios
