@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
@@ -37,7 +38,7 @@ class Budget:
                 f"the budget is empty; expected at least one of {', '.join(names)}, such as Budget(macs=0.5)."
             )
         for name, ratio in self.ratios.items():
-            if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
+            if isinstance(ratio, bool) or not isinstance(ratio, numbers.Real):
                 raise InputError(
                     f"{name} is {ratio!r}, a {type(ratio).__name__}; expected a fraction of the dense model."
                 )
@@ -45,6 +46,7 @@ class Budget:
                 raise InputError(
                     f"{name} is {ratio}; expected a fraction of the dense model in (0, 1], such as 0.5 for half of it."
                 )
+            object.__setattr__(self, name, float(ratio))  # of NumPy's numbers too
 
     @property
     def ratios(self) -> Mapping[str, float]:

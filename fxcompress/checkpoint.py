@@ -8,13 +8,9 @@ they are stored or resumed.
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import os
 import random
-import re
-import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +18,6 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fxcompress.errors import CheckpointError
 from fxcompress.masking import Masking
@@ -213,29 +208,3 @@ def seeded(*numbers: int) -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numeric)  # noqa: NPY002
-
-
-def fingerprint(*parts: object) -> str:
-    """A digest of a run's arguments that is the same in another process.
-
-    Dataclasses count with all their fields, tensors with every bit, functions with their code, all else as it prints.
-    """
-    digest = hashlib.sha256()
-    waiting: list[object] = [*reversed(parts)]
-    while waiting:
-        part = waiting.pop()
-        digest.update(type(part).__qualname__.encode())
-        if isinstance(part, Tensor):
-            digest.update(f"{part.dtype} {tuple(part.shape)}".encode())
-            digest.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        elif dataclasses.is_dataclass(part) and not isinstance(part, type):
-            waiting += [getattr(part, each.name) for each in dataclasses.fields(part)]
-        elif isinstance(part, Mapping):
-            waiting += [item for pair in part.items() for item in pair]
-        elif isinstance(part, (list, tuple)):
-            waiting += part
-        elif isinstance(part, types.FunctionType):
-            digest.update(f"{part.__module__}.{part.__qualname__}".encode() + part.__code__.co_code)
-        else:
-            digest.update(re.sub(r" at 0x[0-9a-f]+", "", repr(part)).encode())
-    return digest.hexdigest()

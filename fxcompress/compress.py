@@ -19,10 +19,11 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from fxcompress.checkpoint import Checkpoint, fingerprint, seeded
+from fxcompress.checkpoint import Checkpoint, seeded
 from fxcompress.context import Context
 from fxcompress.errors import CheckpointError, InputError, TraceError
 from fxcompress.exclusive import exclusive
+from fxcompress.fingerprint import fingerprint
 from fxcompress.inputs import Inputs, check_devices, other_batch
 from fxcompress.module import TracedModule, copied, state_of
 from fxcompress.pipeline import Pass, PassResult, parse_passes, run_pass
@@ -192,7 +193,7 @@ def _parse_checkpoint(
         raise CheckpointError(f"checkpoint is {os.fspath(path)!r}, whose directory does not exist; create it first.")
     shapes = None if inputs is None else inputs.shapes()
     plain = [type(task), *(getattr(task, name, None) for name in ("epochs", "clip", "patience", "precision"))]
-    return Checkpoint(path, fingerprint(pipeline, shapes, seed, plain, model, state_of(model)), seed)
+    return Checkpoint(path, fingerprint(pipeline, shapes, seed, plain, model), seed)
 
 
 def parse_executor(executor: Executor | None) -> Executor | None:

@@ -13,14 +13,16 @@ from rich.console import Console
 from torch import Tensor, fx, nn
 
 from fxcompress.channels.groups import ChannelGroups, analyse
-from fxcompress.checkpoint import Checkpoint, Position, Stateful, fingerprint
+from fxcompress.checkpoint import Checkpoint, Position, Stateful
 from fxcompress.errors import InputError
+from fxcompress.fingerprint import fingerprint
 from fxcompress.inputs import Inputs
 from fxcompress.masking import Masking, lay, lift
 from fxcompress.module import TracedModule, state_of
 from fxcompress.search.history import SearchHistory
 from fxcompress.search.journal import Journal
 from fxcompress.search.search import Search
+from fxcompress.search.trial import Trial
 from fxcompress.task import Need, Task, missing
 from fxcompress.training import Epoch, Training, summary
 from fxcompress.verify import Align
@@ -132,7 +134,14 @@ class Context:
         """How far the run is, for a checkpoint."""
         return Position("", 0, module, self.masking)
 
-    def search(self, name: str, total: int, *parts: object, label: str = "") -> Search:
+    def search(
+        self,
+        name: str,
+        total: int,
+        *parts: object,
+        label: str = "",
+        within: Callable[[Trial], bool] | None = None,
+    ) -> Search:
         """A search of the pass under way, whose journal lies next to the checkpoint.
 
         Args:
@@ -140,17 +149,18 @@ class Context:
             total: how many trials are expected.
             parts: what tells it from other searches, besides the seed and the task.
             label: tells it from other searches of the same pass.
+            within: says of a trial whether it may be taken, for the best so far.
         """
         index, path = self.checkpoint.index, self.checkpoint.path
-        score = None if self.task is None else self.task.score
+        given = [getattr(self.task, part, None) for part in ("score", "loss", "optimizer", "schedule")]
         journal = Journal(
             None if path is None else path.with_name(f"{path.name}.{index}{label}.jsonl"),
             ""
             if path is None
-            else fingerprint(name, self.checkpoint.run, self.seed, index, label, type(self.task), score, *parts),
+            else fingerprint(name, self.checkpoint.run, self.seed, index, label, type(self.task), given, *parts),
         )
         seeds = self.seed, index, *label.encode()
-        return Search(name, total, seeds, journal, self.executor, self.console)
+        return Search(name, total, seeds, journal, self.executor, self.console, within)
 
     def step(self, module: TracedModule, work: Callable[[], Result]) -> Result:
         """What ``work`` returns; in a run that goes on after it was killed, what it returned then.

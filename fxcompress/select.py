@@ -11,11 +11,11 @@ Containers are known by their names alone, as the dotted prefixes of the layers'
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 from torch import nn
 
@@ -29,6 +29,18 @@ Selectors: TypeAlias = Selector | Sequence[Selector]
 
 
 Value = TypeVar("Value")
+
+
+class Coupled(Protocol):
+    """A group of layers that change together."""
+
+    @property
+    def layers(self) -> Sequence[str]:
+        """Their names."""
+        ...
+
+
+Group = TypeVar("Group", bound=Coupled)
 
 
 @dataclass(frozen=True)
@@ -78,6 +90,17 @@ class Selection:
                 f"{len(included)} are included and {len(excluded)} excluded; include more or exclude less"
             )
         return chosen
+
+    def coupled(self, groups: Iterable[Group], modules: Mapping[str, nn.Module]) -> list[Group]:
+        """Those of some groups of coupled layers that have an included layer and no excluded one.
+
+        Raises:
+            SelectionError: as for :meth:`chosen`.
+        """
+        self.chosen(modules)  # raises where a selector matches nothing, or nothing is left
+        included = Selection(self.include).chosen(modules)
+        excluded = _matched("exclude", _parsed("exclude", self.exclude), modules)
+        return [group for group in groups if set(group.layers) & included and not set(group.layers) & excluded]
 
     def _described(self) -> str:
         given = {"include": _parsed("include", self.include), "exclude": _parsed("exclude", self.exclude)}

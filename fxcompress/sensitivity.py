@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
+import numbers
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,21 +19,23 @@ from rich.table import Table
 from torch import nn
 
 from fxcompress.channels.groups import Group
-from fxcompress.checkpoint import fingerprint
 from fxcompress.compress import parse_executor
 from fxcompress.context import Context
 from fxcompress.errors import InputError
 from fxcompress.exclusive import exclusive
+from fxcompress.fingerprint import fingerprint
 from fxcompress.inputs import Inputs, check_devices
 from fxcompress.masking import Masking, complete, lay, lift
-from fxcompress.module import TracedModule, state_of
+from fxcompress.module import TracedModule, modules_of
 from fxcompress.ranking import Ranking
 from fxcompress.search.journal import Journal
+from fxcompress.search.relative import scale_of
 from fxcompress.search.search import Search
 from fxcompress.search.sweep import Curve, sweep
 from fxcompress.search.trial import Proposal
-from fxcompress.search.weight_bits import WeightBitsSubject, weight_sites
+from fxcompress.search.weight_bits import WeightBitsSubject, WeightSite, weight_sites
 from fxcompress.search.widths import WidthSubject, norms
+from fxcompress.select import Selection, Selectors
 from fxcompress.task import Task, missing
 from fxcompress.text import as_text
 from fxcompress.trace import trace
@@ -50,7 +53,8 @@ class SensitivityRow:
         kind: ``"sparsity"`` or ``"bits"``.
         value: the sparsity, or the bits.
         score: the task's; None where the trial failed.
-        drop: how much lower that is than the dense score, as a fraction of it; None where the trial failed.
+        drop: how much lower that is than the dense score, as a fraction of :attr:`Sensitivity.scale`; None where the
+            trial failed.
         layers: the layers that lose channels together.
     """
 
@@ -70,11 +74,14 @@ class Sensitivity:
         dense: the score of the model as it came.
         curves: of groups, in the order of the graph, then of layers.
         interrupted: whether the measurement was ended by hand.
+        scale: what drops are fractions of: the size of the dense score, or where that is next to nothing, how far the
+            score falls.
     """
 
     dense: float
     curves: tuple[Curve, ...]
     interrupted: bool = False
+    scale: float = 1.0
 
     @property
     def groups(self) -> tuple[Curve, ...]:
@@ -89,14 +96,13 @@ class Sensitivity:
     @property
     def table(self) -> tuple[SensitivityRow, ...]:
         """A row for each measurement."""
-        scale = max(abs(self.dense), 1e-12)
         return tuple(
             SensitivityRow(
                 curve.name,
                 curve.kind,
                 point.value,
                 point.score,
-                None if point.score is None else (self.dense - point.score) / scale,
+                None if point.score is None else (self.dense - point.score) / self.scale,
                 curve.layers,
             )
             for curve in self.curves
@@ -162,6 +168,8 @@ def sensitivity(
     sparsities: Sequence[float] = SPARSITIES,
     bits: Sequence[int] = BITS,
     drop: float | None = None,
+    include: Selectors | None = None,
+    exclude: Selectors | None = None,
     executor: Executor | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     seed: int = 0,
@@ -179,7 +187,10 @@ def sensitivity(
         sparsities: fractions of a group's units that go; each is measured for all groups before the next larger one.
         bits: of weights, likewise from many to few; empty to leave them out.
         drop: a group (layer) whose score has fallen by more than this fraction of the dense one is not tried at larger
-            sparsities (fewer bits); by default all are.
+            sparsities (fewer bits); by default all are. (Of a dense score that is next to nothing no fraction says
+            anything: then it is one of how far the score falls where all are cut at once.)
+        include: name patterns, module types or predicates that choose layers; all by default.
+        exclude: layers to leave out; a group with one of them is not measured.
         executor: any ``concurrent.futures.Executor``; by default trials run here.
         checkpoint: a journal of the trials. The same call goes on from there after it was killed.
         seed: for whatever is random in the score.
@@ -191,6 +202,7 @@ def sensitivity(
         CheckpointError: ``checkpoint`` is damaged, of another call, or cannot be written.
     """
     values, widths = _parse(model, task, sparsities, bits, drop)
+    selection = Selection(include, exclude)
     parse_executor(executor)
     inputs = Inputs.parse(_given(example_inputs))
     check_devices(model, inputs)
@@ -200,12 +212,17 @@ def sensitivity(
         module = trace(model, inputs) if not isinstance(model, TracedModule) else copy.deepcopy(model)
         masking = lift(module)
         context = Context(inputs=inputs, task=task)
-        groups = [group for group in context.groups(module) if group.removable]
-        known = fingerprint(state_of(module), values, widths, drop, seed, type(task), task.score, masking)
-        journal = Journal(checkpoint, "" if checkpoint is None else known)
-        sweeps = _Sweeps(module, context, task, masking, groups, drop)
-        total = 1 + len(values) * len(groups) + len(widths) * len(weight_sites(module))
-        with Search("sensitivity", total, (seed,), journal, executor, console) as search:
+        modules = modules_of(module)
+        layers = {n: item for n, item in modules.items() if any(p is not None for p in item._parameters.values())}
+        groups = [group for group in selection.coupled(context.groups(module), layers) if group.removable]
+        chosen = selection.chosen(layers)
+        sites = [site for site in weight_sites(module) if site.layer in chosen]
+        measured = [group.name for group in groups], [site.weight for site in sites]
+        options = values, widths, drop, measured, seed, type(task), task.score, masking
+        journal = Journal(checkpoint, "" if checkpoint is None else fingerprint(module, inputs.shapes(), *options))
+        sweeps = _Sweeps(module, context, task, masking, groups, sites, drop)
+        total = 1 + len(values) * len(groups) + len(widths) * len(sites) + (drop is not None) * 2
+        with Search("sensitivity", total, (seed,), journal, executor, console, lambda trial: False) as search:
             return sweeps.measure(search, values, widths)
 
 
@@ -219,46 +236,57 @@ class _Sweeps:
         task: Task,
         masking: Masking,
         groups: Sequence[Group],
+        sites: Sequence[WeightSite],
         drop: float | None,
     ) -> None:
-        self.module, self.task, self.items, self.drop = module, task, groups, drop
+        self.module, self.task, self.items, self.sites, self.drop = module, task, groups, tuple(sites), drop
         self.context = context
         analysis = context.groups(module)
         self.masking = complete(module, masking, analysis.channels)
         self.ranking = Ranking.of(module, analysis, self.masking, groups, norms(groups, module, self.masking))
-        self.dense = 0.0
+        self.dense, self.limit = 0.0, -math.inf
 
     def measure(self, search: Search, sparsities: Sequence[float], bits: Sequence[int]) -> Sensitivity:
         """Measure all of them."""
-        tables = self.ranking.tables
         search.about(self._widths)
-        search.evaluate([Proposal(self._kept(0, 0.0))])
+        search.evaluate([Proposal(self._kept([], 0.0))])
         self.dense = search.best().score or 0.0
-        curves = []
-        points = sweep(search, len(tables), sparsities, self._propose, self._goes_on)
-        for group, units, found in zip(self.items, tables, points, strict=True):
-            curves.append(Curve(group.name, "sparsity", group.layers, units.number, tuple(found)))
-        if bits and not search.interrupted:
-            sites = weight_sites(self.module)
+        pairs = zip(self.items, self.ranking.tables, strict=True)
+        blank = [Curve(group.name, "sparsity", group.layers, units.number) for group, units in pairs]
+        if sparsities and blank:
+            self._lower_limit(search, Proposal(self._kept(range(len(blank)), sparsities[-1])))
+        curves = sweep(search, blank, sparsities, self._pruned, self._goes_on)
+        if bits and self.sites and not search.interrupted:
             search.about(self._bits)
-            rounding = sweep(search, len(sites), bits, partial(_one, len(sites)), self._goes_on)
-            for site, found in zip(sites, rounding, strict=True):
-                curves.append(Curve(site.layer, "bits", (site.layer,), site.elements, tuple(found)))
-        return Sensitivity(self.dense, tuple(curves), search.interrupted)
+            self._lower_limit(search, self._rounded(range(len(self.sites)), bits[-1]))
+            blank = [Curve(site.layer, "bits", (site.layer,), site.elements) for site in self.sites]
+            curves += sweep(search, blank, bits, lambda item, width: self._rounded([item], width), self._goes_on)
+        scale = scale_of(self.dense, [trial.score for trial in search.trials])
+        return Sensitivity(self.dense, curves, search.interrupted, scale)
 
-    def _kept(self, item: int, sparsity: float) -> tuple[int, ...]:
-        """Kept units where one group loses a fraction of its own."""
-        kept = [units.number - units.gone for units in self.ranking.tables]
-        units = self.ranking.tables[item] if self.ranking.tables else None
-        if units is not None:
+    def _lower_limit(self, search: Search, furthest: Proposal) -> None:
+        """How low a score may be for an item to be tried further, where there is such a limit."""
+        if self.drop is not None:
+            search.evaluate([furthest])
+            self.limit = self.dense - self.drop * scale_of(self.dense, [trial.score for trial in search.trials])
+
+    def _kept(self, items: Collection[int], sparsity: float) -> tuple[int, ...]:
+        """Kept units where some groups lose a fraction of their own."""
+        tables = self.ranking.tables
+        kept = [units.number - units.gone for units in tables]
+        for item in items:
+            units = tables[item]
             kept[item] = min(kept[item], units.number - min(int(units.number * sparsity), len(units.scores)))
         return tuple(kept)
 
-    def _propose(self, item: int, sparsity: float) -> Proposal:
-        return Proposal(self._kept(item, sparsity))
+    def _pruned(self, item: int, sparsity: float) -> Proposal:
+        return Proposal(self._kept([item], sparsity))
+
+    def _rounded(self, items: Collection[int], bits: float) -> Proposal:
+        return Proposal(bits=tuple(int(bits) if index in items else 0 for index in range(len(self.sites))))
 
     def _goes_on(self, score: float) -> bool:
-        return self.drop is None or score >= self.dense - self.drop * abs(self.dense)
+        return score >= self.limit
 
     def _widths(self) -> WidthSubject:
         assert self.context.inputs is not None
@@ -268,14 +296,8 @@ class _Sweeps:
 
     def _bits(self) -> WeightBitsSubject:
         module = copy.deepcopy(self.module)
-        sites = weight_sites(module)
         lay(module, self.masking, self.ranking.groups, "sensitivity")
-        return WeightBitsSubject(module, self.task, sites)
-
-
-def _one(count: int, item: int, bits: float) -> Proposal:
-    """One layer of several rounded to some bits."""
-    return Proposal(bits=tuple(int(bits) if index == item else 0 for index in range(count)))
+        return WeightBitsSubject(module, self.task, self.sites)
 
 
 def _given(example_inputs: Any) -> Any:
@@ -295,11 +317,11 @@ def _parse(
     if task.score is None:
         raise InputError(missing(["score"], "sensitivity"))
     for value in sparsities:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value < 1:
             raise InputError(f"sparsities holds {value!r}; expected fractions in (0, 1).")
     for width in bits:
         if isinstance(width, bool) or not isinstance(width, int) or not 2 <= width <= 8:
             raise InputError(f"bits holds {width!r}; expected integers from 2 to 8.")
-    if drop is not None and (isinstance(drop, bool) or not isinstance(drop, (int, float)) or not drop >= 0):
+    if drop is not None and (isinstance(drop, bool) or not isinstance(drop, numbers.Real) or not drop >= 0):
         raise InputError(f"drop is {drop!r}; expected a fraction of the dense score, such as 0.1, or None.")
-    return tuple(sorted(set(sparsities))), tuple(sorted(set(bits), reverse=True))
+    return tuple(sorted({float(value) for value in sparsities})), tuple(sorted(set(bits), reverse=True))

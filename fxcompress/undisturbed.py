@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,9 +47,6 @@ def run(model: Callable[..., Any], inputs: Inputs) -> Any:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; afterwards attributes, buffers and the random state are what they were."""
     modules = list(model.modules())
-    attributes = [dict(vars(module)) for module in modules]
-    values = [value for own in attributes for value in own.values()]
-    contents = [(held, held.copy()) for held in values if type(held) in (dict, OrderedDict, list)]
     modes = [module.training for module in modules]
     buffers = [
         (module, name, buffer)
@@ -57,19 +54,50 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
     ]
     devices = {each.device for each in (*model.parameters(), *model.buffers()) if each.device.type == "cuda"}
-    try:
-        with torch.random.fork_rng(devices), torch.inference_mode(False), torch.no_grad():
-            copies = {buffer: buffer.clone() for _, _, buffer in buffers}
-            for module in modules:
-                module.training = False  # by .eval(), a model may do more than that
+    with _attributes(modules):
+        try:
+            with torch.random.fork_rng(devices), torch.inference_mode(False), torch.no_grad():
+                copies = {buffer: buffer.clone() for _, _, buffer in buffers}
+                for module in modules:
+                    module.training = False  # by .eval(), a model may do more than that
+                for module, name, buffer in buffers:
+                    setattr(module, name, copies[buffer])
+                yield
+        finally:
+            for module, mode in zip(modules, modes, strict=True):
+                module.training = mode
             for module, name, buffer in buffers:
-                setattr(module, name, copies[buffer])
+                setattr(module, name, buffer)
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Afterwards the model is what it was, whatever was done to it: all values of parameters and buffers, too."""
+    tensors = list(dict.fromkeys((*model.parameters(), *model.buffers())))
+    with torch.no_grad():
+        states = [(tensor.data, tensor.detach().clone(), tensor.requires_grad, tensor.grad) for tensor in tensors]
+    with _attributes(list(model.modules())):
+        try:
             yield
+        finally:
+            with torch.no_grad():
+                for tensor, (data, values, learns, gradient) in zip(tensors, states, strict=True):
+                    tensor.data = data
+                    if not torch.equal(data, values):  # an expanded buffer cannot be written to
+                        data.copy_(values)
+                    tensor.requires_grad_(learns)
+                    tensor.grad = gradient
+
+
+@contextmanager
+def _attributes(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Afterwards the modules have the attributes, hooks and submodules that they had."""
+    attributes = [dict(vars(module)) for module in modules]
+    values = [value for own in attributes for value in own.values()]
+    contents = [(held, held.copy()) for held in values if type(held) in (dict, OrderedDict, list)]
+    try:
+        yield
     finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
-        for module, name, buffer in buffers:
-            setattr(module, name, buffer)
         for held, content in contents:
             held.clear()
             held.extend(content) if isinstance(held, list) else held.update(content)

@@ -24,6 +24,7 @@ from fxcompress.pipeline import Pass, run_pass
 from fxcompress.prices import Prices
 from fxcompress.ranking import Ranking
 from fxcompress.search.widths import masking_of
+from fxcompress.select import Selectors
 from fxcompress.task import Need, require_count
 
 
@@ -73,6 +74,8 @@ class AutoCompressPruner(Pass):
         rounds: n.
         annealing: finds the widths; its budget is replaced. Its inner pruner says which layers are taken.
         admm: trains; what it projects on is what annealing found.
+        include: name patterns, module types or predicates that choose layers, instead of those of annealing.
+        exclude: layers to leave alone, instead of those of annealing; a group with one of them stays whole.
 
     Needs the task's score, batches, loss and optimizer. Follow with ``FineTune``.
     """
@@ -81,6 +84,8 @@ class AutoCompressPruner(Pass):
     rounds: int = 3
     annealing: SimulatedAnnealingPruner | None = None
     admm: ADMMPruner = field(default_factory=partial(ADMMPruner, 0.5, rho=1e-2, iterations=3, epochs=1))
+    include: Selectors | None = field(default=None, kw_only=True)
+    exclude: Selectors | None = field(default=None, kw_only=True)
 
     needs_inputs: ClassVar[bool] = True
     lifts: ClassVar[bool] = True
@@ -96,9 +101,10 @@ class AutoCompressPruner(Pass):
     @property
     def searching(self) -> SimulatedAnnealingPruner:
         """The annealing, with the final budget."""
-        if self.annealing is None:
-            return SimulatedAnnealingPruner(self.budget)
-        return replace(self.annealing, budget=self.budget)
+        annealing = SimulatedAnnealingPruner(self.budget) if self.annealing is None else self.annealing
+        given = {name: getattr(self, name) for name in ("include", "exclude")}
+        chosen = {name: value for name, value in given.items() if value is not None}
+        return replace(annealing, budget=self.budget, **chosen)
 
     @property
     def needs(self) -> tuple[Need, ...]:

@@ -225,11 +225,8 @@ class ChannelPruner(Pass):
         """Those of some groups, or sets of rows, that are removable and that the selection takes, with sparsities."""
         modules = modules_of(module)
         layers = {n: item for n, item in modules.items() if any(p is not None for p in item._parameters.values())}
-        Selection(self.include, self.exclude).chosen(layers)  # raises where a selector matches nothing
-        included = Selection(self.include).chosen(layers)
-        excluded = frozenset() if self.exclude is None else Selection(self.exclude).chosen(layers)
         sparsities = Sparsity.parse(self._shares).sparsities(layers)
-        taken = [item for item in items if set(item.layers) & included and not set(item.layers) & excluded]
+        taken = Selection(self.include, self.exclude).coupled(items, layers)
         removable = [item for item in taken if isinstance(item, RowSet) or item.removable]
         if not removable:
             reasons = "; ".join(str(group) for group in taken[:5]) or "every group has an excluded layer"

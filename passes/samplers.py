@@ -13,6 +13,8 @@ import numpy as np
 
 from fxcompress.channels.labels import FloatArray
 from fxcompress.errors import InputError
+from fxcompress.search.search import GENERATION, Search
+from fxcompress.search.trial import Proposal, Trial
 
 Sampler = Literal["tpe", "cmaes", "nsga2", "random", "grid"]
 
@@ -57,29 +59,34 @@ class Suggestions:
     Args:
         sampler: one of :data:`SAMPLERS`.
         names: of the dimensions.
-        levels: for each of them its values in a grid; the first and the last are the bounds, for all samplers.
+        largest: their upper bound; the lower one is 0.
+        trials: how many points will be asked for: a grid has at most as many.
+        seeds: of the sampler.
         directions: ``"maximize"`` or ``"minimize"`` for each objective.
-        seed: of the sampler.
 
     Attributes:
         left: how many points it can still suggest; of a grid those that it has not, else infinity.
+
+    Raises:
+        InputError: a grid has more points than there are trials.
     """
 
     def __init__(
         self,
         sampler: str,
         names: Sequence[str],
-        levels: Sequence[Sequence[float]],
-        directions: Sequence[str],
-        seed: int,
+        largest: float,
+        trials: int,
+        seeds: Sequence[int],
+        directions: Sequence[str] = ("maximize",),
     ) -> None:
+        levels = _grid_levels(trials, len(names), largest) if sampler == "grid" else [0.0, largest]
+        seed = int(np.random.SeedSequence(seeds).generate_state(1)[0])
         optuna = _optuna()
-        grid = dict(zip(names, map(list, levels), strict=True))
+        grid = dict.fromkeys(names, levels)
         self._fail = optuna.trial.TrialState.FAIL
         self._asked: list[Any] = []
-        self._space = {
-            name: optuna.distributions.FloatDistribution(values[0], values[-1]) for name, values in grid.items()
-        }
+        self._space = {name: optuna.distributions.FloatDistribution(0.0, largest) for name in names}
         made = SAMPLERS[sampler].make(optuna.samplers, seed)
         self._study = optuna.create_study(sampler=made, directions=list(directions))
         self.left = math.inf
@@ -106,19 +113,42 @@ class Suggestions:
                 self._study.tell(trial, **({"state": self._fail} if found is None else {"values": list(found)}))
 
 
-def grid_levels(count: int, dimensions: int, low: float, high: float) -> list[float]:
+def tuned(
+    search: Search,
+    study: Suggestions,
+    trials: int,
+    propose: Callable[[FloatArray], Sequence[Proposal]],
+    values: Callable[[Trial], list[float]],
+) -> None:
+    """Ask, try, tell, a generation at a time, until there are as many trials, or no points, or somebody interrupts.
+
+    Args:
+        search: whose trials these are.
+        study: says what to try.
+        trials: how many at most.
+        propose: candidates for points, (count, dimensions).
+        values: what a trial that has a score says of each objective.
+    """
+    while trials and study.left and not search.interrupted:
+        asked = study.ask(min(trials, GENERATION))
+        trials -= len(asked)
+        found = search.evaluate(propose(asked))
+        study.tell([None if trial.score is None else values(trial) for trial in found])
+
+
+def _grid_levels(count: int, dimensions: int, largest: float) -> list[float]:
     """Equally many levels of each dimension, so that a grid has at most ``count`` points.
 
     Raises:
         InputError: two levels of each are more.
     """
-    levels = math.floor(count ** (1 / max(dimensions, 1)) + 1e-9)
+    levels = math.floor(count ** (1 / max(dimensions, 1)) + 1e-9)  # the root of a power may be a little less
     if levels < 2:
         raise InputError(
             f"trials is {count}; a grid with two levels of each of {dimensions} dimensions has {2**dimensions:,} "
             "points. Give more trials, include fewer layers, or take another sampler."
         )
-    found: list[float] = np.linspace(low, high, levels).tolist()
+    found: list[float] = np.linspace(0.0, largest, levels).tolist()
     return found
 
 

@@ -28,10 +28,11 @@ from fxcompress.search.history import SearchHistory
 from fxcompress.search.search import Search
 from fxcompress.search.trial import Proposal, Trial
 from fxcompress.search.widths import WidthSubject, masking_of
+from fxcompress.select import Selectors
 from fxcompress.task import Need
 
 #: The share of a group that lost nothing, where all others together cannot lose enough.
-_LEAST = 1e-6
+LEAST = 1e-6
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class Ground:
 
     def shares(self, kept: IntArray) -> FloatArray:
         """Sparsities in the proportions of an allocation, (groups,), to be scaled by :meth:`fill`."""
-        shares: FloatArray = np.maximum(1 - kept / self.prices.units, _LEAST)
+        shares: FloatArray = np.maximum(1 - kept / self.prices.units, LEAST)
         return shares
 
     def cost(self, kept: IntArray) -> list[dict[str, float]]:
@@ -141,8 +142,7 @@ class Ground:
 
     def meets(self, trial: Trial) -> bool:
         """Whether a trial is within the budget."""
-        cost = trial.proposal.cost
-        return all(cost[name] <= ratio * (1 + 1e-9) for name, ratio in self.budget.ratios.items())
+        return trial.proposal.within(self.budget.ratios)
 
     def subject(self, epochs: int = 0) -> WidthSubject:
         """What trials are about: a copy of the module."""
@@ -201,12 +201,16 @@ class BudgetPruner(Pass):
         budget: what may be left, as fractions of the caller's dense model.
         inner: says in which order the channels of a group go, which layers are taken, and what kept widths are rounded
             to; how many go is what is searched. Groups to which it gives a sparsity of 0 stay whole.
+        include: name patterns, module types or predicates that choose layers, instead of those of the inner pruner.
+        exclude: layers to leave alone, instead of those of the inner pruner; a group with one of them stays whole.
 
     Needs the task's score, and what the inner pruner needs. Masks that were there stay.
     """
 
     budget: Budget
     inner: ChannelPruner = field(default_factory=partial(L1FilterPruner, 0.5))
+    include: Selectors | None = field(default=None, kw_only=True)
+    exclude: Selectors | None = field(default=None, kw_only=True)
 
     needs_inputs: ClassVar[bool] = True
     lifts: ClassVar[bool] = True
@@ -221,6 +225,16 @@ class BudgetPruner(Pass):
             raise InputError(f"inner is {self.inner!r}; expected a channel pruner, such as L1FilterPruner(0.5).")
         if self.inner.granularity == "head":
             raise InputError(f"inner is {self.inner!r}; searches count channels, not heads: expected 'head_dim'.")
+        for name in ("include", "exclude"):
+            if getattr(self, name) is not None and getattr(self.inner, name) is not None:
+                raise InputError(f"{name} is given, and inner is {self.inner!r}; expected it in one of the two places.")
+        self.criterion  # noqa: B018 - raises where a selector is none
+
+    @property
+    def criterion(self) -> ChannelPruner:
+        """The inner pruner, with the layers that this one was told to take."""
+        given = {name: getattr(self, name) for name in ("include", "exclude")}
+        return replace(self.inner, **{name: value for name, value in given.items() if value is not None})
 
     @property
     def needs(self) -> tuple[Need, ...]:
@@ -233,14 +247,14 @@ class BudgetPruner(Pass):
         Raises:
             InputError: there is nothing to prune.
         """
-        groups = context.groups(module)
-        allowance = Allowance.of(self.budget, module, groups, context, self.inner.round_to)
+        inner, groups = self.criterion, context.groups(module)
+        allowance = Allowance.of(self.budget, module, groups, context, inner.round_to)
         prices = allowance.prices
-        shares = {item.name: share for item, share in self.inner._choose(groups, module, context)}
+        shares = {item.name: share for item, share in inner._choose(groups, module, context)}
         taken = [group for group in groups if shares.get(group.name, 0) > 0]
         free = {part.name for part, _ in prices.parts(taken)}
         if not free:
-            raise InputError(f"{self.name} has no group to prune; expected at least one that {self.inner!r} takes.")
+            raise InputError(f"{self.name} has no group to prune; expected at least one that {inner!r} takes.")
         return Terms(allowance, np.array([item.name in free for item in prices.groups]))
 
     def ground(self, module: TracedModule, context: Context, terms: Terms | None = None) -> Ground:
@@ -252,30 +266,30 @@ class BudgetPruner(Pass):
             terms: those of the pass that is under way; new ones by default.
         """
         terms = self.terms(module, context) if terms is None else terms
-        groups = context.groups(module)
+        inner, groups = self.criterion, context.groups(module)
         masking = complete(module, context.masking or Masking(), groups.channels)
         items = list(terms.allowance.prices.groups)
-        scores = self.inner.scores(items, module, groups, masking, context)
-        aligned = self.inner.granularity == "head_dim"
+        scores = inner.scores(items, module, groups, masking, context)
+        aligned = inner.granularity == "head_dim"
         ranking = Ranking.of(module, groups, masking, items, scores, aligned=aligned)
-        return Ground(module, context, masking, terms, ranking, self.inner.round_to)
+        return Ground(module, context, masking, terms, ranking, inner.round_to)
 
     def begin(self, context: Context, terms: Terms, total: int, label: str = "") -> Search:
         """A search over allocations."""
         names = tuple(group.name for group in terms.allowance.prices.groups)
-        return context.search(self.name, total, self, names, terms.allowance.budget, label=label)
+        budget = terms.allowance.budget
+
+        def within(trial: Trial) -> bool:
+            return trial.proposal.within(budget.ratios)
+
+        return context.search(self.name, total, self, names, budget, label=label, within=within)
 
 
 @dataclass(frozen=True)
 class SearchingPruner(BudgetPruner):
     """Finds how many channels each group keeps, so that the model meets a budget and scores best.
 
-    Args:
-        budget: what may be left, as fractions of the caller's dense model.
-        inner: says in which order the channels of a group go, which layers are taken, and what kept widths are rounded
-            to; how many go is what is searched. Groups to which it gives a sparsity of 0 stay whole.
-
-    Needs the task's score, and what the inner pruner needs. Masks that were there stay.
+    See :class:`BudgetPruner` for what it takes and needs. Masks that were there stay.
     """
 
     @abstractmethod
@@ -343,7 +357,7 @@ class SearchingPruner(BudgetPruner):
             kept = ground.mask(taken.kept) if masks else ground.met(taken.kept)
         elif masks:  # a round before the last one need not meet its budget exactly
             ground.mask_as_asked(taken.kept)
-        if not kept.same(taken):
+        if kept.candidate != taken.candidate:
             context.notes.append(f"corrected for what is left: {shown(kept, ground)}")
         return replace(history, best=None if chosen is None else chosen.number, taken=kept)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -12,12 +12,13 @@ from fxcompress.module import TracedModule
 from fxcompress.passes.inner_pruner import TRAINING
 from fxcompress.passes.searching_pruner import Ground, SearchingPruner, require_dense
 from fxcompress.search.history import SearchHistory
+from fxcompress.search.relative import scale_of
 from fxcompress.search.search import Search
 from fxcompress.search.sweep import Curve, sweep
 from fxcompress.search.trial import Proposal
+from fxcompress.sensitivity import SPARSITIES, Sensitivity
 from fxcompress.task import Need, require_count
 
-_SPARSITIES = 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9
 #: Of the share of a group that may lose nothing, where all others together may not lose enough.
 _LEAST = 0.01
 
@@ -34,9 +35,12 @@ class SensitivityPruner(SearchingPruner):
     Args:
         budget: what may be left, as fractions of the caller's dense model.
         inner: in which order channels go, and which layers are taken.
-        drop: how far the score may fall, as a fraction of the score at the start of the round.
+        drop: how far the score may fall, as a fraction of the score at the start of the round. (Where that is next to
+            nothing, of how much lower the score of the uniform allocation is.)
         rounds: how many.
         epochs: of training after each round; 0 for none.
+        measured: what :func:`fxcompress.sensitivity` found for this model, so that nothing is measured again; for one
+            round. Its groups lose the channels with the smallest L1 norms, whatever the inner pruner.
 
     Needs the task's score; its batches, loss and optimizer too if it trains.
     """
@@ -44,6 +48,7 @@ class SensitivityPruner(SearchingPruner):
     drop: float = 0.05
     rounds: int = 1
     epochs: int = 0
+    measured: Sensitivity | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,6 +56,12 @@ class SensitivityPruner(SearchingPruner):
             raise InputError(f"drop is {self.drop!r}; expected a fraction of the score, above 0.")
         require_count("rounds", self.rounds)
         require_count("epochs", self.epochs, least=0)
+        if self.measured is not None and not isinstance(self.measured, Sensitivity):
+            raise InputError(f"measured is {self.measured!r}; expected what fxcompress.sensitivity(..) returned.")
+        if self.measured is not None and self.rounds > 1:
+            raise InputError(
+                f"rounds is {self.rounds}, and measured is about the model before the first; expected rounds=1."
+            )
 
     @property
     def needs(self) -> tuple[Need, ...]:
@@ -58,8 +69,8 @@ class SensitivityPruner(SearchingPruner):
         return tuple(dict.fromkeys((*super().needs, *(TRAINING if self.epochs else ()))))
 
     def expected(self, ground: Ground) -> int:
-        """The model as it is, and every sparsity of every group."""
-        return 1 + len(_SPARSITIES) * int(ground.free.sum())
+        """The model as it is, the uniform allocation, every sparsity of every group, and what comes of them."""
+        return 3 + (len(SPARSITIES) * int(ground.free.sum()) if self.measured is None else 0)
 
     def run(self, module: TracedModule, context: Context) -> TracedModule:
         """Measure, prune and train, round by round."""
@@ -73,24 +84,19 @@ class SensitivityPruner(SearchingPruner):
         return module
 
     def look(self, ground: Ground, search: Search) -> SearchHistory:
-        """Measure the curves, scale what they allow, and try that."""
-        first, *_ = require_dense(search, search.evaluate(ground.proposals(ground.most[None])))
-        dense = first.score or 0.0
-        limit = dense - self.drop * abs(dense)
+        """Measure the curves, unless they are known, scale what they allow, and try that."""
         free = np.flatnonzero(ground.free).tolist()
-
-        def propose(item: int, sparsity: float) -> Proposal | None:
-            group = free[item]
-            kept = ground.most.copy()
-            wanted = ground.prices.units[group] - int(ground.prices.units[group] * sparsity)
-            kept[group] = max(ground.least[group], min(kept[group], wanted))
-            return ground.proposals(kept[None], group=group, sparsity=sparsity)[0]
-
-        points = sweep(search, len(free), _SPARSITIES, propose, lambda score: score >= limit)
+        uniform = ground.fill(np.ones(len(ground.free)))
+        first, *others = require_dense(search, search.evaluate(ground.proposals(np.stack([ground.most, uniform]))))
+        dense = first.score or 0.0
+        if self.measured is None:
+            scale = scale_of(dense, [trial.score for trial in others])
+            curves = self._curves(ground, search, free, dense - self.drop * scale)
+            allowed = [curve.allowed(dense, self.drop, scale) for curve in curves]
+        else:
+            allowed = self._known(self.measured, ground, free)
         shares = np.zeros(len(ground.free))
-        for group, found in zip(free, points, strict=True):
-            curve = Curve(ground.names[group], "sparsity", (), int(ground.prices.units[group]), tuple(found))
-            shares[group] = max(curve.allowed(dense, self.drop), _LEAST)
+        shares[free] = np.maximum(allowed, _LEAST)
         ground.context.notes.append(
             f"a drop of {self.drop:.1%} allows "
             + ", ".join(f"{ground.names[group]} {shares[group]:.2f}" for group in free)
@@ -100,3 +106,42 @@ class SensitivityPruner(SearchingPruner):
             return ground.history(search, dense=dense, taken=proposal)
         search.evaluate([proposal])
         return ground.history(search, dense=dense, best=search.trials[-1].number, taken=proposal)
+
+    def _curves(self, ground: Ground, search: Search, free: list[int], limit: float) -> tuple[Curve, ...]:
+        """The curve of every group that may lose units, each as far as its score is no lower than the limit."""
+        groups = [ground.prices.groups[place] for place in free]
+        blank = [
+            Curve(group.name, "sparsity", group.layers, int(ground.prices.units[place]))
+            for group, place in zip(groups, free, strict=True)
+        ]
+
+        def propose(item: int, sparsity: float) -> Proposal:
+            group = free[item]
+            kept = ground.most.copy()
+            wanted = ground.prices.units[group] - int(ground.prices.units[group] * sparsity)
+            kept[group] = max(ground.least[group], min(kept[group], wanted))
+            return ground.proposals(kept[None], group=group, sparsity=sparsity)[0]
+
+        return sweep(search, blank, SPARSITIES, propose, lambda score: score >= limit)
+
+    def _known(self, measured: Sensitivity, ground: Ground, free: list[int]) -> list[float]:
+        """What the curves that were measured before allow each group that may lose units; of joined ones the least.
+
+        Raises:
+            InputError: a group has no curve.
+        """
+        curves = {curve.name: curve for curve in measured.groups}
+        parts = ground.prices.parts([group for group in ground.ranking.groups if group.removable])
+        names_of = {part.name: names for part, names in parts}
+        allowed = []
+        for place in free:
+            name = ground.names[place]
+            own = [curves[each] for each in names_of[name] if each in curves]
+            if not own:
+                raise InputError(
+                    f"measured has no curve for {name}; expected the sensitivity of this model (it has "
+                    f"{', '.join(curves) or 'none'}). Measure it with the same "
+                    "include= and exclude=, or leave measured= out."
+                )
+            allowed.append(min(curve.allowed(measured.dense, self.drop, measured.scale) for curve in own))
+        return allowed

@@ -11,6 +11,7 @@ from fxcompress.channels.labels import FloatArray, IntArray
 from fxcompress.errors import InputError
 from fxcompress.passes.searching_pruner import Ground, SearchingPruner, require_dense
 from fxcompress.search.history import SearchHistory
+from fxcompress.search.relative import scale_of
 from fxcompress.search.search import Search
 from fxcompress.task import require_count
 
@@ -23,6 +24,7 @@ class SimulatedAnnealingPruner(SearchingPruner):
     ``start * cooling``, .. while it is above ``stop``, sparsities s become s + U(-m, m) with m = ``perturbation`` *
     T / ``start``, scaled so that the budget is met (water-filling). A candidate whose score is lower than the current
     one's by dE, as a fraction of the dense score, is accepted with probability exp(-dE / T). The best one is masked.
+    (Where the dense score is next to nothing, dE is a fraction of how much lower that of the uniform allocation is.)
 
     The candidates of a temperature are perturbations of the same sparsities, and accepted or not in their order.
 
@@ -48,7 +50,8 @@ class SimulatedAnnealingPruner(SearchingPruner):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value < high:
                 raise InputError(f"{name} is {value!r}; expected a number above {low:g} and below {high:g}.")
-        if isinstance(self.perturbation, bool) or not 0 < self.perturbation <= 1:
+        given = self.perturbation
+        if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 < given <= 1:
             raise InputError(f"perturbation is {self.perturbation!r}; expected a change of sparsities in (0, 1].")
         require_count("trials_per_temperature", self.trials_per_temperature)
 
@@ -77,6 +80,7 @@ class SimulatedAnnealingPruner(SearchingPruner):
         dense, *begun = require_dense(search, search.evaluate(ground.proposals(np.stack([ground.most, uniform]))))
         assert dense.score is not None
         current = begun[0] if begun and begun[0].done else dense
+        scale = scale_of(dense.score, [trial.score for trial in begun])
         for number, temperature in enumerate(self.temperatures):
             if search.interrupted:
                 break
@@ -90,7 +94,7 @@ class SimulatedAnnealingPruner(SearchingPruner):
             ):
                 if trial.score is None or current.score is None:
                     continue
-                drop = (current.score - trial.score) / max(abs(dense.score), 1e-12)
+                drop = (current.score - trial.score) / scale
                 worse += drop > 0
                 if drop <= 0 or draw < math.exp(-drop / temperature):
                     accepted += drop > 0

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
+from fxcompress.budget import Budget
 from fxcompress.channels.labels import FloatArray, IntArray
 from fxcompress.errors import InputError
-from fxcompress.passes.samplers import SAMPLERS, Suggestions, grid_levels, require_sampler
-from fxcompress.passes.searching_pruner import Ground, SearchingPruner, require_dense
+from fxcompress.passes.samplers import SAMPLERS, Suggestions, require_sampler, tuned
+from fxcompress.passes.searching_pruner import LEAST, Ground, SearchingPruner, require_dense
 from fxcompress.search.history import SearchHistory
-from fxcompress.search.search import GENERATION, Search
-from fxcompress.search.trial import Trial
+from fxcompress.search.search import Search
+from fxcompress.search.trial import Proposal, Trial
 from fxcompress.task import require_count
 
 #: The largest sparsity that is suggested; what a group cannot lose it does not.
 _LARGEST = 0.99
-_FIGURES = ("params", "macs", "bytes", "latency")
+_FIGURES = tuple(figure.name for figure in fields(Budget))
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class TunedPruner(SearchingPruner):
             trials allow).
         trials: how many, besides the first two.
         objectives: ``("score",)``, or the score and figures to be kept small (``("score", "macs")``): then trials cost
-            at most the budget, the history has the front, and the best score is taken.
+            at most the budget, the history has the front, and the best score is taken. ``"latency"`` takes a budget
+            of latency.
 
     Needs ``fxcompress[search]``.
     """
@@ -53,6 +55,11 @@ class TunedPruner(SearchingPruner):
             raise InputError(
                 f"objectives is {self.objectives!r}; expected 'score' first, then figures of {', '.join(_FIGURES)}."
             )
+        if "latency" in self.objectives and self.budget.latency is None:
+            raise InputError(
+                f"objectives is {self.objectives!r}, and latencies are priced under a budget of latency alone; "
+                "expected one such as Budget(macs=0.5, latency=0.9)."
+            )
         if len(self.objectives) > 1 and not SAMPLERS[self.sampler].several:
             raise InputError(f"the {self.sampler} sampler takes one objective; expected 'nsga2', 'tpe' or 'random'.")
 
@@ -61,44 +68,38 @@ class TunedPruner(SearchingPruner):
         return 2 + self.trials
 
     def look(self, ground: Ground, search: Search) -> SearchHistory:
-        """Ask, try, tell, a generation at a time."""
+        """Try what the sampler suggests."""
+        free = np.flatnonzero(ground.free)
+        names = [ground.names[group] for group in free]
+        directions = ["maximize", *("minimize" for _ in self.objectives[1:])]
+        study = Suggestions(self.sampler, names, _LARGEST, self.trials, search.seeds, directions)
         uniform = ground.fill(np.ones(len(ground.free)))
         dense, *_ = require_dense(search, search.evaluate(ground.proposals(np.stack([ground.most, uniform]))))
-        study = self._study(ground, search)
-        free = np.flatnonzero(ground.free)
-        left = self.trials
-        while left and study.left and not search.interrupted:
-            asked = study.ask(min(left, GENERATION))
-            left -= len(asked)
+
+        def propose(asked: FloatArray) -> list[Proposal]:
             sparsities = np.zeros((len(asked), len(ground.free)))
             sparsities[:, free] = asked
-            found = search.evaluate(ground.proposals(self._allocations(sparsities, ground)))
-            study.tell([self._values(trial) for trial in found])
+            return ground.proposals(self._allocations(sparsities, ground))
+
+        tuned(search, study, self.trials, propose, self._values)
         best = search.best(ground.meets)
         return ground.history(search, best=best.number, dense=dense.score)
 
-    def _study(self, ground: Ground, search: Search) -> Suggestions:
-        names = [name for name, free in zip(ground.names, ground.free, strict=True) if free]
-        levels = [0.0, _LARGEST]
-        if self.sampler == "grid":
-            levels = grid_levels(self.trials, len(names), *levels)
-        directions = ["maximize", *("minimize" for _ in self.objectives[1:])]
-        seed = int(np.random.SeedSequence(search.seeds).generate_state(1)[0])
-        return Suggestions(self.sampler, names, [levels] * len(names), directions, seed)
-
     def _allocations(self, sparsities: FloatArray, ground: Ground) -> IntArray:
         """What is tried: with one objective, the whole budget is used; with several, at most the budget."""
+        proportions = np.maximum(sparsities, LEAST)  # all zero says nothing about them
         if len(self.objectives) == 1:
-            return ground.fill(np.maximum(sparsities, 1e-6))  # all zero says nothing about proportions
+            return ground.fill(proportions)
         units = ground.prices.units
-        kept: IntArray = np.clip(units - (units * sparsities).astype(np.int64), ground.least, ground.most)
+        wanted = units.astype(np.float64) - np.floor(units * sparsities).astype(np.float64)
+        rounded = ground.prices.rounded(wanted, ground.round_to)
+        kept: IntArray = np.clip(rounded, ground.least, ground.most)
         ratios = ground.budget.ratios
         over = np.array([any(cost[f] > ratio for f, ratio in ratios.items()) for cost in ground.cost(kept)])
         if over.any():
-            kept[over] = ground.fill(np.maximum(sparsities[over], 1e-6))
+            kept[over] = ground.fill(proportions[over])
         return kept
 
-    def _values(self, trial: Trial) -> list[float] | None:
-        if trial.score is None:
-            return None
+    def _values(self, trial: Trial) -> list[float]:
+        assert trial.score is not None
         return [trial.score, *(trial.proposal.cost[figure] for figure in self.objectives[1:])]

@@ -21,18 +21,20 @@ from fxcompress.module import TracedModule, modules_of
 from fxcompress.passes.inner_pruner import prune
 from fxcompress.passes.ptq_quantizer import PTQQuantizer
 from fxcompress.passes.quantizer import Quantizer
-from fxcompress.passes.samplers import Suggestions, grid_levels, require_sampler
+from fxcompress.passes.samplers import Suggestions, require_sampler, tuned
 from fxcompress.passes.searching_pruner import require_dense, told
 from fxcompress.pipeline import Pass
 from fxcompress.prices import dense_cost
 from fxcompress.quantization.bits import require_bits
 from fxcompress.search.history import SearchHistory
-from fxcompress.search.search import GENERATION
 from fxcompress.search.trial import Proposal, Trial
 from fxcompress.search.weight_bits import WeightSite, weight_sites
 from fxcompress.select import Selection
 from fxcompress.task import Need, Task, require_count
 from fxcompress.training import placed
+
+#: A layer that is less than its place by this has moved to the one below.
+_MOVED = 1e-9
 
 
 @dataclass
@@ -147,17 +149,12 @@ class TunedQuantizer(Pass):
         subject = QuantizedSubject(
             copy.deepcopy(module), context.inputs, task, context.masking or Masking(), self.inner, layers
         )
-        study = self._study(context, layers)
-        with context.search(self.name, 2 + self.trials, self, layers) as search:
+        with context.search(self.name, 2 + self.trials, self, layers, within=_quantized) as search:
+            study = Suggestions(self.sampler, layers, 1.0, self.trials, search.seeds)
             search.about(lambda: subject)
             begun = [prices.proposal(np.zeros(len(layers), dtype=np.int64)), prices.met(np.ones(len(layers)))]
             dense, *_ = require_dense(search, search.evaluate(begun))
-            left = self.trials
-            while left and study.left and not search.interrupted:
-                asked = study.ask(min(left, GENERATION))
-                left -= len(asked)
-                found = search.evaluate([prices.met(row) for row in asked])
-                study.tell([None if trial.score is None else [trial.score] for trial in found])
+            tuned(search, study, self.trials, lambda asked: [prices.met(row) for row in asked], _score)
             best = search.best(_quantized)
             known: dict[str, Any] = {"groups": layers, "widths": (32,) * len(layers), "dense": dense.score}
             history = search.history(best=best.number, taken=best.proposal, budget=dict(self.budget.ratios), **known)
@@ -166,12 +163,10 @@ class TunedQuantizer(Pass):
         context.notes.append(f"trial {best.number} is taken: score {best.score:.6g}, {cost:.2%} of the bytes")
         return history
 
-    def _study(self, context: Context, layers: Sequence[str]) -> Suggestions:
-        levels = [0.0, 1.0]
-        if self.sampler == "grid":
-            levels = grid_levels(self.trials, len(layers), *levels)
-        seed = int(np.random.SeedSequence([context.seed, context.checkpoint.index]).generate_state(1)[0])
-        return Suggestions(self.sampler, layers, [levels] * len(layers), ["maximize"], seed)
+
+def _score(trial: Trial) -> list[float]:
+    assert trial.score is not None
+    return [trial.score]
 
 
 def _quantized(trial: Trial) -> bool:
@@ -254,7 +249,6 @@ class _BytePrices:
 
     def _bits(self, wishes: FloatArray) -> IntArray:
         count = len(self.choices)
-        # A little less than its place, a layer has moved.
-        place = np.ceil(wishes * count - 1e-9).astype(np.int64) - 1
+        place = np.ceil(wishes * count - _MOVED).astype(np.int64) - 1
         found: IntArray = self.choices[place.clip(0, count - 1)]
         return found

@@ -51,6 +51,11 @@ def score(model: nn.Module) -> float:
         return float(1 - F.mse_loss(model(X), TARGETS) / TARGETS.var())
 
 
+def distance(model: nn.Module) -> float:
+    """0 for the dense network, and lower for all others."""
+    return score(model) - 1
+
+
 def failing(model: nn.Module) -> float:
     """Fails for two thirds of the candidates, and for the dense network not."""
     value = score(model)
@@ -62,6 +67,29 @@ def failing(model: nn.Module) -> float:
 def noisy(model: nn.Module) -> float:
     """Depends on the seed of its trial."""
     return score(model) + 0.1 * float(torch.rand(()))
+
+
+def quitting(model: nn.Module) -> float:
+    """Ends its process for half of the candidates."""
+    value = score(model)
+    if value < 0.999 and int(value * 1e6) % 2:
+        raise SystemExit("enough")
+    return value
+
+
+def careless(model: nn.Module) -> float:
+    """Leaves traces in everything that a model has."""
+    model.train()
+    model(X)
+    model.eval()
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.copy_(tensor * 0.9)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False).data = parameter.data.double().float()
+    model.register_forward_hook(lambda module, inputs, output: output * 0.9)
+    model.extra = nn.Linear(2, 2)
+    return score(model)
 
 
 def slow(model: nn.Module) -> float:

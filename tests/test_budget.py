@@ -360,3 +360,11 @@ def test_proportions_of_a_mapping() -> None:
     small = fxcompress.compress(model, passes, example_inputs=x, verify=False)
     lost = [1 - small.get_parameter(f"layer{i}.0.conv1.weight").shape[0] / width for i, width in ((3, 256), (4, 512))]
     assert lost[1] / lost[0] == pytest.approx(2, rel=0.05)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    given = Budget(macs=np.float32(0.5), params=np.float64(0.25))  # type: ignore[arg-type]
+    assert given == Budget(macs=0.5, params=0.25)
+    assert {type(ratio) for ratio in given.ratios.values()} == {float}
+    with pytest.raises(InputError, match="macs is"):
+        Budget(macs=np.array([0.5]))  # type: ignore[arg-type]

@@ -1,6 +1,7 @@
 """Searches under way: workers, seeds, failures, interruptions, kills."""
 
 import gc
+import io
 import os
 import subprocess
 import sys
@@ -8,21 +9,25 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from search_cases import ANNEALING, TASK, TRIALS, X, failing, network, noisy, score
+from rich.console import Console
+from search_cases import ANNEALING, TASK, TRIALS, X, careless, failing, network, noisy, quitting, score
 from search_killed import tuned
 from torch import nn
 
 import fxcompress
 from fxcompress import InputError, SearchError, SearchHistory, Task
 from fxcompress.passes import Speedup
+from fxcompress.search import search
+from fxcompress.search.journal import Journal
 from fxcompress.search.search import Search
-from fxcompress.search.trial import Proposal
+from fxcompress.search.trial import Proposal, Trial
 from fxcompress.search.worker import Job, Outcome
 
 TESTS = Path(__file__).parent
@@ -51,6 +56,11 @@ def same(one: SearchHistory, other: SearchHistory) -> bool:
     """Whether two searches are the same but for the time that they took."""
     plain = [replace(item, trials=tuple(replace(t, seconds=0.0) for t in item.trials)) for item in (one, other)]
     return plain[0] == plain[1]
+
+
+def tried(history: SearchHistory) -> list[Trial]:
+    """The trials that no earlier one had answered."""
+    return [trial for trial in history.trials if trial.same_as is None]
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +92,15 @@ def test_processes_find_what_one_process_finds(pool: ProcessPoolExecutor) -> Non
     assert not same(alone, found(replace(TASK, score=noisy), seed=4))
 
 
+def test_a_score_that_changes_the_model_changes_no_other_trial(pool: ProcessPoolExecutor) -> None:
+    task = replace(TASK, score=careless)
+    assert same(found(task), found(task, executor=pool))
+    options: dict[str, Any] = {"example_inputs": X[:2], "sparsities": (0.3, 0.6), "bits": (4, 2)}
+    alone = fxcompress.sensitivity(network(), task, **options)
+    assert alone == fxcompress.sensitivity(network(), task, executor=pool, **options)
+    assert alone.groups[0].points[0].score != alone.dense
+
+
 def test_threads_find_what_one_thread_finds() -> None:
     with ThreadPoolExecutor(3) as executor:
         assert same(found(replace(TASK, score=noisy)), found(replace(TASK, score=noisy), executor=executor))
@@ -89,8 +108,9 @@ def test_threads_find_what_one_thread_finds() -> None:
 
 def test_the_model_is_not_sent_with_every_trial() -> None:
     executor = Recording()
-    assert same(found(), found(executor=executor))
-    assert len(executor.jobs) == TRIALS
+    alone = found()
+    assert same(alone, found(executor=executor))
+    assert len(executor.jobs) == len(tried(alone))
     assert all(job.payload is None for job in executor.jobs)
     assert len({job.digest for job in executor.jobs}) == 1
 
@@ -128,7 +148,7 @@ def test_nothing_but_failures_is_an_error() -> None:
             raise ValueError("too small")
         return 1.0
 
-    with pytest.raises(SearchError, match=f"all {TRIALS} trials failed"):
+    with pytest.raises(SearchError, match=f"all {TRIALS - 1} trials that may be taken failed"):
         found(replace(TASK, score=once))
 
 
@@ -160,19 +180,115 @@ def test_ctrl_c_ends_with_the_best_so_far() -> None:
 
     def stopped(model: nn.Module) -> float:
         calls[0] += 1
-        if calls[0] == 8:
+        if calls[0] == 5:
             raise KeyboardInterrupt
         return score(model)
 
     history = found(replace(TASK, score=stopped))
     whole = found()
+    ended = tried(whole)[4].number
     assert history.interrupted
     assert not whole.interrupted
-    begun = replace(whole, trials=whole.trials[:7], best=history.best, taken=history.taken, interrupted=True)
+    begun = replace(whole, trials=whole.trials[:ended], best=history.best, taken=history.taken, interrupted=True)
     assert same(history, begun)
     scores = [trial.score for trial in history.trials[1:]]
     assert history.chosen is not None
     assert history.chosen.score == max(each for each in scores if each is not None)
+
+
+class Numbered:
+    """Scores a candidate by its number, and counts."""
+
+    def __init__(self, interrupts: int = -1) -> None:
+        self.interrupts, self.calls = interrupts, 0
+
+    def score(self, proposal: Proposal) -> float:
+        self.calls += 1
+        if proposal.kept[0] == self.interrupts:
+            raise KeyboardInterrupt
+        return float(proposal.kept[0])
+
+
+def candidates(*numbers: int) -> list[Proposal]:
+    return [Proposal((number,)) for number in numbers]
+
+
+class Backwards(Executor):
+    """Ends the last of what it is given first, and is interrupted at a candidate."""
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[Future[Any], Any, Job]] = []
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        self.waiting.append((future, fn, args[0]))
+        return future
+
+    def work(self, *_: Any) -> Iterator[Future[Any]]:
+        """Instead of ``as_completed``."""
+        for future, fn, job in reversed(self.waiting):
+            future.set_result(fn(job))
+            yield future
+
+
+def test_ctrl_c_keeps_scores_with_their_candidates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ended behind a candidate that did not is in the journal, for the next run, and in no generation."""
+    executor, path = Backwards(), tmp_path / "journal"
+    monkeypatch.setattr(search, "as_completed", executor.work)
+    with Search("numbered", 4, journal=Journal(path, "this"), executor=executor) as first:
+        first.about(partial(Numbered, 11))
+        generation = first.evaluate(candidates(10, 11, 12, 13))
+        assert first.interrupted
+        assert generation == first.trials == []
+        assert first.evaluate(candidates(10)) == []
+    journal = Journal(path, "this")
+    assert {number: trial.score for number, trial in journal.trials.items()} == {2: 12.0, 3: 13.0}
+    with Search("numbered", 4, journal=journal) as again:
+        again.about(partial(Numbered, 11))  # in this process
+        assert [trial.score for trial in again.evaluate(candidates(10, 11, 12, 13))] == [10.0]
+        assert again.interrupted
+    subject = Numbered()
+    with Search("numbered", 4, journal=Journal(path, "this")) as last:
+        last.about(lambda: subject)
+        assert [trial.score for trial in last.evaluate(candidates(10, 11, 12, 13))] == [10.0, 11.0, 12.0, 13.0]
+    assert subject.calls == 1
+
+
+def test_a_candidate_is_tried_once(tmp_path: Path) -> None:
+    """Within a generation and across them; of another subject anew."""
+    subject, path = Numbered(), tmp_path / "journal"
+    with Search("numbered", 9, journal=Journal(path, "this")) as made:
+        made.about(lambda: subject)
+        made.evaluate(candidates(1, 2, 1))
+        made.evaluate(candidates(3, 2))
+        assert subject.calls == 3
+        assert [(trial.number, trial.score, trial.same_as) for trial in made.trials] == [
+            (0, 1.0, None),
+            (1, 2.0, None),
+            (2, 1.0, 0),
+            (3, 3.0, None),
+            (4, 2.0, 1),
+        ]
+        made.about(lambda: subject)
+        assert made.evaluate(candidates(1))[0].same_as is None
+    assert list(Journal(path, "this").trials.values()) == made.trials
+
+
+def test_the_best_so_far_is_one_that_may_be_taken() -> None:
+    """Not the model as it came, which scores highest."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=200)
+    with Search("numbered", 3, console=console, within=lambda trial: trial.proposal.kept[0] < 9) as made:
+        made.about(Numbered)
+        made.evaluate(candidates(9, 5, 7))
+        assert made._progress.tasks[0].description == "numbered: best 7"
+    assert found().progress()[0][0] > 0
+    assert found().progress()[-1][0] == found().best
+
+
+def test_a_worker_that_quits_is_a_failed_trial(pool: ProcessPoolExecutor) -> None:
+    history = found(replace(TASK, score=quitting), executor=pool)
+    assert history.failed
+    assert {trial.error for trial in history.failed} == {"SystemExit: enough"}
 
 
 def test_ctrl_c_before_any_candidate_is_no_result() -> None:
@@ -229,5 +345,5 @@ def test_a_search_that_is_killed_twenty_times_ends_as_if_it_had_not_been(tmp_pat
     runs = [line.split() for line in (tmp_path / "runs").read_text().splitlines()]
     assert {known for _, known in runs} == {"False"}  # no journaled trial ran again
     whole = tuned(None)
-    assert len(whole.trials) < len(runs) <= len(whole.trials) + 20
+    assert len(tried(whole)) < len(runs) <= len(tried(whole)) + 20
     assert same(torch.load(tmp_path / "result.pt", weights_only=False), whole)

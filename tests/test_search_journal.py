@@ -72,9 +72,22 @@ def test_damage_before_the_end_is_an_error_that_names_the_line(tmp_path: Path) -
 
 def test_a_file_that_is_no_journal_is_refused(tmp_path: Path) -> None:
     (tmp_path / "j").write_text("one\ntwo\n")
-    with pytest.raises(CheckpointError, match="damaged in line 1"):
+    with pytest.raises(CheckpointError, match="no journal of trials"):
         Journal(tmp_path / "j", "this")
     assert (tmp_path / "j").read_text() == "one\ntwo\n"
+
+
+@pytest.mark.parametrize("text", ["a line of notes, and no more", '{"journ', '{"notes": 1}'])
+def test_a_single_line_is_overwritten_only_if_it_is_the_beginning_of_a_journal(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    path.write_text(text)
+    if '{"journal": 1'.startswith(text):
+        Journal(path, "this").append(trial(0))
+        assert list(Journal(path, "this").trials.values()) == [trial(0)]
+        return
+    with pytest.raises(CheckpointError, match="no journal of trials"):
+        Journal(path, "this")
+    assert path.read_text() == text
 
 
 def test_a_full_disk_keeps_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

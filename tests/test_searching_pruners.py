@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from nets import scatter
-from search_cases import ANNEALING, TASK, TRAINED, X, network, score
+from search_cases import ANNEALING, TASK, TRAINED, X, distance, network, score
 from torch import Tensor, nn
 
 import fxcompress
-from fxcompress import Budget, InputError, Pass, SearchHistory, Task, TracedModule
+from fxcompress import Budget, InputError, Pass, SearchHistory, Sensitivity, Task, TracedModule
 from fxcompress.passes import (
     ADMMPruner,
     AutoCompressPruner,
@@ -87,8 +87,12 @@ def test_annealing_accepts_worse_candidates_less_and_less() -> None:
     def drawn(model: nn.Module) -> float:
         return 1 + 0.4 * float(torch.rand(()))
 
+    # So wide that candidates differ at the lowest temperature: one that comes up again keeps its score.
+    layers = [layer for width in (9, 500, 600, 700) for layer in (nn.LazyLinear(width), nn.ReLU())]
+    model, x = nn.Sequential(*layers, nn.LazyLinear(3)), torch.randn(2, 9)
+    model(x)
     item = SimulatedAnnealingPruner(HALF, start=1.0, stop=0.015, cooling=0.25, trials_per_temperature=60)
-    notes = cut(item, replace(TASK, score=drawn)).meta["history"][0].notes
+    notes = fxcompress.compress(model, [item], example_inputs=x, task=Task(score=drawn)).meta["history"][0].notes
     found = [re.match(r"temperature ([\d.]+): (\d+) of (\d+) worse", note) for note in notes]
     rates = [int(match[2]) / int(match[3]) for match in found if match]
     assert len(rates) == len(item.temperatures) == 4
@@ -133,6 +137,15 @@ def test_several_objectives_leave_a_front() -> None:
     assert len({trial.proposal.kept for trial in history.trials}) > 10
 
 
+def test_widths_are_rounded_with_several_objectives() -> None:
+    inner = L1FilterPruner(0.5, round_to=4)
+    (history,) = histories(cut(replace(SEARCHES[5], inner=inner, trials=8)))  # type: ignore[call-overload]
+    for trial in history.trials:
+        pairs = zip(trial.proposal.kept, history.widths, strict=True)
+        assert all(kept % 4 == 0 or kept == width for kept, width in pairs)
+    assert len({trial.proposal.kept for trial in history.trials}) > 3
+
+
 def test_other_seeds_search_elsewhere() -> None:
     one, same, other = (histories(cut(SEARCHES[1], TASK, seed))[0] for seed in (0, 0, 1))
     assert [t.proposal for t in one.trials] == [t.proposal for t in same.trials]
@@ -143,6 +156,50 @@ def test_layers_that_are_left_out_stay_whole() -> None:
     small = cut(TunedPruner(HALF, L1FilterPruner(0.5, exclude="last"), trials=3))
     assert small.get_parameter("last.weight").shape[0] == 17
     assert small.get_parameter("conv1.weight").shape[0] < 13
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        replace(ANNEALING, cooling=0.2),
+        TunedPruner(HALF, trials=2),
+        NetAdaptPruner(HALF, step=0.3, epochs=0),
+        SensitivityPruner(HALF),
+        replace(AUTOCOMPRESS, rounds=1),
+    ],
+    ids=name_of,
+)
+def test_searches_choose_layers_themselves(item: Pass) -> None:
+    small = cut(replace(item, exclude="last"))  # type: ignore[call-arg]
+    assert small.get_parameter("last.weight").shape[0] == 17
+    assert small.get_parameter("conv1.weight").shape[0] < 13
+    small = cut(replace(item, budget=Budget(macs=0.7), include=["conv1", "last"]))  # type: ignore[call-arg]
+    assert small.get_parameter("stem.weight").shape[0] == 11
+
+
+def test_a_sensitivity_that_was_measured_is_not_measured_again() -> None:
+    """It comes to the widths that measuring comes to, with a trial for the result."""
+    whole = cut(SensitivityPruner(HALF), TASK)
+    measured = fxcompress.sensitivity(network(), TASK, example_inputs=X[:2], bits=())
+    small = cut(SensitivityPruner(HALF, measured=measured), TASK)
+    assert [trial.same_as for trial in histories(small)[0].trials] == [None] * 3
+    assert histories(small)[0].taken == histories(whole)[0].taken
+    some = fxcompress.sensitivity(network(), TASK, example_inputs=X[:2], sparsities=(0.5,), bits=(), exclude="conv1")
+    with pytest.raises(InputError, match="no curve for conv1"):
+        cut(SensitivityPruner(HALF, measured=some), TASK)
+    cut(SensitivityPruner(HALF, measured=some, exclude="conv1"), TASK)
+
+
+def test_a_dense_score_of_0_is_no_limit() -> None:
+    task = replace(TASK, score=distance)
+    module = cut(SensitivityPruner(HALF, drop=0.2), task)
+    (note,) = [note for note in module.meta["history"][0].notes if "allows" in note]
+    shares = [float(found) for found in re.findall(r"0\.\d\d(?=,|$)", note)]
+    assert len(set(shares)) > 1
+    assert max(shares) > 0.2
+    notes = cut(ANNEALING, task).meta["history"][0].notes
+    accepted = [int(found[1]) for note in notes if (found := re.match(r"temperature .*: (\d+) of", note))]
+    assert sum(accepted) > 0
 
 
 class Encoder(nn.Module):
@@ -209,12 +266,18 @@ def test_bits_fit_the_bytes() -> None:
         (lambda: SimulatedAnnealingPruner(HALF, stop=2.0), r"stop is 2\.0"),
         (lambda: SimulatedAnnealingPruner(HALF, cooling=1.0), r"cooling is 1\.0"),
         (lambda: SimulatedAnnealingPruner(HALF, perturbation=0), "perturbation is 0"),
+        (lambda: SimulatedAnnealingPruner(HALF, perturbation="a"), "perturbation is 'a'"),  # type: ignore[arg-type]
+        (lambda: TunedPruner(HALF, sampler="nsga2", objectives=("score", "latency")), "a budget of latency alone"),
         (lambda: TunedPruner(HALF, sampler="best"), "sampler is 'best'"),
         (lambda: TunedPruner(HALF, objectives=("macs",)), "objectives is"),
         (lambda: TunedPruner(HALF, sampler="cmaes", objectives=("score", "macs")), "takes one objective"),
         (lambda: TunedPruner(HALF, L1FilterPruner(0.5, granularity="head")), "count channels, not heads"),
         (lambda: NetAdaptPruner(HALF, step=0), "step is 0"),
         (lambda: SensitivityPruner(HALF, drop=0), "drop is 0"),
+        (lambda: SensitivityPruner(HALF, measured=1), "measured is 1"),  # type: ignore[arg-type]
+        (lambda: SensitivityPruner(HALF, rounds=2, measured=Sensitivity(1.0, ())), "expected rounds=1"),
+        (lambda: TunedPruner(HALF, L1FilterPruner(0.5, exclude="last"), exclude="last"), "one of the two places"),
+        (lambda: AutoCompressPruner(HALF, include=7), "include has 7"),  # type: ignore[arg-type]
         (lambda: AutoCompressPruner(HALF, admm=None), "admm is None"),  # type: ignore[arg-type]
         (lambda: TunedQuantizer(HALF), "expected one of bytes alone"),
         (lambda: TunedQuantizer(Budget(bytes=0.2), bits=(1, 2)), "bits is 1"),

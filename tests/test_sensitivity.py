@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from search_cases import TASK, X, failing, network, score
+from search_cases import TASK, X, distance, failing, network, score
 from test_searching_pruners import Encoder
 from torch import nn
 
 import fxcompress
-from fxcompress import InputError, Sensitivity, Task
+from fxcompress import InputError, SelectionError, Sensitivity, Task
 from fxcompress.masking import Masking
 from fxcompress.passes import L1FilterPruner, Speedup
 from fxcompress.search.widths import norms
@@ -87,6 +87,32 @@ def test_what_a_drop_allows() -> None:
     drop = (found.dense - middle) / found.dense
     assert curve.allowed(found.dense, drop) == pytest.approx((x0 + x1) / 2)
     assert curve.allowed(found.dense, 10.0) == x1
+
+
+def test_drops_of_a_score_that_is_0_are_fractions_of_how_far_it_falls() -> None:
+    options: dict[str, object] = {"example_inputs": X[:2], "sparsities": (0.3, 0.6, 0.9), "bits": (8, 2)}
+    task = replace(TASK, score=distance)
+    whole = fxcompress.sensitivity(network(), task, **options)  # type: ignore[arg-type]
+    assert whole.dense == pytest.approx(0, abs=1e-6)
+    lowest = min(row.score for row in whole.table if row.score is not None)
+    assert max(row.drop for row in whole.table if row.drop is not None) == pytest.approx(1)
+    assert whole.scale == pytest.approx(-lowest, abs=1e-6)
+    found = fxcompress.sensitivity(network(), task, drop=0.1, **options)  # type: ignore[arg-type]
+    counts = [len(curve.points) for curve in found.curves]
+    assert max(counts) > 1
+    assert sum(counts) < len(whole.table)
+
+
+def test_layers_are_chosen_as_by_other_passes() -> None:
+    found = measured(exclude="conv2")
+    assert [curve.name for curve in found.groups] == ["conv1", "last"]  # the stem shares its channels with it
+    assert [curve.name for curve in found.layers] == ["stem", "conv1", "last", "head"]
+    found = measured(include=[nn.Linear, "last"])
+    assert [curve.name for curve in found.curves] == ["last", "last", "head"]
+    whole = {(row.name, row.kind, row.value): row.score for row in measured().table}
+    assert {row.score == whole[row.name, row.kind, row.value] for row in found.table} == {True}
+    with pytest.raises(SelectionError, match="include='lost' matches none"):
+        measured(include="lost")
 
 
 def test_rows_text_and_plot(tmp_path: Path) -> None:

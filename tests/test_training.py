@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 import fxcompress
 from fxcompress import Context, InputError, Task, TracedModule, TrainingError
-from fxcompress.checkpoint import fingerprint
+from fxcompress.fingerprint import fingerprint
 from fxcompress.passes import FineTune, L1FilterPruner, LevelPruner, Speedup
 from fxcompress.training import Training, _shown
 

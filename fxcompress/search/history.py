@@ -49,10 +49,12 @@ class SearchHistory:
         return tuple(trial for trial in self.trials if not trial.done)
 
     def progress(self) -> list[tuple[int, float]]:
-        """The best score so far at every trial that raised it: (number, score)."""
+        """The best score so far of what meets the budget, at every trial that raised it: (number, score)."""
         found: list[tuple[int, float]] = []
         for trial in self.trials:
-            if trial.score is not None and (not found or trial.score > found[-1][1]):
+            if trial.score is None or not trial.proposal.within(self.budget):
+                continue
+            if not found or trial.score > found[-1][1]:
                 found.append((trial.number, trial.score))
         return found
 
@@ -71,6 +73,7 @@ class SearchHistory:
                 cost = [f"{trial.proposal.cost[f]:.4f}" if f in trial.proposal.cost else "" for f in figures]
                 score = "failed" if trial.score is None else f"{trial.score:.6g}"
                 note = "taken" if trial.number == self.best else trial.error
+                note += "" if trial.same_as is None else f" (as trial {trial.same_as})"
                 table.add_row(str(trial.number), score, *cost, f"{trial.seconds:.2f}", note)
         return table
 

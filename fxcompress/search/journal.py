@@ -17,6 +17,7 @@ from fxcompress.processes import first
 from fxcompress.search.trial import Trial
 
 _FORMAT = 1
+_BEGINNING = b'{"journal": '
 
 
 class Journal:
@@ -82,6 +83,11 @@ class Journal:
 
     def _read(self, path: Path) -> None:
         content = path.read_bytes()
+        if not content.startswith(_BEGINNING[: len(content)]):
+            raise CheckpointError(
+                f"{path} is no journal of trials (it begins with {content[:40]!r}); expected a new file, or the "
+                "journal of the same call. It is left as it is: give another path."
+            )
         lines = content.splitlines(keepends=True)
         records = []
         for number, line in enumerate(lines):

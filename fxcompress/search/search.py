@@ -41,6 +41,7 @@ class Search:
         journal: where trials are kept; by default nowhere.
         executor: where trials run; by default in this process.
         console: where progress is shown.
+        within: says of a trial whether it may be taken: only such are the best so far; by default all are.
 
     Attributes:
         trials: those that were told, in order.
@@ -55,11 +56,13 @@ class Search:
         journal: Journal | None = None,
         executor: Executor | None = None,
         console: Console | None = None,
+        within: Callable[[Trial], bool] | None = None,
     ) -> None:
-        self.name, self.seeds = name, seeds
+        self.name, self.seeds, self.within = name, seeds, within
         self.journal, self.executor = journal or Journal(), executor
         self.trials: list[Trial] = []
         self.interrupted = False
+        self._answers: dict[Any, Trial] = {}  # of the subject, by candidate
         self._subject: Callable[[], Subject] | None = None
         self._sent: _Sent | None = None
         self._held = ExitStack()  # what the subject needs while it is the one
@@ -83,22 +86,29 @@ class Search:
         """What the next proposals are about; ``subject`` is called if one of them has to be tried."""
         self._release()
         self._subject = subject
+        self._answers.clear()
 
     def evaluate(self, proposals: Sequence[Proposal]) -> list[Trial]:
-        """Try a generation.
+        """Try a generation. A candidate that was tried already, of the same subject, is answered from that trial.
 
         Returns:
-            a trial for every proposal, in order; fewer if the search was interrupted meanwhile.
+            a trial for each proposal, in order; if the search was interrupted, for those before the first that did
+            not end. What ended behind it is in the journal.
 
         Raises:
             SearchError: the executor does not work any more.
             CheckpointError: the journal cannot be written, or holds other proposals.
             InputError: what the trials are about cannot be sent to the executor's processes.
         """
-        first = len(self.trials)
-        found = {number: self._known(number, each) for number, each in enumerate(proposals, first)}
-        waiting = {number: proposals[number - first] for number, trial in found.items() if trial is None}
-        told = {number: trial for number, trial in found.items() if trial is not None}
+        if self.interrupted:
+            return []
+        numbered = dict(enumerate(proposals, len(self.trials)))
+        told = {number: trial for number, each in numbered.items() if (trial := self._known(number, each)) is not None}
+        leading: dict[Any, int] = {}
+        for number, each in numbered.items():
+            if each.candidate not in self._answers:
+                leading.setdefault(each.candidate, number)
+        waiting = {number: numbered[number] for number in leading.values() if number not in told}
         if waiting:
             self._begin(len(told))
             try:
@@ -108,7 +118,16 @@ class Search:
                     self._show([*self.trials, *told.values()])
             except KeyboardInterrupt:
                 self.interrupted = True
-        generation = [told[number] for number in sorted(told)]
+        self._answers |= {candidate: told[number] for candidate, number in leading.items() if number in told}
+        generation: list[Trial] = []
+        for number, each in numbered.items():
+            if number not in told:
+                earlier = self._answers.get(each.candidate)
+                if earlier is None:
+                    break
+                told[number] = replace(earlier, number=number, proposal=each, seconds=0.0, same_as=earlier.number)
+                self.journal.append(told[number])
+            generation.append(told[number])
         self.trials += generation
         self._show(self.trials)
         return generation
@@ -125,9 +144,13 @@ class Search:
             return found
         if self.interrupted:
             raise KeyboardInterrupt
-        errors = [trial.error for trial in self.trials if trial.error]
+        counted = [trial for trial in self.trials if within is None or within(trial)]
+        errors = [trial.error for trial in counted if trial.error]
+        which = (
+            f"{len(counted)} trials" if len(counted) == len(self.trials) else f"{len(counted)} trials that may be taken"
+        )
         raise SearchError(
-            f"{self.name}: all {len(self.trials)} trials failed; expected at least one score. "
+            f"{self.name}: all {which} failed; expected at least one score. "
             + (f"The first: {errors[0]}. Call task.score(model) yourself to see where." if errors else "")
         )
 
@@ -140,7 +163,7 @@ class Search:
     def _known(self, number: int, proposal: Proposal) -> Trial | None:
         """The trial of that number in the journal."""
         trial = self.journal.trials.get(number)
-        if trial is not None and not trial.proposal.same(proposal):
+        if trial is not None and trial.proposal.candidate != proposal.candidate:
             raise CheckpointError(
                 f"trial {number} in {self.journal.path} tried {trial.proposal}; expected {proposal}, which this search "
                 "proposes. The journal is that of another version; delete it to begin anew."
@@ -206,7 +229,7 @@ class Search:
     def _show(self, trials: Sequence[Trial]) -> None:
         if self._progress.disable:
             return
-        best = best_of(trials)
+        best = best_of(trials, self.within)
         text = self.name if best is None else f"{self.name}: best {best.score:.6g}"
         self._progress.update(self._row, completed=len(trials), description=text)
 
@@ -238,7 +261,7 @@ def _outcome(future: Future[Outcome], name: str) -> Outcome:
         return future.result()
     except (BrokenExecutor, CancelledError) as error:
         raise _broken(name, error) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a worker that wants to end is no reason for this process to
         return Outcome(error=f"{type(error).__name__}: {error}")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from fxcompress.search.search import Search
@@ -41,20 +41,25 @@ class Curve:
     kind: Literal["sparsity", "bits"]
     layers: tuple[str, ...]
     units: int
-    points: tuple[Point, ...]
+    points: tuple[Point, ...] = ()
 
     @property
     def measured(self) -> tuple[tuple[float, float], ...]:
         """(value, score) of the points that have a score."""
         return tuple((point.value, point.score) for point in self.points if point.score is not None)
 
-    def allowed(self, dense: float, drop: float) -> float:
-        """How far this may go before the score has fallen by a fraction ``drop`` of the dense one.
+    def allowed(self, dense: float, drop: float, scale: float | None = None) -> float:
+        """How far this may go before the score has fallen by a fraction ``drop`` of ``scale``.
 
         Between two points the score is taken to be linear. Of sparsities the largest, 0 at least; of bits the fewest
         that were measured to be enough, and 32 where none were.
+
+        Args:
+            dense: the score of the model as it came.
+            drop: how far the score may fall.
+            scale: what that is a fraction of; the size of the dense score by default.
         """
-        limit = dense - drop * abs(dense)
+        limit = dense - drop * (abs(dense) if scale is None else scale)
         if self.kind == "bits":
             return min((value for value, score in self.measured if score >= limit), default=32.0)
         before = (0.0, dense)
@@ -68,32 +73,31 @@ class Curve:
 
 def sweep(
     search: Search,
-    count: int,
+    curves: Sequence[Curve],
     values: Sequence[float],
-    propose: Callable[[int, float], Proposal | None],
+    propose: Callable[[int, float], Proposal],
     goes_on: Callable[[float], bool],
-) -> list[list[Point]]:
-    """Measure some items at some values, each value for all items before the next one.
+) -> tuple[Curve, ...]:
+    """Measure some groups or layers at some values, each value for all of them before the next one.
 
     Args:
         search: whose trials these are.
-        count: of the items.
+        curves: of each of them, without points.
         values: in the order in which they are tried.
-        propose: the candidate for an item and a value; None where the item cannot take it.
-        goes_on: whether an item whose score is this is tried at the next value.
+        propose: the candidate for the place of a curve and a value.
+        goes_on: whether what scores this is tried at the next value.
 
     Returns:
-        For every item its points.
+        The curves, with as many points as were measured.
     """
-    points: list[list[Point]] = [[] for _ in range(count)]
-    active = list(range(count))
+    points: list[list[Point]] = [[] for _ in curves]
+    active = list(range(len(curves)))
     for value in values:
-        proposed = [(item, made) for item in active if (made := propose(item, value)) is not None]
-        active = []
-        for (item, _), trial in zip(proposed, search.evaluate([made for _, made in proposed]), strict=False):
+        proposed, active = active, []
+        for item, trial in zip(proposed, search.evaluate([propose(item, value) for item in proposed]), strict=False):
             points[item].append(Point(value, trial.score, trial.error))
             if trial.score is None or goes_on(trial.score):
                 active.append(item)
         if search.interrupted:
             break
-    return points
+    return tuple(replace(curve, points=tuple(found)) for curve, found in zip(curves, points, strict=True))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -26,9 +26,14 @@ class Proposal:
     cost: Mapping[str, float] = field(default_factory=dict)
     notes: Mapping[str, float] = field(default_factory=dict)
 
-    def same(self, other: Proposal) -> bool:
-        """Whether another proposal is the same candidate. (Its cost may be a measurement, and differ.)"""
-        return (self.kept, self.bits) == (other.kept, other.bits)
+    @property
+    def candidate(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What tells one candidate from others. (Its cost may be a measurement, and its notes are the algorithm's.)"""
+        return self.kept, self.bits
+
+    def within(self, budget: Mapping[str, float]) -> bool:
+        """Whether it costs at most these fractions of the dense model; of figures without a cost nothing is known."""
+        return all(self.cost.get(name, 0.0) <= ratio * (1 + 1e-9) for name, ratio in budget.items())
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,8 @@ class Trial:
         score: the task's, higher is better; None where the trial failed.
         seconds: how long it took where it ran.
         error: what was raised, empty where it is done.
+        same_as: the number of the trial that had tried this candidate before, whose outcome this is; None where it
+            was tried itself.
     """
 
     number: int
@@ -50,6 +57,7 @@ class Trial:
     score: float | None
     seconds: float
     error: str = ""
+    same_as: int | None = None
 
     @property
     def done(self) -> bool:
@@ -76,17 +84,17 @@ class Trial:
             raise CheckpointError(f"{record!r} is no record of a trial ({error}).") from error
 
 
-def best_of(trials: Any, within: Any = None) -> Trial | None:
+def best_of(trials: Iterable[Trial], within: Callable[[Trial], bool] | None = None) -> Trial | None:
     """The trial with the highest score, the first of several; None where none has a score.
 
     Args:
-        trials: any iterable of trials.
+        trials: in any order.
         within: says of a trial whether it counts; all that are done by default.
     """
     found: Trial | None = None
     for trial in trials:
-        if not trial.done or (within is not None and not within(trial)):
+        if trial.score is None or (within is not None and not within(trial)):
             continue
-        if found is None or trial.score > found.score or (trial.score == found.score and trial.number < found.number):
+        if found is None or found.score is None or (-trial.score, trial.number) < (-found.score, found.number):
             found = trial
     return found

@@ -15,6 +15,7 @@ from fxcompress.quantization.spec import weight_spec
 from fxcompress.search.trial import Proposal
 from fxcompress.task import Task
 from fxcompress.training import placed
+from fxcompress.undisturbed import restored
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def _scored(module: TracedModule, task: Task, chosen: Iterable[tuple[WeightSite,
             parameter = module.get_parameter(site.weight)
             dense[site.weight] = parameter.data
             parameter.data = rounded(parameter.data, bits, site.axis)
-        with placed(module, task.device):
+        with restored(module), placed(module, task.device):
             return task.measure(module)
     finally:
         for name, values in dense.items():

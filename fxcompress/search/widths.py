@@ -22,6 +22,7 @@ from fxcompress.search.trial import Proposal
 from fxcompress.search.twin import Twin
 from fxcompress.task import Task
 from fxcompress.training import Training, placed
+from fxcompress.undisturbed import restored
 
 
 def norms(items: Sequence[Group], module: TracedModule, masking: Masking) -> list[FloatArray]:
@@ -94,14 +95,8 @@ class WidthSubject:
     def score(self, proposal: Proposal) -> float:
         """The score with so many units, after ``epochs`` of training."""
         masking = masking_of(proposal.kept, self.ranking, self.masking)
-        if not self.epochs:
-            with self.twin.masked(masking) as module, placed(module, self.task.device):
-                return self.task.measure(module)
-        state = {name: tensor.clone() for name, tensor in self.module.state_dict().items()}
-        try:
-            with self.twin.masked(masking, trained=True) as module:
+        with self.twin.masked(masking, trained=self.epochs > 0) as module, restored(module):
+            if self.epochs:
                 self.task.train(module, Training(epochs=self.epochs, title="a trial"))
-                with placed(module, self.task.device):
-                    return self.task.measure(module)
-        finally:
-            self.module.load_state_dict(state)
+            with placed(module, self.task.device):
+                return self.task.measure(module)
