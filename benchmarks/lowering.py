@@ -184,7 +184,7 @@ def lowering(
     titles = ("eager", *(title for title in titles if title != "eager"))
     table = Table(title="Lowering: times eager float32", box=box.SIMPLE, caption_justify="left")
     for title in ("model", "batch", *titles):
-        table.add_column(title, justify="right" if title != "model" else "left")
+        table.add_column(title, justify="right" if title != "model" else "left", no_wrap=title == "model")
     why: list[str] = []
     for name in track(names, "lowering", transient=True):
         for batch in batches:

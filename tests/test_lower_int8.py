@@ -429,3 +429,35 @@ def test_linear_layers_with_one_input_become_one() -> None:
     again = lower(simulated, x)
     again.load_state_dict(lowered.state_dict())
     assert torch.equal(again(x), lowered(x))
+
+
+class PostNorm(nn.Module):
+    """What a norm gives is multiplied, then added to the product, and perhaps read once more."""
+
+    def __init__(self, later: bool) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(18), nn.Linear(18, 37), nn.Linear(37, 18)
+        self.later = later
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        turned = y.transpose(1, 2)
+        z = self.down(F.gelu(self.up(y))) + y
+        return z.sum(1) + turned.mean(2) if self.later else z
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_a_sum_overwrites_what_nobody_reads_later(later: bool) -> None:
+    torch.manual_seed(4)
+    model, x = PostNorm(later).eval(), torch.randn(2, 9, 18)
+    randomize(model, 4)
+    simulated = fake_quantized(model, x)
+    added = next(node for node in simulated.graph.nodes if node.name == "add")
+    assert not any("quant" in node.meta for node in added.args)  # the norm's values, not their roundings
+    lowered = lower(simulated, x)
+    down = lowered.get_submodule("down")
+    assert isinstance(down, QuantizedLinear)
+    assert down.spends_other is not later
+    assert_within_a_step(simulated, lowered, torch.randn(5, 9, 18))
+    with torch.no_grad():
+        assert difference(simulated(x), lowered(x)) < 0.02

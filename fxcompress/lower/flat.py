@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxcompress.lower.integers import PREPARED
+
 #: ``module.meta``: the module runs as a flat function.
 FLAT = "flat"
 _LITERALS = (bool, int, str, type(None))
@@ -76,6 +78,8 @@ def _call(module: fx.GraphModule, node: fx.Node, variables: dict[fx.Node, str], 
         return f"({layer}._kernel or {layer})({', '.join(args)})" if packed else f"{layer}({', '.join(args)})"
     if node.target is operator.getitem and len(args) == 2 and isinstance(node.args[1], int):
         return f"{args[0]}[{args[1]}]"
+    if node.target in PREPARED and not node.kwargs and all(map(_is_constant, node.args[1:])):
+        return f"{_bound(names, PREPARED[node.target](*node.args[1:]))}({args[0]})"
     return f"{_bound(names, node.target)}({', '.join(args)})"
 
 

@@ -57,7 +57,14 @@ _METHODS = {
 #: Functions whose signature Python does not know.
 _BUILTIN = {F.gelu: ("input", "approximate")}
 #: Their results share memory with nothing else.
-_FRESH = (Prepacked, FakeQuantize, nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._BatchNorm)
+FRESH = (
+    Prepacked,
+    FakeQuantize,
+    nn.modules.conv._ConvNd,
+    nn.Linear,
+    nn.modules.batchnorm._BatchNorm,
+    nn.LayerNorm,
+)
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
 
 
@@ -173,7 +180,7 @@ class Chains:
         """Whether a node makes a tensor of its own that nobody reads after ``at``."""
         if node.op != "call_module" or node.meta.get("mutates"):
             return False
-        fresh = isinstance(submodule(self.module, str(node.target)), _FRESH)
+        fresh = isinstance(submodule(self.module, str(node.target)), FRESH)
         return fresh and all(self._order.get(user, -1) <= self._order[at] for user in node.users)
 
     def disturbed(self, nodes: list[fx.Node]) -> bool:

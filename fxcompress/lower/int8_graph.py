@@ -12,7 +12,7 @@ from fxcompress.inputs import Inputs
 from fxcompress.lower import integers, movement
 from fxcompress.lower.agreement import GRID
 from fxcompress.lower.float_graph import Left, drop_idle
-from fxcompress.lower.fusion import Chain, Chains, addends, post_op
+from fxcompress.lower.fusion import FRESH, Chain, Chains, addends, post_op
 from fxcompress.lower.integers import ByteGrid
 from fxcompress.lower.layers_int8 import LAYERS, LayerSite, int8_layer, sites_of, weight_only
 from fxcompress.lower.naming import Names
@@ -169,14 +169,16 @@ class _Lowering:
         if grid is not None:
             (last,) = last.users
         other = None if chain.other is None else self.grids.get(chain.other)
-        spends = other is not None and self._expendable(chain.other, last)
+        spends = self._expendable(chain.other, last)
         x, image = site.x, self._image(site, [*chain.nodes, last])
         added = other if grid is not None else None
+        spends = spends and (added is not None) == (other is not None)  # and not where integers are read as floats
         layer = int8_layer(site, chain.post, self.grids[x], grid, added, spends, rounds=image is not None)
         name = self.names.take(site.parameter)
         arguments: tuple[fx.Node, ...] = (image or x,)
         if chain.other is not None:
-            arguments += (chain.other if grid is not None or other is None else self._float(chain.other),)
+            floats = grid is None and other is not None
+            arguments += (self._float(chain.other) if floats else chain.other,)
         last.meta.pop("mutates", None)
         self.rewriter.put_module(name, layer)
         self.rewriter.become(last, "call_module", name, arguments)
@@ -226,8 +228,10 @@ class _Lowering:
         return None if item is None or grid is None else ByteGrid.of(item.spec, grid)
 
     def _expendable(self, other: fx.Node | None, at: fx.Node) -> bool:
-        """Whether nobody reads ``other``, or a view of it, after the node ``at``."""
+        """Whether a value has memory of its own, and nobody reads it, or a view of it, after the node ``at``."""
         if other is None or other.op != "call_module" or movement.moves(self.module, other):
+            return False
+        if other not in self.grids and not isinstance(submodule(self.module, str(other.target)), FRESH):
             return False
         return all(
             self.order.get(user, -1) <= self.order[at] and not movement.moves(self.module, user) for user in other.users

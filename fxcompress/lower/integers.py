@@ -6,6 +6,7 @@ by 128.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -48,13 +49,19 @@ class ByteGrid(NamedTuple):
 
 def quantize(x: Tensor, grid: ByteGrid) -> Tensor:
     """Float values to the integers of a grid."""
-    return _rounded(x.to(torch.float32), 1.0 / grid.scale, grid)
+    return quantizing(grid)(x)
 
 
-def _rounded(x: Tensor, factor: float, grid: ByteGrid) -> Tensor:
-    """The integers nearest to ``x * factor + zero_point``."""
+def quantizing(grid: ByteGrid) -> Callable[[Tensor], Tensor]:
+    """:func:`quantize` for one grid, with what does not depend on values made beforehand."""
     start = torch.tensor(_ONES + grid.zero_point, dtype=torch.float32)
-    return _stored(torch.add(start, x, alpha=factor), grid.low, grid.high)
+    factor, low, high = 1.0 / grid.scale, grid.low, grid.high
+
+    def rounded(x: Tensor) -> Tensor:
+        x = x if x.dtype is torch.float32 else x.to(torch.float32)
+        return _stored(torch.add(start, x, alpha=factor), low, high)
+
+    return rounded
 
 
 def _stored(steps: Tensor, low: int, high: int) -> Tensor:
@@ -182,4 +189,8 @@ def _padded(piece: Tensor, dim: int, first: int, count: int) -> Tensor:
 def average(q: Tensor, dims: tuple[int, ...], grid: ByteGrid, new: ByteGrid) -> Tensor:
     """The mean over whole dimensions, which stay with size 1."""
     mean = q.mean(dims, keepdim=True, dtype=torch.float32)
-    return _rounded(mean.sub_(grid[1]) if grid[1] else mean, grid[0] / new[0], new)
+    return quantize((mean.sub_(grid[1]) if grid[1] else mean).mul_(grid[0]), new)
+
+
+#: Functions that can be told everything but their first argument beforehand, and what then is called.
+PREPARED: dict[Any, Callable[..., Callable[[Tensor], Tensor]]] = {quantize: quantizing}

@@ -128,6 +128,7 @@ class QuantizedLayer(Prepacked):
         other, keeps = self.other_grid, not self.spends_other
         unary, rest = torch.ops.onednn.qlinear_pointwise.default, (*first, *result, *post)
         binary = torch.ops.onednn.qlinear_pointwise.binary
+        overwrites = self.spends_other and self.grid is None
         finish = self._finish()
 
         def kernel(x: Tensor, added: Tensor | None = None) -> Tensor:
@@ -135,7 +136,8 @@ class QuantizedLayer(Prepacked):
             if added is None:
                 made: Tensor = unary(x, *rest)
             elif other is None:
-                made = binary(x, *first, added.contiguous(), *result, 1.0, 0, "add", 1.0, *post)
+                how = "sum" if overwrites else "add"
+                made = binary(x, *first, added.contiguous(), *result, 1.0, 0, how, 1.0, *post)
             else:
                 added = added.clone(memory_format=torch.contiguous_format) if keeps else added.contiguous()
                 made = binary(x, *first, added, *result, other.scale, other.zero_point, "sum", 1.0, *post)
