@@ -19,7 +19,13 @@ from fxcompress.lower import integers
 from fxcompress.lower.agreement import GRID, agreement
 from fxcompress.lower.features import has_int8_instructions
 from fxcompress.lower.prepacked import FloatLinear, PostOp
-from fxcompress.lower.quantized import IntegerWeight, QuantizedConvolution, QuantizedLayer, QuantizedLinear
+from fxcompress.lower.quantized import (
+    IntegerWeight,
+    QuantizedBatchNorm,
+    QuantizedConvolution,
+    QuantizedLayer,
+    QuantizedLinear,
+)
 from fxcompress.lower.stem import QuantizedStem
 from fxcompress.passes import Lower
 from fxcompress.quantization.observers import MinMax
@@ -461,3 +467,29 @@ def test_a_sum_overwrites_what_nobody_reads_later(later: bool) -> None:
     assert_within_a_step(simulated, lowered, torch.randn(5, 9, 18))
     with torch.no_grad():
         assert difference(simulated(x), lowered(x)) < 0.02
+
+
+class DenseBlock(nn.Module):
+    """Norms behind joins, which no layer can take over, and a sum with its ReLU that no layer does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 11, 3, padding=1), nn.Conv2d(11, 6, 3, padding=1), nn.Conv2d(17, 17, 1)
+        self.norm, self.last = nn.BatchNorm2d(17), nn.Conv2d(17, 5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.a(x)
+        joined = torch.cat([a, self.b(F.relu(a))], 1)
+        turned = joined.flip(1)
+        return self.last(F.relu(joined + turned) + F.relu(self.c(F.relu(self.norm(joined)))))
+
+
+def test_norms_behind_joins_run_on_integers() -> None:
+    model, x = DenseBlock().eval(), torch.randn(2, 3, 12, 12)
+    randomize(model, 5)
+    simulated = fake_quantized(model, x)
+    lowered = lower(simulated, x)
+    assert isinstance(lowered.get_submodule("norm"), QuantizedBatchNorm)
+    floats = [node.name for node in lowered.graph.nodes if node.target in (integers.quantize, integers.dequantize)]
+    assert floats == []
+    assert_within_a_step(simulated, lowered, torch.randn(5, 3, 12, 12))

@@ -207,14 +207,29 @@ class Edges:
                 for root in roots[1:]:
                     shared[_first(shared, root)] = _first(shared, roots[0])
                 shared[_first(shared, node)] = _first(shared, roots[0])
-            elif name in _MIXING:
-                for source in node.all_input_nodes:
+            elif (maker := self._mixes(node, name)) is not None:
+                for source in maker.all_input_nodes:
                     labels = self._labels(source)
                     if labels is not None and not labels.const:
-                        self._want(wanted, source, spec, node)
+                        self._want(wanted, source, spec, maker)
             else:
                 wanted[node].in_float = True
         return self._grouped(wanted, shared)
+
+    def _mixes(self, node: fx.Node, name: str) -> fx.Node | None:
+        """The node that computes a value from integers: it itself, or what is before a ReLU; None for other values."""
+        source = node.all_input_nodes[0] if node.all_input_nodes else None
+        if name == "relu" and source is not None and len(source.users) == 1:
+            sums = operation(self.module, source) in _SUMS
+            return source if sums or self._scales(source) else None
+        return node if name in _MIXING or self._scales(node) else None
+
+    def _scales(self, node: fx.Node) -> bool:
+        """Whether a node is a BatchNorm over images that the network makes, with statistics."""
+        layer = submodule(self.module, str(node.target)) if node.op == "call_module" else None
+        if not isinstance(layer, nn.BatchNorm2d) or layer.running_mean is None:
+            return False
+        return self.root(node.all_input_nodes[0]).op != "placeholder"
 
     def _factors(self, node: fx.Node) -> list[fx.Node]:
         """What a contraction of activations multiplies; empty for other nodes, and where a factor is no activation."""
