@@ -1,5 +1,6 @@
 """Searching passes that are stopped at some moment end as if nobody had, with the checkpoint or with journals alone."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from fxcompress.passes import (
     TunedQuantizer,
 )
 from fxcompress.search import search, worker
-from fxcompress.search.worker import Job, Outcome
+from fxcompress.search.worker import Job, Outcome, Subject
 
 HALF = Budget(macs=0.5)
 SHORT = replace(ANNEALING, cooling=0.2, trials_per_temperature=2)
@@ -135,12 +136,21 @@ ROUNDS = {
 
 @pytest.mark.parametrize("name", ROUNDS)
 @pytest.mark.parametrize("place", ["early", "next round", "late"])
-def test_ctrl_c_ends_all_rounds_within_the_budget(name: str, place: str) -> None:
+def test_ctrl_c_ends_all_rounds_within_the_budget(name: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is asked of the task after it, and what was found so far is scaled to the budget."""
+    starts: list[int] = []
+    about = search.Search.about
+
+    def starting(self: search.Search, subject: Callable[[], Subject]) -> None:
+        starts.append(MOMENT.calls)
+        about(self, subject)
+
     item, several = ROUNDS[name], name in ("sensitivity", "autocompress")
-    compressed(item)
-    half = MOMENT.calls // 2 if several else 3  # calls of one round, if there are rounds
-    end = {"early": 3, "next round": half + 1, "late": half + 3}[place]
+    with monkeypatch.context() as patch:
+        patch.setattr(search.Search, "about", starting)
+        compressed(item)
+    second = starts[1] if several else 2
+    end = {"early": 3, "next round": second + 1, "late": second + 2}[place]
     found = compressed(item, end, how=KeyboardInterrupt)
     assert MOMENT.calls == end
     (step,) = found.meta["history"]
