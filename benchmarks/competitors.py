@@ -28,6 +28,7 @@ def compiled(model: nn.Module, x: Tensor) -> Call:
 
 def pt2e(model: nn.Module, x: Tensor) -> Call:
     """torchao's PT2E quantization for x86, compiled by Inductor with freezing."""
+    from torch._inductor import config
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
@@ -35,7 +36,7 @@ def pt2e(model: nn.Module, x: Tensor) -> Call:
     quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
     prepared: Any = prepare_pt2e(torch.export.export(model, (x,), strict=True).module(), quantizer)
     prepared(x)
-    with torch._inductor.config.patch(freezing=True):
+    with config.patch(freezing=True):
         made = torch.compile(convert_pt2e(prepared))
         made(x)  # freezing is looked at when it compiles, which is now
     return lambda: made(x)

@@ -34,8 +34,9 @@ class Encoder(nn.Module):
 
         config = transformers.BertConfig(
             vocab_size=500, hidden_size=192, num_hidden_layers=4, num_attention_heads=6, intermediate_size=768,
-            max_position_embeddings=64, num_labels=20,
+            max_position_embeddings=64,
         )  # fmt: skip
+        config.num_labels = 20
         self.inner = transformers.BertForSequenceClassification(config)
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -77,6 +77,10 @@ def quitting(model: nn.Module) -> float:
     return value
 
 
+def _dampened(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+    return output * 0.9
+
+
 def careless(model: nn.Module) -> float:
     """Leaves traces in everything that a model has."""
     model.train()
@@ -87,7 +91,7 @@ def careless(model: nn.Module) -> float:
             tensor.copy_(tensor * 0.9)
     for parameter in model.parameters():
         parameter.requires_grad_(False).data = parameter.data.double().float()
-    model.register_forward_hook(lambda module, inputs, output: output * 0.9)
+    model.register_forward_hook(_dampened)
     model.extra = nn.Linear(2, 2)
     return score(model)
 

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def network() -> nn.Module:
 quantizers = pytest.mark.parametrize("item", [QATQuantizer(), LSQQuantizer(4, 4)], ids=lambda item: item.name)
 
 
-def step(model: nn.Module) -> dict[str, Tensor]:
+def step(model: Any) -> dict[str, Tensor]:
     """State and gradients after one forward and backward in train mode."""
     model.train()
     model(X).square().mean().backward()

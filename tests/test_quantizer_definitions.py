@@ -21,7 +21,13 @@ from fxcompress.passes import (
     Quantizer,
 )
 from fxcompress.quantization.calibrate import Calibrator
-from fxcompress.quantization.fake_quantize import ROLE, FakeQuantize, LearnedFakeQuantize, TransformedFakeQuantize
+from fxcompress.quantization.fake_quantize import (
+    ROLE,
+    FakeQuantize,
+    LearnedFakeQuantize,
+    TransformedFakeQuantize,
+    fake_quant_nodes,
+)
 from fxcompress.quantization.observers import MSE, Entropy, MovingAverage, Percentile
 from fxcompress.quantization.regular import common_step
 from fxcompress.quantization.settle import settle
@@ -39,6 +45,9 @@ def normed() -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 7, 3), nn.BatchNorm2d(7), nn.ReLU(), nn.Flatten(), nn.Linear(7 * 16, 4)).eval()
     norm = model[1]
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     with torch.no_grad():
         norm.running_mean.copy_(values(7, seed=1) * 0.3)
         norm.running_var.copy_(values(7, seed=2).abs() + 0.5)
@@ -346,8 +355,9 @@ def test_entropy_on_weights_per_channel() -> None:
     torch.manual_seed(0)
     layer = nn.Sequential(nn.Linear(3000, 4)).eval()
     with torch.no_grad():
-        layer[0].weight.copy_(values(4, 3000, seed=6) ** 3)
-        layer[0].weight[3] = 0.5  # one value
+        (weight,) = (tensor for name, tensor in layer.named_parameters() if name.endswith("weight"))
+        weight.copy_(values(4, 3000, seed=6) ** 3)
+        weight[3] = 0.5  # one value
     made = compress(layer, [PTQQuantizer(4, weight_observer="entropy")], example_inputs=values(2, 3000))
     grid = module_of(made, "0.weight").grid()
     assert grid is not None
@@ -400,7 +410,7 @@ def test_products_of_activations_read_grids(item: Any) -> None:
     assert len(found) == len(before) + 3  # one for all of q, k and v, where they are made; probabilities; the product
     new = {"qkv", "softmax", "matmul_1"}
     assert set(found) == set(before) | new
-    bits = {str(n.args[0]): made.get_submodule(n.target).spec.bits for n in made.graph.nodes if n.meta.get(ROLE)}
+    bits = {str(n.args[0]): item.spec.bits for n, item in fake_quant_nodes(made)}
     assert {bits[name] for name in new} == {6}
     torch.testing.assert_close(made(x), model(x), rtol=0.2, atol=0.1)
     with pytest.raises(InputError, match="product_bits"):

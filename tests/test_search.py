@@ -327,7 +327,7 @@ def test_memory_does_not_grow_with_trials() -> None:
         search.evaluate([Proposal((number,)) for number in range(100)])
         before = alive()
         search.evaluate([Proposal((number,)) for number in range(500)])
-        assert alive() == before
+        assert alive() <= before  # what other tests left may go meanwhile
         assert len(search.trials) == 600
 
 

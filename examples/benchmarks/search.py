@@ -46,15 +46,15 @@ BUDGET = Budget(macs=0.3)
 TUNED = 3
 BASELINE = "L1FilterPruner, uniform"
 ANNEALING = SimulatedAnnealingPruner(BUDGET, cooling=0.7)
+AUTOCOMPRESS = AutoCompressPruner(BUDGET, 2, ANNEALING, ADMMPruner(0.5, rho=1e-2, iterations=2, epochs=1))
 
 SEARCHES: dict[str, tuple[Pass, Pass]] = {  # without fine-tuning, and with
-    BASELINE: (L1FilterPruner(budget=BUDGET),) * 2,
+    BASELINE: (L1FilterPruner(budget=BUDGET), L1FilterPruner(budget=BUDGET)),
     "NetAdaptPruner": (NetAdaptPruner(BUDGET, epochs=0), NetAdaptPruner(BUDGET, step=0.1, epochs=1)),
-    "SimulatedAnnealingPruner": (ANNEALING,) * 2,
-    "AutoCompressPruner": (AutoCompressPruner(BUDGET, 2, ANNEALING, ADMMPruner(0.5, rho=1e-2, iterations=2, epochs=1)),)
-    * 2,
+    "SimulatedAnnealingPruner": (ANNEALING, ANNEALING),
+    "AutoCompressPruner": (AUTOCOMPRESS, AUTOCOMPRESS),
     "SensitivityPruner": (SensitivityPruner(BUDGET, rounds=4), SensitivityPruner(BUDGET, rounds=4, epochs=1)),
-    "TunedPruner, TPE": (TunedPruner(BUDGET, trials=80),) * 2,
+    "TunedPruner, TPE": (TunedPruner(BUDGET, trials=80), TunedPruner(BUDGET, trials=80)),
 }
 
 

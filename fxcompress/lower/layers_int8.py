@@ -106,11 +106,11 @@ def _site_of(module: TracedModule, node: fx.Node) -> LayerSite | None:
     grid = item.grid()
     if grid is None:
         return None
-    source = edge.args[0]
-    while isinstance(source, fx.Node) and source.op != "get_attr":
-        source = source.args[0]
-    assert isinstance(source, fx.Node)
-    weight = item.integers(constant(module, edge.args[0])).to(torch.int8)
+    (kept,) = edge.all_input_nodes
+    source = kept
+    while source.op != "get_attr":  # masks
+        source = source.all_input_nodes[0]
+    weight = item.integers(constant(module, kept)).to(torch.int8)
     geometry, reason = None, None
     if node.target in _OTHERS or node.target is F.conv3d:
         reason = f"torch has no int8 kernel for {getattr(node.target, '__name__', node.target)}"

@@ -86,6 +86,7 @@ def _settle(rewriter: Rewriter, site: Site, calls: Mapping[str, int], ranks: Cal
     values = source * factor[0] if factor else value_of(module, _read(site))
     read = _read(site)
     said = [] if norm is None else [f"{norm.target} into {site.layer}"]
+    bias = None
     if norm is not None:
         scale, bias = folded(submodule(module, site.layer), submodule(module, str(norm.target)))
         if not factor:
@@ -96,7 +97,7 @@ def _settle(rewriter: Rewriter, site: Site, calls: Mapping[str, int], ranks: Cal
     if bits > 8:
         return [f"{site.layer} stays as it is: around zero its values need {bits} bits"]
     spec = quantizer.spec.frozen() if factor else _plain_spec(quantizer.spec, bits, site.axis if step.dim() else None)
-    if norm is not None:
+    if norm is not None and bias is not None:
         _fold(rewriter, site, norm, bias)
     made = AffineFakeQuantize(spec, len(step) if step.dim() else 0).to(values)
     made.scale.copy_(step)
