@@ -22,7 +22,7 @@ from fxcompress.passes import TunedPruner
 from fxcompress.search import search, worker
 from fxcompress.search.worker import Job, Outcome
 
-TRIALS = 60
+TRIALS = 120  # some are candidates that were tried before, and do not run
 
 
 def tuned(checkpoint: Path | None) -> SearchHistory:
@@ -42,7 +42,7 @@ def attempt(folder: Path) -> None:
         known = journal.exists() and f'"number": {number},' in journal.read_text()
         with (folder / "runs").open("a") as file:
             file.write(f"{number} {known}\n")
-        time.sleep(0.005)
+        time.sleep(0.03)
         return worker.run(job)
 
     search.run = run
@@ -61,9 +61,13 @@ def main(folder: Path, kills: int) -> None:
             attempt(folder)
             os._exit(0)
         if done < kills:
-            before = runs.stat().st_size
-            while runs.stat().st_size == before and os.waitpid(child, os.WNOHANG) == (0, 0):
+            before, ended, status = runs.stat().st_size, 0, 0
+            while runs.stat().st_size == before and not ended:
+                ended, status = os.waitpid(child, os.WNOHANG)
                 time.sleep(0.001)
+            if ended:  # nothing was left to try
+                assert os.waitstatus_to_exitcode(status) == 0
+                continue
             time.sleep(moments.uniform(0, 0.05))
             os.kill(child, signal.SIGKILL)
         done += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
