@@ -18,22 +18,22 @@ from model_zoo import build
 from rich.table import Table
 
 import fxcompress
-from fxcompress import Budget, latency_table
+from fxcompress import Budget, Context, latency_table
 from fxcompress.channels.groups import analyse
 from fxcompress.inputs import Inputs
-from fxcompress.passes import L1FilterPruner, Speedup
+from fxcompress.passes import L1FilterPruner, SimulatedAnnealingPruner, Speedup
 from fxcompress.prices import Prices
 from fxcompress.timings import Timings
 
 
 @dataclass(frozen=True)
 class Proposals:
-    """Seconds for random proposals of one model.
+    """Seconds for annealing's proposals of one model.
 
     Attributes:
         model: its name.
         proposals: how many.
-        make: the prices, from a traced and analysed model.
+        make: analysis, prices and ranking of a traced model.
         rounds: filling to half of the MACs, and pricing.
         one: a single proposal.
     """
@@ -48,30 +48,25 @@ class Proposals:
         return (
             f"{self.model}: {self.proposals:,} proposals filled to half of the MACs and priced in "
             f"{median(self.rounds):.2f} s (median of {len(self.rounds)} rounds, {min(self.rounds):.2f} to "
-            f"{max(self.rounds):.2f} s), one alone in {self.one * 1e3:.1f} ms; prices made in {self.make:.2f} s"
+            f"{max(self.rounds):.2f} s), one alone in {self.one * 1e3:.1f} ms; analysis and prices {self.make:.2f} s"
         )
 
 
 def proposals(name: str = "resnet50", number: int = 10_000, rounds: int = 5) -> Proposals:
-    """Fill and price random sparsities."""
-    model = build(name)[0]
-    x = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    module, inputs = fxcompress.trace(model, x), Inputs.parse(x)
-    groups = analyse(module, inputs)
+    """Candidates as annealing proposes them at its first temperature; nothing is scored."""
+    model, x = build(name)[0], torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    pruner, module = SimulatedAnnealingPruner(Budget(macs=0.5)), fxcompress.trace(model, x)
     start = perf_counter()
-    prices = Prices(module, groups, inputs)
-    prices.of(prices.fill(np.full(len(prices.groups), 0.5), Budget(macs=0.5)))
+    ground = pruner.ground(module, Context(inputs=Inputs.parse(x)))
     made = perf_counter() - start
+    half = np.full(len(ground.free), 0.5)
     random, seconds, alone = np.random.default_rng(0), [], []
     for _ in range(rounds):
-        shares = random.random((number, len(prices.groups)))
-        start = perf_counter()
-        figures = prices.of(prices.fill(shares, Budget(macs=0.5)))
-        seconds.append(perf_counter() - start)
-        assert (figures["macs"] <= 0.5 * prices.dense["macs"]).all()
-        start = perf_counter()
-        prices.of(prices.fill(shares[0], Budget(macs=0.5)))
-        alone.append(perf_counter() - start)
+        for count, times in ((number, seconds), (1, alone)):
+            start = perf_counter()
+            found = ground.proposals(pruner.perturbed(half, 1.0, count, ground, random))
+            times.append(perf_counter() - start)
+            assert all(each.within({"macs": 0.5}) for each in found)
     return Proposals(name, number, made, tuple(seconds), median(alone))
 
 

@@ -169,10 +169,10 @@ class _Lowering:
         if grid is not None:
             (last,) = last.users
         other = None if chain.other is None else self.grids.get(chain.other)
-        spends = self._expendable(chain.other, last)
         x, image = site.x, self._image(site, [*chain.nodes, last])
         added = other if grid is not None else None
-        spends = spends and (added is not None) == (other is not None)  # and not where integers are read as floats
+        # Where integers are added as floats, others may read these floats too.
+        spends = (added is not None or other is None) and self._expendable(chain.other, last)
         layer = int8_layer(site, chain.post, self.grids[x], grid, added, spends, rounds=image is not None)
         name = self.names.take(site.parameter)
         arguments: tuple[fx.Node, ...] = (image or x,)

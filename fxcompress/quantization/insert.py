@@ -16,8 +16,7 @@ from fxcompress.module import TracedModule, owner, submodule
 from fxcompress.nodes import batch_norm_factor
 from fxcompress.quantization.calibrate import Calibrator
 from fxcompress.quantization.edges import ActivationEdges, Block, Edges, LayerSpecs
-from fxcompress.quantization.fake_quantize import QUANT
-from fxcompress.quantization.fake_quantize import ROLE as ROLE
+from fxcompress.quantization.fake_quantize import QUANT, ROLE
 from fxcompress.quantization.sites import Site, find_sites
 from fxcompress.quantization.spec import QuantSpec
 from fxcompress.rewrite import Rewriter, Value, rewriting
