@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from fxcompress.lower.integers import PREPARED
+from fxcompress.lower.recording import Recorded, looks_at_no_value
 
 #: ``module.meta``: the module runs as a flat function.
 FLAT = "flat"
@@ -24,7 +25,8 @@ def flattened(module: fx.GraphModule) -> Callable[..., Any] | None:
     """The function that runs a module's graph, without gradients; None if its signature is beyond this.
 
     It holds the layers and tables of tensors, not the module: tensors may be replaced, layers may not. Kernels with
-    packed weights are called directly, without hooks.
+    packed weights are called directly, without hooks. What comes again in the same shapes is replayed without Python
+    (:mod:`fxcompress.lower.recording`).
     """
     names: dict[str, Any] = {"_no_grad": torch.no_grad}
     variables: dict[fx.Node, str] = {}
@@ -50,7 +52,11 @@ def flattened(module: fx.GraphModule) -> Callable[..., Any] | None:
     body = "\n        ".join(lines)
     exec(f"def forward({', '.join(inputs)}):\n    with _no_grad():\n        {body}\n", names)
     function: Callable[..., Any] = names.pop("forward")  # or the function would keep itself alive
-    return function
+    if not looks_at_no_value(module):
+        return function
+    bound = [item for name, item in names.items() if name != "__builtins__"]
+    layers = [item for item in bound if isinstance(item, nn.Module)]
+    return Recorded(function, layers, [item for item in bound if isinstance(item, dict)])
 
 
 def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
