@@ -194,7 +194,8 @@ class Report:
         for search in self.searches:
             plots = tuple(plot for plot in (report_plots.history(search), report_plots.front(search)) if plot)
             failed = f", {len(search.failed)} of them failed" if search.failed else ""
-            yield Section(f"Search: {search.name}", f"{len(search.trials)} trials{failed}.", plots)
+            trials = f"{len(search.trials)} trial{'s' if len(search.trials) > 1 else ''}"
+            yield Section(f"Search: {search.name}", f"{trials}{failed}.", plots)
         if self.sensitivity is not None:
             kinds = [report_plots.sensitivity(self.sensitivity, kind) for kind in ("sparsity", "bits")]
             if any(kinds):

@@ -133,6 +133,7 @@ def history(search: SearchHistory) -> str | None:
     if not done:
         return None
     figure, axes = _axes(5.4, 3.4, "trial", "score")
+    axes.locator_params(axis="x", integer=True)
     axes.plot(*zip(*done, strict=True), "o", color=_AFTER, markersize=3.5, alpha=0.6, label="trial")
     best = search.progress()
     steps = [*best, (search.trials[-1].number, best[-1][1])]

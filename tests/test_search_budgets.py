@@ -76,13 +76,15 @@ SEARCHES: dict[str, Callable[[Budget], fxcompress.Pass]] = {
 }
 
 
+def chain_of_three() -> tuple[nn.Module, Tensor]:
+    net = Net(plain, one=conv(3, 40, 3), two=conv(40, 50, 3), three=conv(50, 12, 3))
+    return net.eval(), torch.randn(2, 3, 9, 9)
+
+
 @pytest.mark.parametrize("name", SEARCHES)
 def test_a_latency_is_met_by_measurement(work: Work, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """The table says that half of the time cannot be saved, and is measured once: what is left decides."""
-    model, x = (
-        Net(plain, one=conv(3, 40, 3), two=conv(40, 50, 3), three=conv(50, 12, 3)).eval(),
-        torch.randn(2, 3, 9, 9),
-    )
+    model, x = chain_of_three()
     made, tables = latency_table.measure, []
 
     def wrong(*args: object, **options: object) -> latency_table.LatencyTable:
@@ -103,10 +105,7 @@ def test_a_run_that_goes_on_keeps_its_table(
     work: Work, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:
     """Another measurement would price, and so propose, something else."""
-    model, x = (
-        Net(plain, one=conv(3, 40, 3), two=conv(40, 50, 3), three=conv(50, 12, 3)).eval(),
-        torch.randn(2, 3, 9, 9),
-    )
+    model, x = chain_of_three()
     made, tables = latency_table.measure, []
 
     def drifting(*args: object, **options: object) -> latency_table.LatencyTable:

@@ -109,7 +109,7 @@ def _layer_of(module: TracedModule, node: fx.Node) -> _Layer | None:
         state = state_of(module, every_name=True)
         weight, bias = node.args[1], node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
         if isinstance(weight, fx.Node) and weight.op == "get_attr" and _is_state(bias):
-            tensor = None if bias is None else state[str(bias.target)]  # type: ignore[union-attr]
+            tensor = state[str(bias.target)] if isinstance(bias, fx.Node) else None
             parameter = str(weight.target)
             return _Layer(
                 parameter.removesuffix("weight").rstrip("._"), None, state[parameter], tensor, None, parameter
