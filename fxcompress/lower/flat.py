@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from fxcompress.lower.integers import PREPARED
-from fxcompress.lower.recording import Recorded, looks_at_no_value
+from fxcompress.lower.replayed import Replayed, recordable
 
 #: ``module.meta``: the module runs as a flat function.
 FLAT = "flat"
@@ -26,7 +26,7 @@ def flattened(module: fx.GraphModule) -> Callable[..., Any] | None:
 
     It holds the layers and tables of tensors, not the module: tensors may be replaced, layers may not. Kernels with
     packed weights are called directly, without hooks. What comes again in the same shapes is replayed without Python
-    (:mod:`fxcompress.lower.recording`).
+    (:mod:`fxcompress.lower.replayed`).
     """
     names: dict[str, Any] = {"_no_grad": torch.no_grad}
     variables: dict[fx.Node, str] = {}
@@ -52,11 +52,7 @@ def flattened(module: fx.GraphModule) -> Callable[..., Any] | None:
     body = "\n        ".join(lines)
     exec(f"def forward({', '.join(inputs)}):\n    with _no_grad():\n        {body}\n", names)
     function: Callable[..., Any] = names.pop("forward")  # or the function would keep itself alive
-    if not looks_at_no_value(module):
-        return function
-    bound = [item for name, item in names.items() if name != "__builtins__"]
-    layers = [item for item in bound if isinstance(item, nn.Module)]
-    return Recorded(function, layers, [item for item in bound if isinstance(item, dict)])
+    return Replayed(function, module) if recordable(module) else function
 
 
 def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:

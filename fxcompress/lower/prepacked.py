@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxcompress.lower.operators import Operator
-
 Kernel = Callable[..., Tensor]
 
 
@@ -117,8 +115,8 @@ class FloatConvolution(Prepacked):
             _scaled(self.weight, self.weight_scale), padding, stride, dilation, groups, list(x.shape)
         )
         where = (packed, self.bias, padding, stride, dilation, groups)
-        unary = Operator(torch.ops.mkldnn._convolution_pointwise.default)
-        binary = Operator(torch.ops.mkldnn._convolution_pointwise.binary)
+        unary = torch.ops.mkldnn._convolution_pointwise.default
+        binary = torch.ops.mkldnn._convolution_pointwise.binary
         name, scalars, algorithm = self.post.name, list(self.post.scalars), self.post.algorithm
         last, after = torch.channels_last, None if name == "none" else name
 
@@ -201,11 +199,10 @@ class FloatLinear(Prepacked):
         weight = _scaled(self.weight, self.weight_scale)
         if name == "none" and torch.backends.mkl.is_available() and weight.dtype == torch.float32:
             packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
-            plain = Operator(torch.ops.mkl._mkl_linear.default)
-            # For another number of rows it takes the plain weight.
+            plain = torch.ops.mkl._mkl_linear.default  # for another number of rows it takes the plain weight
             return lambda x: plain(x, packed, weight, bias, rows)
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-        unary = Operator(torch.ops.mkldnn._linear_pointwise.default)
+        unary = torch.ops.mkldnn._linear_pointwise.default
         return lambda x: unary(x, packed, bias, name, scalars, algorithm)
 
     def extra_repr(self) -> str:

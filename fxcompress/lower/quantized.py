@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from fxcompress.lower.features import require_int8
 from fxcompress.lower.integers import ByteGrid
-from fxcompress.lower.operators import Operator
 from fxcompress.lower.prepacked import Geometry, Kernel, PostOp, Prepacked
 
 #: A result that is not rounded.
@@ -127,8 +126,8 @@ class QuantizedLayer(Prepacked):
         result = (self._offsets(), grid.scale, grid.zero_point, torch.float32 if self.grid is None else torch.uint8)
         post = (self.post.name, list(self.post.scalars), self.post.algorithm)
         other, keeps = self.other_grid, not self.spends_other
-        unary, rest = Operator(torch.ops.onednn.qlinear_pointwise.default), (*first, *result, *post)
-        binary = Operator(torch.ops.onednn.qlinear_pointwise.binary)
+        unary, rest = torch.ops.onednn.qlinear_pointwise.default, (*first, *result, *post)
+        binary = torch.ops.onednn.qlinear_pointwise.binary
         overwrites = self.spends_other and self.grid is None
         finish = self._finish()
 
@@ -212,8 +211,7 @@ class QuantizedConvolution(QuantizedLayer):
         other, keeps, finish = self.other_grid, not self.spends_other, self._finish()
         last = torch.channels_last if len(shape) == 4 else torch.contiguous_format
         one = torch.ops.onednn.qconv_pointwise if len(shape) == 4 else torch.ops.onednn.qconv1d_pointwise
-        unary, rest = Operator(one.default), (*first, *where, *result, *post)
-        binary = Operator(torch.ops.onednn.qconv2d_pointwise.binary)
+        unary, rest, binary = one.default, (*first, *where, *result, *post), torch.ops.onednn.qconv2d_pointwise.binary
 
         def kernel(x: Tensor, added: Tensor | None = None) -> Tensor:
             x = x.contiguous(memory_format=last)

@@ -1,294 +1,199 @@
-"""A flat function for inputs like earlier ones, run without Python.
+"""What a function of tensors ran, as a function of TorchScript.
 
-A call of a small kernel costs as much to describe as to run, a third of it in Python. Between inputs of the same
-shapes nothing differs but values, so the operators that one call ran are recorded (:func:`torch.jit.trace`), and
-later calls replay them in one go. What is replayed is the same operators on the same tensors: results are the same
-bits, which is checked before a recording is used, on the inputs and on others.
+The operators that one call runs are written down as torch's dispatcher meets them, below all Python: sizes and other
+numbers are literals by then, so what is written holds for inputs of the same shapes and layouts, whatever their
+values. A call that looks at a value, draws random numbers, or writes into what it did not make is not recorded.
 """
 
 from __future__ import annotations
 
-import operator
-import threading
-import types
-import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor
 from torch.jit._fuser import optimized_execution
-from torch.nn.modules.module import _has_any_global_hook
-from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from fxcompress.lower.operators import Watcher, watching
+#: TorchScript takes the dtype of ``x.view(dtype)`` for a size.
+_LIBRARY = torch.library.Library("fxcompress", "FRAGMENT")
+_LIBRARY.define("bits(Tensor(a) x, ScalarType dtype) -> Tensor(a)")
+_LIBRARY.impl("bits", lambda x, dtype: x.view(dtype), "CPU")
 
-Key = tuple[Any, ...]
-Table = Mapping[str, Tensor | None]
-
-#: Recordings that one module keeps, and shapes that it remembers to have seen once.
-KEPT, SEEN = 8, 64
-_PLAIN = (bool, int, float, str, type(None))
-#: Where functions and layers come from that look at no value, so that the same operators run for all.
-_FUNCTIONS = ("torch", "torch.functional", "torch.nn.functional", "torch._C._nn")
-_LAYERS = ("torch.nn.modules.", "fxcompress.lower.")
-#: What looks at values all the same, gives a shape that depends on them, or makes a tensor that a recording would hold
-#: in place of making it.
-_LOOKING = frozenset(
-    "item tolist numpy is_nonzero equal allclose __bool__ __int__ __float__ __index__ __len__ __array__ truth not_ "
-    "index contains countOf indexOf length_hint nonzero argwhere masked_select unique unique_consecutive "
-    "repeat_interleave bincount tensor as_tensor from_numpy asarray scalar_tensor".split()
-)
-
-# ---- what may be recorded --------------------------------------------------------------------------------------------
-
-
-def looks_at_no_value(module: fx.GraphModule) -> bool:
-    """Whether the same operators run for all inputs of the same shapes, as far as can be told from a graph."""
-    return all(_looks_at_no_value(module, node) for node in module.graph.nodes)
-
-
-def _looks_at_no_value(module: fx.GraphModule, node: fx.Node) -> bool:
-    if node.op == "call_module":
-        return type(module.get_submodule(str(node.target))).__module__.startswith(_LAYERS)
-    if node.op == "call_method":
-        return node.target not in _LOOKING
-    if node.op != "call_function":
-        return True
-    function = node.target
-    name, home = getattr(function, "__name__", ""), getattr(function, "__module__", None)
-    if name in _LOOKING:
-        return False
-    if function is getattr or getattr(operator, name, None) is function or function in pytree.SUPPORTED_NODES:
-        return True  # the last: what a result is packed into
-    if home is None:
-        return isinstance(function, types.BuiltinMethodType | types.MethodDescriptorType)  # torch's own, in C++
-    return home in _FUNCTIONS or str(home).startswith(("torch._ops.", "fxcompress.lower."))
-
-
-# ---- recordings ------------------------------------------------------------------------------------------------------
-
-
-class Recorded:
-    """A flat function that records what it runs when inputs of the same shapes come for the second time.
-
-    Inputs beside plain tensors on the CPU, numbers and strings run the function, as does everything while something
-    else watches what Python does (tracing, compiling, autocast, hooks). So does what cannot be recorded.
-
-    Args:
-        function: takes and gives what the module does; runs without gradients.
-        layers: what it calls.
-        tables: where it looks tensors up, by name.
-    """
-
-    def __init__(self, function: Callable[..., Any], layers: Sequence[nn.Module], tables: Sequence[Table]) -> None:
-        self.function = function
-        self._sources = _Sources(layers, tables)
-        self._known: OrderedDict[Key, _Recording | None] = OrderedDict()  # None: seen once
-        self._lock = threading.Lock()
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        key = None if self._sources.hooked() else _signature(args, kwargs)
-        if key is None:
-            return self.function(*args, **kwargs)
-        try:
-            recording = self._known[key]
-        except KeyError:
-            self._remember(key, None)
-            return self.function(*args, **kwargs)
-        if recording is not None and recording.state.holds():
-            return recording.run(args, kwargs)
-        if not self._lock.acquire(blocking=False):  # another thread records
-            return self.function(*args, **kwargs)
-        try:
-            result, recording = self._record(args, kwargs)
-            self._remember(key, recording)
-        finally:
-            self._lock.release()
-        return result
-
-    @property
-    def recordings(self) -> int:
-        """For how many shapes of inputs there is a recording."""
-        return sum(item is not None and item.replays for item in list(self._known.values()))
-
-    def _remember(self, key: Key, recording: _Recording | None) -> None:
-        self._known[key] = recording
-        if recording is not None:
-            made = [other for other, item in list(self._known.items()) if item is not None]
-            for other in made[:-KEPT]:
-                self._known.pop(other, None)
-        while len(self._known) > SEEN:
-            self._known.popitem(last=False)
-
-    def _record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, _Recording]:
-        """What the function gives, and what to run from now on."""
-        versions = self._sources.versions()
-        with watching(Watcher()) as watcher:
-            result = self.function(*args, **kwargs)
-        state = self._sources.state()
-        tensors = [item.clone() for item in _tensors(args, kwargs)]
-        leaves, structure = pytree.tree_flatten(result)
-        plain = _Recording(state, lambda args, kwargs: self.function(*args, **kwargs))
-        if self._sources.versions() != versions or not all(type(leaf) is Tensor for leaf in leaves):
-            return result, plain
-
-        def call(*tensors: Tensor) -> tuple[Tensor, ...]:
-            given = iter(tensors)
-            made = self.function(
-                *(next(given) if isinstance(item, Tensor) else item for item in args),
-                **{name: next(given) if isinstance(item, Tensor) else item for name, item in kwargs.items()},
-            )
-            return tuple(pytree.tree_leaves(made))
-
-        try:
-            with torch.random.fork_rng(devices=[]):
-                replay = _recorded(call, tensors, [*watcher.packed.values(), *self._sources.parameters()])
-                others = [_other(item) for item in tensors]
-                same = _same(replay(*tensors), leaves) and _same(replay(*others), call(*others))
-        except Exception:  # noqa: BLE001 - whatever torch's recorder cannot do, the function can
-            return result, plain
-        if not same:
-            return result, plain
-
-        def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            made = replay(*_tensors(args, kwargs))
-            return made[0] if structure.is_leaf() else pytree.tree_unflatten(made, structure)
-
-        return result, _Recording(state, run, replays=True)
+_NAMES = {"aten.view.dtype": "fxcompress.bits"}
+#: Read a value into Python, or bring one from there.
+_LOOKING = frozenset(("aten._local_scalar_dense.default", "aten.lift_fresh.default", "aten.equal.default"))
+_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+_WORDS = (torch.dtype, torch.memory_format, torch.layout)
 
 
 @dataclass(frozen=True)
-class _Recording:
-    """What runs in place of a function.
+class Recording:
+    """What a call ran, for other values.
 
     Attributes:
-        state: what it was recorded of.
-        run: takes the arguments and the keyword arguments.
-        replays: whether this is not just the function.
+        unit: holds the function.
+        held: the tensors that it reads beside its inputs.
     """
 
-    state: _State
-    run: Callable[[tuple[Any, ...], dict[str, Any]], Any]
-    replays: bool = False
+    unit: torch.jit.CompilationUnit
+    held: list[Tensor]
 
-
-class _Sources:
-    """What a flat function reads beside its arguments."""
-
-    def __init__(self, layers: Sequence[nn.Module], tables: Sequence[Table]) -> None:
-        self.packed = [layer for layer in layers if hasattr(layer, "_kernel")]
-        self.plain = [part for layer in layers if not hasattr(layer, "_kernel") for part in layer.modules()]
-        inside = [table for part in self.plain for table in (part._parameters, part._buffers) if table]
-        self.tables = [*tables, *inside]
-
-    def hooked(self) -> bool:
-        """Whether somebody wants to be told of calls."""
-        return _has_any_global_hook() or any(part._forward_hooks or part._forward_pre_hooks for part in self.plain)
-
-    def _held(self) -> Iterator[Tensor]:
-        for table in self.tables:
-            yield from (tensor for tensor in table.values() if tensor is not None)
-
-    def parameters(self) -> list[Tensor]:
-        """What requires gradients, which no constant may."""
-        return [tensor for tensor in self._held() if tensor.requires_grad]
-
-    def versions(self) -> list[int]:
-        """Counts of the writes into the tensors."""
-        return [0 if tensor.is_inference() else tensor._version for tensor in self._held()]
-
-    def state(self) -> _State:
-        """As they are now."""
-        return _State(
-            kernels=[(layer, layer._kernel) for layer in self.packed],
-            modes=[(layer, layer.training) for layer in self.plain],
-            tensors=[(table, name, tensor) for table in self.tables for name, tensor in table.items()],
-        )
-
-
-@dataclass(frozen=True)
-class _State:
-    """What a recording was made of: kernels, modes of other layers, and tensors, whose values may change."""
-
-    kernels: list[tuple[nn.Module, Any]]
-    modes: list[tuple[nn.Module, bool]]
-    tensors: list[tuple[Table, str, Tensor | None]]
-
-    def holds(self) -> bool:
-        """Whether the function would still call and read the same."""
-        return (
-            all(layer._kernel is kernel for layer, kernel in self.kernels)
-            and all(layer.training is mode for layer, mode in self.modes)
-            and all(table.get(name) is tensor for table, name, tensor in self.tensors)
-        )
-
-
-def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    return [item for item in (*args, *kwargs.values()) if isinstance(item, Tensor)]
-
-
-def _other(x: Tensor) -> Tensor:
-    """Other values of the same kind: what a function may take in place of ``x``."""
-    turned = x.flip(tuple(range(x.dim())))
-    return -turned if x.is_floating_point() else ~turned if x.dtype == torch.bool else turned
-
-
-def _signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Key | None:
-    """What must be the same for a recording to do; None for what is not recorded."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or torch.is_autocast_enabled("cpu"):
-        return None
-    found: list[Any] = [len(args), *kwargs]
-    for item in (*args, *kwargs.values()):
-        if type(item) is Tensor and item.layout is torch.strided and item.device.type == "cpu":
-            found.append((item.dtype, item.shape, item.stride()))
-        elif type(item) in _PLAIN:
-            found.append((type(item), item))
-        else:
-            return None
-    return tuple(found)
-
-
-def _recorded(
-    function: Callable[..., tuple[Tensor, ...]], tensors: list[Tensor], held: list[Tensor]
-) -> Callable[..., tuple[Tensor, ...]]:
-    """The operators that a function of tensors runs, as a function; ``held``: what it reads and no constant can be."""
-
-    class Holder(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            for place, tensor in enumerate(held):
-                self.register_buffer(f"held{place}", tensor)
-
-        def forward(self, *tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
-            made = function(*tensors)
-            return made if len(made) > 1 else made[0]  # the recorder loses a tuple of one
-
-    watcher = Watcher(tracing=True)
-    with warnings.catch_warnings(), watching(watcher), torch.no_grad():
-        warnings.simplefilter("ignore")  # that recording is deprecated, and that shapes become constants
-        recording = torch.jit.trace(Holder().eval(), tuple(tensors), check_trace=False).forward
-
-    def replay(*tensors: Tensor) -> tuple[Tensor, ...]:
-        # The optimizing executor would specialize for shapes for a while, and be no faster.
+    def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The results of the same operators."""
+        # The optimizing executor would take two slow runs to specialize, and be hardly faster.
         with torch.no_grad(), optimized_execution(False):
-            made = recording(*tensors)
-        return made if isinstance(made, tuple) else (made,)
-
-    replay.units = watcher.units  # type: ignore[attr-defined]  # alive as long as the recording
-    return replay
+            made: list[Tensor] = self.unit.replay(list(inputs), self.held)
+        return made
 
 
-def _same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
-    """Whether results are the same bits, in the same layout."""
-    return len(one) == len(other) and all(
-        a.dtype == b.dtype and a.stride() == b.stride() and a.shape == b.shape and _equal(a, b)
-        for a, b in zip(one, other, strict=True)
-    )
+def record(
+    function: Callable[[], Any], inputs: Sequence[Tensor], results: Callable[[Any], list[Tensor]]
+) -> tuple[Any, Recording | None]:
+    """Call a function, and write down what it runs.
+
+    Args:
+        function: takes nothing, and runs without gradients.
+        inputs: the tensors that will be others.
+        results: finds the tensors in what the function gives.
+
+    Returns:
+        what the function gives, and the recording; None if there can be none.
+    """
+    drawn = torch.random.get_rng_state()
+    writer = _Writer(inputs)
+    with writer:
+        made = function()
+    if writer.fits and torch.equal(drawn, torch.random.get_rng_state()):
+        return made, writer.recording(results(made))
+    return made, None
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
-    """Equal values, NaN where NaN is."""
-    return bool(((one == other) | ((one != one) & (other != other))).all())
+class _Unfit(Exception):  # noqa: N818 - it is no error
+    """An operator that cannot be written down."""
+
+
+class _Writer(TorchDispatchMode):
+    """Writes a line for each operator that runs inside of it.
+
+    Attributes:
+        fits: whether every operator could be written down.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.fits = True
+        self._inputs, self._held, self._lines = list(inputs), list[Tensor](), list[str]()
+        self._names = WeakTensorKeyDictionary()
+        self._outside: set[int] = set()  # memory that was there before the call
+        self._count = 0
+        for place, item in enumerate(inputs):
+            self._outside.add(_memory(item))
+            self._names[item] = f"x{place}"
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs, call = kwargs or {}, ""
+        if self.fits:
+            try:
+                call = self._call(func, args, kwargs)
+            except _Unfit:
+                self.fits = False
+        made = func(*args, **kwargs)
+        if self.fits:
+            self._keep(call, made)
+        return made
+
+    def recording(self, results: Sequence[Tensor]) -> Recording:
+        """What was written, as a function that gives ``results``."""
+        given = ", ".join([self._name(item) for item in results])
+        lines = [f"x{place} = inputs[{place}]" for place in range(len(self._inputs))]
+        lines += [f"h{place} = held[{place}]" for place in range(len(self._held))]
+        body = "\n    ".join([*lines, *self._lines, f"return [{given}]"])
+        text = f"def replay(inputs: List[Tensor], held: List[Tensor]) -> List[Tensor]:\n    {body}\n"
+        return Recording(torch.jit.CompilationUnit(text), self._held)
+
+    def _call(self, op: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """The call of an operator."""
+        formals = {formal.name: formal for formal in op._schema.arguments}
+        given = [*zip(formals.values(), args, strict=False), *((formals[name], item) for name, item in kwargs.items())]
+        _require_same_for_all_values(op, given)
+        words = [self._text(item, str(formal.type)) for formal, item in given]
+        for formal, item in given:
+            if formal.alias_info is not None and formal.alias_info.is_write:
+                written = item if isinstance(item, (list, tuple)) else [item]
+                if not self._outside.isdisjoint(_memory(tensor) for tensor in written if tensor is not None):
+                    raise _Unfit
+        named = [f"{name}={word}" for name, word in zip(kwargs, words[len(args) :], strict=True)]
+        name = _NAMES.get(str(op), op._schema.name.replace("::", "."))
+        return f"torch.ops.{name}({', '.join(words[: len(args)] + named)})"
+
+    def _keep(self, call: str, made: Any) -> None:
+        """Write a call down, with names for what it made."""
+        if isinstance(made, Tensor):
+            # What was written into keeps its name, and is what the call gives: not all operators say that they write.
+            name = self._name(made) if made in self._names else self._new(made)
+            self._lines.append(f"{name} = {call}")
+        elif isinstance(made, list):
+            self._count += 1
+            several = f"l{self._count}"
+            self._lines.append(f"{several} = {call}")
+            self._lines += [f"{self._new(item)} = {several}[{place}]" for place, item in enumerate(made)]
+        elif isinstance(made, tuple) and all(isinstance(item, Tensor) for item in made):
+            self._lines.append(f"{', '.join(self._new(item) for item in made)} = {call}")
+        else:
+            self.fits = made is None and self.fits
+            self._lines.append(call)
+
+    def _new(self, item: Tensor) -> str:
+        self._count += 1
+        name = self._names[item] = f"v{self._count}"
+        return name
+
+    def _name(self, item: Tensor) -> str:
+        """The name of a tensor; one that was there before is held from now on."""
+        if item not in self._names:
+            self._names[item] = f"h{len(self._held)}"
+            self._held.append(item)
+            self._outside.add(_memory(item))
+        name: str = self._names[item]
+        return name
+
+    def _text(self, value: Any, kind: str) -> str:
+        """An argument of a type of TorchScript, as code."""
+        if isinstance(value, Tensor):
+            return self._name(value)
+        if isinstance(value, (list, tuple)):
+            self._count += 1
+            name, items = f"a{self._count}", ", ".join(self._text(item, "") for item in value)
+            self._lines.append(f"{name}: {kind.replace('SymInt', 'int')} = [{items}]")
+            return name
+        if isinstance(value, float) and not math.isfinite(value):
+            return f"float('{value}')"
+        if isinstance(value, torch.device):
+            return f"torch.device('{value}')"
+        if value is None or type(value) in (bool, int, float, str):
+            return repr(value)
+        if isinstance(value, _WORDS):
+            return str(value)
+        raise _Unfit
+
+
+def _require_same_for_all_values(op: torch._ops.OpOverload, given: list[tuple[Any, Any]]) -> None:
+    """No value decides what runs or of which shape results are."""
+    unlike = set(op.tags) & _TAGS
+    if op == torch.ops.aten.index.Tensor:  # only masks do
+        indices = given[1][1]
+        unlike = {item.dtype for item in indices if item is not None} & {torch.bool, torch.uint8}
+    # Writes into statistics that its schema does not tell of.
+    trains = "batch_norm" in op._schema.name and any("train" in formal.name and item for formal, item in given)
+    if str(op) in _LOOKING or unlike or trains:
+        raise _Unfit
+
+
+def _memory(item: Tensor) -> int:
+    return item.untyped_storage()._cdata if item.layout is torch.strided else id(item)

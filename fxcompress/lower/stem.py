@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxcompress.lower.operators import bits
 from fxcompress.lower.prepacked import Kernel
 from fxcompress.lower.quantized import QuantizedConvolution
 
@@ -43,7 +42,7 @@ class QuantizedStem(QuantizedConvolution):
             batch, height, width = word.shape
             words = word.new_full((batch, height + 2 * top, width + 2 * left), border, dtype=torch.int32)
             words[:, top : top + height, left : left + width] = word
-            pixels = bits(words, torch.uint8).view(*words.shape, 4).permute(0, 3, 1, 2)
+            pixels = words.view(torch.uint8).view(*words.shape, 4).permute(0, 3, 1, 2)
             return kernel(pixels) if added is None else kernel(pixels, added)
 
         return stem
