@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 import fxcompress
 from benchmarks.competitors import Call, compiled, onnx_runtime, onnx_runtime_int8, openvino_int8, pt2e, silently
-from fxcompress.passes import L1FilterPruner, Lower, Speedup
+from fxcompress.passes import L1FilterPruner, Lower, PTQQuantizer, Speedup
 
 MODELS = (
     "resnet18",
@@ -70,18 +70,25 @@ def eager(model: nn.Module, x: Tensor) -> Call:
 
 @dataclass(frozen=True)
 class Lowered:
-    """A model through :class:`Lower`; with half of its channels removed before, if asked for."""
+    """A model through :class:`Lower`; with half of its channels removed before, if asked for.
+
+    ``symmetric``: activations have zero point 0, and what products of two activations read is rounded too, as in the
+    presets for speed of other quantizers.
+    """
 
     dtype: str
     backend: str = "torch"
     pruned: bool = False
+    symmetric: bool = False
 
     def __call__(self, model: nn.Module, x: Tensor) -> Call:
         source = halved(model, x) if self.pruned else model
-        source = fake_quantized(source, x) if self.dtype == "int8" else source
-        made = fxcompress.compress(
-            source, [Lower(self.backend, self.dtype)], example_inputs=x, verify=False, progress=False
-        )
+        passes: list[fxcompress.Pass] = [Lower(self.backend, self.dtype)]
+        if self.symmetric:
+            passes.insert(0, PTQQuantizer(symmetric=True, product_bits=8))
+        elif self.dtype == "int8":
+            source = fake_quantized(source, x)
+        made = fxcompress.compress(source, passes, example_inputs=x, verify=False, progress=False)
         return lambda: made(x)
 
 
@@ -108,6 +115,7 @@ CONTENDERS = (
     Contender("Lower int8", Lowered("int8")),
     Contender("Lower onnx", Lowered("int8", "onnx"), ("onnxruntime", "onnxscript")),
     Contender("Lower openvino", Lowered("int8", "openvino"), ("openvino", "onnxscript")),
+    Contender("Lower openvino, symmetric", Lowered("int8", "openvino", symmetric=True), ("openvino", "onnxscript")),
     Contender("pruned", pruned),
     Contender("pruned, int8", Lowered("int8", pruned=True)),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from fxcompress.passes.kernel_quantizer import KernelQuantizer
 from fxcompress.quantization.calibrate import Calibrator
@@ -48,12 +48,10 @@ class LSQQuantizer(KernelQuantizer):
 
     def make(self, slot: Slot, seen: Calibrator) -> FakeQuantize:
         """Steps from the mean magnitude, or with an offset from the range."""
-        spec = seen.spec
+        spec = seen.fitting()
         low, high = seen.range()
         if not spec.symmetric:
             scale, _ = spec.grid(low, high)
             return LearnedFakeQuantize(spec, scale, low, calls=slot.calls)
-        if spec.role == "activation" and bool(low < 0):
-            spec = replace(spec, signed=True)
         scale = 2 * seen.magnitude / math.sqrt(spec.quant_max)
         return LearnedFakeQuantize(spec, scale.masked_fill(scale == 0, 1.0), calls=slot.calls)

@@ -42,6 +42,8 @@ class PTQQuantizer(KernelQuantizer):
 
     Args:
         per_channel: a scale for every output channel of a weight, or one for the tensor.
+        symmetric: activations have zero point 0, with signed integers where calibration sees negative values:
+            a coarser grid for what is mostly positive (SiLU), and faster in OpenVINO.
         observer: of activations: ``"min_max"``, ``"moving_average"``, ``"percentile"``, ``"entropy"``, ``"mse"``, or an
             :class:`Observer` with options of its own.
         weight_observer: likewise of weights.
@@ -57,6 +59,7 @@ class PTQQuantizer(KernelQuantizer):
     """
 
     per_channel: bool = True
+    symmetric: bool = False
     observer: str | Observer = "min_max"
     weight_observer: str | Observer = "min_max"
     batches: int = 16
@@ -78,8 +81,8 @@ class PTQQuantizer(KernelQuantizer):
         return weight_spec(bits, axis=0 if self.per_channel else None, observer=_parse(self.weight_observer))
 
     def activation_spec(self, bits: int) -> QuantSpec:
-        """Affine per tensor."""
-        return activation_spec(bits, _parse(self.observer))
+        """Per tensor, affine by default."""
+        return activation_spec(bits, _parse(self.observer), symmetric=self.symmetric)
 
     def calibration(self, context: Context) -> Iterator[Any]:
         """As many batches as asked for."""
@@ -94,7 +97,7 @@ class PTQQuantizer(KernelQuantizer):
 
     def make(self, slot: Slot, seen: Calibrator) -> FakeQuantize:
         """A grid over the range, which no longer changes."""
-        made = AffineFakeQuantize(seen.spec.frozen(), slot.channels, calls=slot.calls)
+        made = AffineFakeQuantize(seen.fitting().frozen(), slot.channels, calls=slot.calls)
         made.set_range(*seen.range())
         return made
 

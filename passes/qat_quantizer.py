@@ -26,6 +26,8 @@ class QATQuantizer(KernelQuantizer):
 
     Args:
         per_channel: a scale for every output channel of a weight, or one for the tensor.
+        symmetric: activations have zero point 0, with signed integers where calibration sees negative values:
+            a coarser grid for what is mostly positive (SiLU), and faster in OpenVINO.
         momentum: of the moving average.
         start_step: forwards in train mode before rounding begins; ranges are watched from the first.
         freeze_step: forwards in train mode after which ranges no longer change; None for never.
@@ -34,6 +36,7 @@ class QATQuantizer(KernelQuantizer):
     """
 
     per_channel: bool = True
+    symmetric: bool = False
     momentum: float = 0.99
     start_step: int = 0
     freeze_step: int | None = None
@@ -57,13 +60,13 @@ class QATQuantizer(KernelQuantizer):
         return weight_spec(bits, axis=0 if self.per_channel else None)
 
     def activation_spec(self, bits: int) -> QuantSpec:
-        """Affine per tensor, with a moving average."""
-        return activation_spec(bits, MovingAverage(self.momentum))
+        """Per tensor, affine by default, with a moving average."""
+        return activation_spec(bits, MovingAverage(self.momentum), symmetric=self.symmetric)
 
     def make(self, slot: Slot, seen: Calibrator) -> FakeQuantize:
         """A grid that begins with what calibration saw; the first batch of training sets it anew."""
         made = AffineFakeQuantize(
-            seen.spec, slot.channels, calls=slot.calls, start_step=self.start_step, freeze_step=self.freeze_step
+            seen.fitting(), slot.channels, calls=slot.calls, start_step=self.start_step, freeze_step=self.freeze_step
         )
         made.set_range(*seen.range())
         return made

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 import fxcompress
 from fxcompress.export.agreement import compare, tapped
+from fxcompress.export.openvino_rounding import join_pairs
 from fxcompress.export.placement import OnnxGrid, _saturating
 from fxcompress.export.session import OnnxModule
 from fxcompress.inputs import Inputs
@@ -293,6 +294,54 @@ def test_openvino_agrees_within_a_step() -> None:
     with ThreadPoolExecutor(3) as pool:
         first = lowered(IMAGES)
         assert all(torch.equal(first, other) for other in pool.map(lowered, [IMAGES] * 6))
+
+
+class Dense(nn.Module):
+    """A norm behind a join, and a gate whose image has two readers: where OpenVINO keeps conversions to float."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.more = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.norm, self.gate = nn.BatchNorm2d(16), nn.Conv2d(16, 16, 1)
+        self.mix, self.last = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = F.silu(self.mix(F.relu(self.norm(torch.cat([x, self.more(x)], 1)))))
+        return self.last(x * torch.sigmoid(self.gate(x.mean((2, 3), keepdim=True)))).flatten(1)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_openvino_has_no_conversions_between_kernels(symmetric: bool) -> None:
+    openvino = pytest.importorskip("openvino")
+    model = Dense().eval()
+    randomize(model, 8)
+    passes = [PTQQuantizer(symmetric=symmetric), Lower(backend="openvino")]
+    lowered = fxcompress.compress(model, passes, example_inputs=IMAGES, progress=False)
+    read = openvino.Core().read_model(inner(lowered).file())
+    options = {"INFERENCE_PRECISION_HINT": "f32"}
+    (as_read,) = openvino.compile_model(read, "CPU", options)([IMAGES.numpy()]).values()
+    assert join_pairs(read) == len(inner(lowered).signature.rounded) >= 7
+    made = openvino.compile_model(read, "CPU", options)
+    kinds = [str(item.get_rt_info()["layerType"].astype(str)) for item in made.get_runtime_model().get_ops()]
+    assert "FakeQuantize" in kinds
+    assert "Convert" not in kinds
+    (joined,) = made([IMAGES.numpy()]).values()
+    step = np.abs(as_read).max() / 127
+    np.testing.assert_allclose(joined, as_read, rtol=0, atol=step)
+    assert (np.abs(joined - as_read) > step / 100).mean() < 0.1, "an integer on an edge, here and there"
+    np.testing.assert_array_equal(lowered(IMAGES).numpy(), joined)
+
+
+def test_only_pairs_of_constants_are_joined() -> None:
+    openvino, operators = pytest.importorskip("openvino"), pytest.importorskip("openvino.opset13")
+    x, scale = operators.parameter([2, 3], np.float32), operators.parameter([], np.float32)
+    limits = [operators.constant(np.float32(value)) for value in (-1, 1, 0, 255)]
+    integers = operators.convert(operators.fake_quantize(x, *limits, 256), "u8")
+    shifted = operators.subtract(operators.convert(integers, "f32"), operators.constant(np.float32(128)))
+    model = openvino.Model([operators.multiply(shifted, scale)], [x, scale])
+    assert join_pairs(model) == 0
+    assert model.get_results()[0].input_value(0).get_node().get_type_name() == "Multiply"
 
 
 @pytest.mark.parametrize("function", [F.hardswish, F.silu, F.gelu, F.leaky_relu, torch.sigmoid, torch.tanh])

@@ -84,6 +84,27 @@ def test_naive_weights_at_every_width(bits: int) -> None:
     np.testing.assert_array_equal(x.grad.numpy(), upstream.numpy())  # all are inside the range
 
 
+@pytest.mark.parametrize(
+    "item",
+    [QATQuantizer(symmetric=True), *(PTQQuantizer(symmetric=True, observer=name) for name in ("min_max", "mse"))],
+    ids=str,
+)
+def test_symmetric_activations_are_signed_where_negative(item: Any) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.SiLU(), nn.Linear(8, 3)).eval()
+    x = values(40, 6)
+    made = compress(model, [item], example_inputs=x)
+    with torch.no_grad():
+        held = {"input_1": x, "_1": model[:2](x), "_3": model[:4](x)}
+    found = {str(n.args[0]): module for n, module in fake_quant_nodes(made) if n.meta[ROLE] == "activation"}
+    assert {name: module.spec.signed for name, module in found.items()} == {"input_1": True, "_1": False, "_3": True}
+    for name, module in found.items():
+        grid = module.grid()
+        assert grid is not None
+        assert int(grid.zero_point) == 0
+        full = held[name].abs().max() / (127 if module.spec.signed else 255)
+        assert 0.8 * full <= grid.scale <= 1.01 * full, "rounded layers before it; MSE may clip"
+
+
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_ptq_rounds_what_it_calibrated(bits: int) -> None:
     made = compress(normed(), [PTQQuantizer(bits, bits)], example_inputs=X)

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from fxcompress.errors import InputError
 from fxcompress.export.extras import require
+from fxcompress.export.openvino_rounding import join_pairs
 from fxcompress.export.program import Runtime, Signature, Slot, program_of
 from fxcompress.inputs import Inputs
 from fxcompress.module import OwnedGraph, TracedModule
@@ -143,7 +144,9 @@ class _OpenVINO:
         (openvino,) = require("openvino", "openvino")
         options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
         core = openvino.Core()
-        self.compiled = core.compile_model(core.read_model(model), "CPU", options)
+        read = core.read_model(model)
+        join_pairs(read)
+        self.compiled = core.compile_model(read, "CPU", options)
         self.requests = threading.local()
 
     def __call__(self, arrays: list[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -99,6 +100,12 @@ class Calibrator(nn.Module):
                 self._histogram.add(flat, shared=not weight)
         self.batches += 1
 
+    def fitting(self) -> QuantSpec:
+        """The spec, with signed integers where an activation around zero was seen to be negative."""
+        spec = self.spec
+        both = spec.role == "activation" and spec.symmetric and bool(self.low < 0)
+        return replace(spec, signed=True) if both else spec
+
     def range(self) -> tuple[Tensor, Tensor]:
         """Low and high, 0-d or ``[channels]``.
 
@@ -122,7 +129,7 @@ class Calibrator(nn.Module):
             values, counts = histogram.centers(), histogram.counts.clone()
             if isinstance(observer, Entropy):  # zero is on every grid, and would outweigh everything behind a ReLU
                 counts[:, BINS // 2] -= histogram.zeros
-        found = _search(observer, values, counts, low.reshape(-1), high.reshape(-1), self.spec)
+        found = _search(observer, values, counts, low.reshape(-1), high.reshape(-1), self.fitting())
         return found[0].reshape(low.shape).to(low.dtype), found[1].reshape(high.shape).to(high.dtype)
 
 
