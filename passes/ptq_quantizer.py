@@ -42,8 +42,6 @@ class PTQQuantizer(KernelQuantizer):
 
     Args:
         per_channel: a scale for every output channel of a weight, or one for the tensor.
-        symmetric: activations have zero point 0, with signed integers where calibration sees negative values:
-            a coarser grid for what is mostly positive (SiLU), and faster in OpenVINO.
         observer: of activations: ``"min_max"``, ``"moving_average"``, ``"percentile"``, ``"entropy"``, ``"mse"``, or an
             :class:`Observer` with options of its own.
         weight_observer: likewise of weights.
@@ -54,12 +52,13 @@ class PTQQuantizer(KernelQuantizer):
             rounded values then.
         iterations: of AdaRound, per layer.
         samples: kept of what each layer reads, for the last two.
+        symmetric: activations have zero point 0, with signed integers where calibration sees negative values:
+            a coarser grid for what is mostly positive (SiLU), and faster in OpenVINO.
 
     See :class:`KernelQuantizer` and :class:`Quantizer` for the other options.
     """
 
     per_channel: bool = True
-    symmetric: bool = False
     observer: str | Observer = "min_max"
     weight_observer: str | Observer = "min_max"
     batches: int = 16
@@ -68,6 +67,7 @@ class PTQQuantizer(KernelQuantizer):
     adaround: bool = False
     iterations: int = 1000
     samples: int = 256
+    symmetric: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -26,20 +26,20 @@ class QATQuantizer(KernelQuantizer):
 
     Args:
         per_channel: a scale for every output channel of a weight, or one for the tensor.
-        symmetric: activations have zero point 0, with signed integers where calibration sees negative values:
-            a coarser grid for what is mostly positive (SiLU), and faster in OpenVINO.
         momentum: of the moving average.
         start_step: forwards in train mode before rounding begins; ranges are watched from the first.
         freeze_step: forwards in train mode after which ranges no longer change; None for never.
+        symmetric: activations have zero point 0, with signed integers where calibration sees negative values:
+            a coarser grid for what is mostly positive (SiLU), and faster in OpenVINO.
 
     See :class:`KernelQuantizer` and :class:`Quantizer` for the other options.
     """
 
     per_channel: bool = True
-    symmetric: bool = False
     momentum: float = 0.99
     start_step: int = 0
     freeze_step: int | None = None
+    symmetric: bool = False
 
     folds: ClassVar[bool] = True
 
