@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 import fxcompress
 from fxcompress.export.agreement import compare, tapped
-from fxcompress.export.placement import OnnxGrid, _saturating
+from fxcompress.export.graph_editor import OnnxGrid
+from fxcompress.export.placement import _gate, _saturating
 from fxcompress.export.session import OnnxModule
 from fxcompress.inputs import Inputs
 from fxcompress.passes import L1FilterPruner, LevelPruner, Lower, PTQQuantizer, Speedup
@@ -143,13 +144,8 @@ def test_only_coarser_grids_inside_a_block_allow_more_than_a_step(
     inside = next(node for node in nodes if entering in node.output)
     slope = 1.0998  # of SiLU, at 2.4
     moved = slope * stored[inside.input[1]] / 2 / stored[end.input[1]]
-    (factor,) = (node.output[0] for node in nodes if node.op_type == "Sigmoid")
-    gate = next(node for node in nodes if node.op_type == "QuantizeLinear" and node.input[0] == factor)
-    largest = float(stored[inside.input[1]]) * max(stored[inside.input[2]], 255 - int(stored[inside.input[2]]))
-    most = moved + largest * stored[gate.input[1]] / 2 / stored[end.input[1]]  # where the largest value's factor lies
     (allowed,) = (item.steps for item in rounded.values() if item.value == end.output[0])
-    assert 1 + int(moved) <= allowed <= 1 + int(most)
-    assert allowed == 2
+    assert allowed == 1 + int(moved) == 2
     exact = {"_quant_activations_x", "_quant_activations_relu", "_quant_activations_relu_2", "_quant_activations_relu6"}
     assert all(rounded[name].steps == 1 for name in exact)
 
@@ -365,6 +361,34 @@ def test_beyond_an_inner_grid_nothing_changes(function: Callable[[Tensor], Tenso
     steepest = (function(x).diff() / x.diff()).abs().max()
     torch.testing.assert_close(slope, float(steepest), rtol=1e-2, atol=0)
     assert inside.high - inside.low < (16 if function is not F.leaky_relu else 35)
+
+
+def silu_block(high: float) -> tuple[fxcompress.TracedModule, Tensor]:
+    """A convolution and SiLU in front of another, whose results reach up to about ``high``."""
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 1), nn.SiLU(), nn.Conv2d(8, 4, 1), nn.ReLU()).eval(), IMAGES
+    with torch.no_grad():
+        model[0].weight.mul_(high / float(model[0](x).max()))
+        model[0].bias.mul_(high / float(model[0](x).max()))
+    return fake_quantized(model, x), x
+
+
+@pytest.mark.parametrize("high, kept", [(0.5, "Sigmoid"), (4.0, "QLinearSigmoid"), (20.0, "QLinearSigmoid")])
+def test_a_sigmoid_is_rounded_where_it_moves_less_than_a_step(high: float, kept: str, tmp_path: Path) -> None:
+    simulated, x = silu_block(high)
+    lowered = fxcompress.compress(simulated, [Lower(backend="onnx")], example_inputs=x, progress=False)
+    found = optimized(lowered, tmp_path / "optimized.onnx")
+    assert {kind for kind in found if "Sigmoid" in kind} == {kept}
+
+
+@pytest.mark.parametrize("high", [0.5, 2.0, 4.0, 20.0])
+def test_what_a_rounded_sigmoid_moves_is_known(high: float) -> None:
+    inside, _ = _saturating(F.silu, OnnxGrid.over(-0.28, high))
+    grid, alone, together = _gate(inside)
+    x = torch.linspace(inside.low, inside.high, 300001, dtype=torch.float64)
+    rounded = (x / inside.scale).round() * inside.scale
+    found = rounded * (torch.sigmoid(rounded) / grid.scale).round().clamp(0, 255) * grid.scale
+    torch.testing.assert_close(float((found - F.silu(x)).abs().max()), together, rtol=1e-2, atol=0)
+    torch.testing.assert_close(float((found - F.silu(rounded)).abs().max()), alone, rtol=1e-9, atol=0)
 
 
 # ---- float -----------------------------------------------------------------------------------------------------

@@ -257,18 +257,19 @@ class _Placer(GraphEditor):
         return True
 
     def _gated(self, value: Any, gate: Any, rounding: Any) -> bool:
-        """SiLU in two operators: the factor, too, needs a grid."""
+        """SiLU is two operators. Its factor gets a grid too, unless that alone moves the result by a step.
+
+        It does so where the result has a narrow range, which negative values of many steps are rounded to.
+        """
         if not self._activated(value, F.silu, rounding):
             return False
         inner, end = self.rounds_to(value), self.grid_of(rounding)
         assert inner is not None
         assert end is not None
-        x = torch.linspace(inner.low, inner.high, 1 << 16, dtype=torch.float64)
-        factor = torch.sigmoid(x)
-        grid = OnnxGrid.over(0.0, float(factor.max()))
-        self.pair(gate.outputs[0], grid)
-        away = x * ((factor / grid.scale).round() * grid.scale - factor)
-        self.inner[rounding] += float(away.abs().max()) / end.scale
+        grid, alone, together = _gate(inner)
+        if alone < end.scale:
+            self.pair(gate.outputs[0], grid)
+            self.inner[rounding] = together / end.scale
         return True
 
     def _added(self, value: Any, node: Any) -> bool:
@@ -292,6 +293,21 @@ class _Placer(GraphEditor):
         """A pair inside a block; half a step of it, times the slope of what follows, is what the end can move by."""
         self.pair(value, inner)
         self.inner[rounding] = self.inner.get(rounding, 0.0) + slope * inner.scale / 2 / end.scale
+
+
+def _gate(inner: OnnxGrid) -> tuple[OnnxGrid, float, float]:
+    """A grid for ``sigmoid(x)`` where SiLU reads integers.
+
+    Returns:
+        The grid; the most that it moves ``x * sigmoid(x)`` by, alone; and together with the rounding of ``x``.
+    """
+    integers = torch.arange(256, dtype=torch.float64)
+    x = (integers - inner.zero_point) * inner.scale
+    factor = torch.sigmoid(x)
+    grid = OnnxGrid.over(0.0, float(factor.max()))
+    made = x * (factor / grid.scale).round() * grid.scale
+    cell = x[:, None] + inner.scale * torch.linspace(-0.5, 0.5, 65, dtype=torch.float64)  # what is rounded to each
+    return grid, float((made - F.silu(x)).abs().max()), float((made[:, None] - F.silu(cell)).abs().max())
 
 
 def _is_nearest(node: Any) -> bool:
