@@ -27,8 +27,9 @@ from torch import Tensor, nn
 
 import fxcompress
 from fxcompress.export.agreement import compare, tapped
+from fxcompress.export.graph_editor import OnnxGrid
 from fxcompress.export.openvino_rounding import join_pairs
-from fxcompress.export.placement import OnnxGrid, _saturating
+from fxcompress.export.placement import _gate, _saturating
 from fxcompress.export.session import OnnxModule
 from fxcompress.inputs import Inputs
 from fxcompress.passes import L1FilterPruner, LevelPruner, Lower, PTQQuantizer, Speedup
@@ -175,6 +176,39 @@ def test_every_convolution_is_an_integer_kernel(
     assert found["QLinearConv"] == 6
     assert not found["Conv"] + found["FusedConv"] + found["NhwcFusedConv"] + found["Gemm"] + found["MaxPool"]
     assert found["QLinearAdd"] == found["QLinearConcat"] == found["QGemm"] == found["NhwcMaxPool"] == 1
+    assert (found["QLinearSigmoid"], found["QLinearMul"], found["QLinearGlobalAveragePool"]) == (1, 1, 1)
+    assert not found["Sigmoid"] + found["ReduceMean"]
+
+
+class Dense(nn.Module):
+    """A dense block: a ReLU on a shared grid, BatchNorm behind joins, pooling by means, a mean without dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.grow = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 6, 3, padding=1)
+        self.first, self.second = nn.BatchNorm2d(8), nn.BatchNorm2d(14)
+        self.last, self.fc = nn.Conv2d(14, 10, 1), nn.Linear(10, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.stem(x)), 3, 2, 1)
+        x = torch.cat([x, self.grow(F.relu(self.first(x)))], 1)
+        x = F.avg_pool2d(self.last(F.relu(self.second(x))), 2)
+        return self.fc(x.mean((2, 3)))
+
+
+def test_norms_and_means_between_grids_are_integer_kernels(tmp_path: Path) -> None:
+    model = Dense().eval()
+    randomize(model, 9)
+    with torch.no_grad():  # channels that are constant, and turned round
+        model.second.weight[:2], model.second.weight[2:5] = 0, -1
+    simulated = fake_quantized(model, IMAGES)
+    lowered = fxcompress.compress(simulated, [Lower(backend="onnx")], example_inputs=IMAGES, progress=False)
+    rounded = inner(lowered).signature.rounded
+    assert {name: item.steps for name, item in rounded.items()} == dict.fromkeys(roundings(simulated), 1)
+    found = optimized(lowered, tmp_path / "optimized.onnx")
+    assert (found["QLinearConv"], found["QLinearGlobalAveragePool"], found["NhwcMaxPool"]) == (3 + 2 + 1, 1, 1)
+    assert (found["QLinearLeakyRelu"], found["Transpose"], found["QuantizeLinear"]) == (1, 2, 1)
+    assert not {"BatchNormalization", "AveragePool", "ReduceMean", "Relu", "MaxPool"} & found.keys()
 
 
 def test_weights_are_stored_as_integers_per_channel(
@@ -216,6 +250,25 @@ def test_attention_agrees_within_a_step(tmp_path: Path) -> None:
     found = optimized(lowered, tmp_path / "optimized.onnx")
     assert found["MatMulIntegerToFloat"] + found["QLinearMatMul"] == 4
     assert found["MatMul"] + found["FusedMatMul"] == 2, "the two products of attention"
+    assert found["BiasGelu"] + found["Gelu"] == 1
+
+
+class Normalized(nn.Module):
+    """A norm behind a residual sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.norm, self.out = nn.Linear(12, 12), nn.LayerNorm(12), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.norm(x + self.fc(x)))
+
+
+def test_a_sum_is_not_fused_with_its_norm(tmp_path: Path) -> None:
+    simulated = fake_quantized(Normalized(), TOKENS)
+    gap, found = in_plain_session(simulated, TOKENS, tmp_path)
+    assert gap < 1e-5
+    assert (found["Sum"], found["LayerNormalization"], found["SkipLayerNormalization"]) == (1, 1, 0)
 
 
 def in_plain_session(simulated: fxcompress.TracedModule, x: Tensor, folder: Path) -> tuple[float, Counter[str]]:
@@ -357,6 +410,34 @@ def test_beyond_an_inner_grid_nothing_changes(function: Callable[[Tensor], Tenso
     steepest = (function(x).diff() / x.diff()).abs().max()
     torch.testing.assert_close(slope, float(steepest), rtol=1e-2, atol=0)
     assert inside.high - inside.low < (16 if function is not F.leaky_relu else 35)
+
+
+def silu_block(high: float) -> tuple[fxcompress.TracedModule, Tensor]:
+    """A convolution and SiLU in front of another, whose results reach up to about ``high``."""
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 1), nn.SiLU(), nn.Conv2d(8, 4, 1), nn.ReLU()).eval(), IMAGES
+    with torch.no_grad():
+        model[0].weight.mul_(high / float(model[0](x).max()))
+        model[0].bias.mul_(high / float(model[0](x).max()))
+    return fake_quantized(model, x), x
+
+
+@pytest.mark.parametrize("high, kept", [(0.5, "Sigmoid"), (4.0, "QLinearSigmoid"), (20.0, "QLinearSigmoid")])
+def test_a_sigmoid_is_rounded_where_it_moves_less_than_a_step(high: float, kept: str, tmp_path: Path) -> None:
+    simulated, x = silu_block(high)
+    lowered = fxcompress.compress(simulated, [Lower(backend="onnx")], example_inputs=x, progress=False)
+    found = optimized(lowered, tmp_path / "optimized.onnx")
+    assert {kind for kind in found if "Sigmoid" in kind} == {kept}
+
+
+@pytest.mark.parametrize("high", [0.5, 2.0, 4.0, 20.0])
+def test_what_a_rounded_sigmoid_moves_is_known(high: float) -> None:
+    inside, _ = _saturating(F.silu, OnnxGrid.over(-0.28, high))
+    grid, alone, together = _gate(inside)
+    x = torch.linspace(inside.low, inside.high, 300001, dtype=torch.float64)
+    rounded = (x / inside.scale).round() * inside.scale
+    found = rounded * (torch.sigmoid(rounded) / grid.scale).round().clamp(0, 255) * grid.scale
+    torch.testing.assert_close(float((found - F.silu(x)).abs().max()), together, rtol=1e-2, atol=0)
+    torch.testing.assert_close(float((found - F.silu(rounded)).abs().max()), alone, rtol=1e-9, atol=0)
 
 
 # ---- float -----------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ dequantize = torch.ops.fxcompress.dequantize.default
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """How the exporter writes the operators: one ONNX operator each."""
-    from onnxscript import opset18 as op
+    from onnxscript import opset20 as op
 
     def write_quantize(x: Any, scale: Any, zero_point: Any, node: str) -> Any:
         made: Any = op.QuantizeLinear(x, scale, zero_point)

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from fxcompress.export.graph_editor import GraphEditor, OnnxGrid
 from fxcompress.export.grid_operators import NODE
+from fxcompress.export.integer_forms import clips, rewrite, sums
 
 #: Their results hold elements of their first input, or what commutes with rounding.
 _CLOSED = frozenset(
@@ -20,6 +22,7 @@ _CLOSED = frozenset(
     Relu""".split()
 )
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor, dict[str, Any]], torch.Tensor]] = {
+    "Gelu": lambda x, options: F.gelu(x, approximate=options.get("approximate", "none")),
     "HardSwish": lambda x, options: F.hardswish(x),
     "LeakyRelu": lambda x, options: F.leaky_relu(x, options.get("alpha", 0.01)),
     "Elu": lambda x, options: F.elu(x, options.get("alpha", 1.0)),
@@ -31,31 +34,6 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor, dict[str, Any]], torch.Tensor]] 
 _LAYERS = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul"))
 #: Half of what an int32 bias may hold: the sum of products needs room too.
 _LARGEST_BIAS = 2**30
-
-
-@dataclass(frozen=True)
-class OnnxGrid:
-    """Scale and zero point of uint8 values, as numbers."""
-
-    scale: float
-    zero_point: int
-
-    @property
-    def low(self) -> float:
-        """The value of integer 0."""
-        return -self.zero_point * self.scale
-
-    @property
-    def high(self) -> float:
-        """The value of integer 255."""
-        return (255 - self.zero_point) * self.scale
-
-    @classmethod
-    def over(cls, low: float, high: float) -> OnnxGrid:
-        """A grid that reaches from ``low`` to ``high`` and holds zero."""
-        low, high = min(low, 0.0), max(high, 0.0)
-        scale = float(np.float32((high - low) / 255)) or 1.0
-        return cls(scale, int(np.clip(round(-low / scale), 0, 255)))
 
 
 @dataclass(frozen=True)
@@ -78,8 +56,9 @@ def place_pairs(model: Any, *, every: bool) -> tuple[dict[str, Rounded], list[st
     Weights that are transposed are stored transposed, and biases of convolutions and Gemm as int32 with the scale of
     the products. ``every``: also a pair behind each operator that only moves or picks values, on its input's grid, and
     inside fused blocks, behind a convolution whose result is added to or passed to an activation. There the grid is
-    one beyond whose ends the block's result saturates, so that no data is needed to find it. And a layer with a float
-    weight or bias is kept float: ONNX Runtime quantizes by itself what is missing between two pairs.
+    one beyond whose ends the block's result saturates, so that no data is needed to find it. What has an integer kernel
+    under another name is renamed (:mod:`fxcompress.export.integer_forms`). And a layer with a float weight or bias is
+    kept float: ONNX Runtime quantizes by itself what is missing between two pairs.
 
     Returns:
         Where each activation's fake-quant node is, by its name; and which layers stay float.
@@ -88,19 +67,19 @@ def place_pairs(model: Any, *, every: bool) -> tuple[dict[str, Rounded], list[st
     placer.weights()
     if every:
         placer.movements()
+        rewrite(placer)
         placer.blocks()
+        clips(placer)
+        sums(placer)
     placer.biases()  # behind them: the step of a bias is that of the layer's input
     if every:
         placer.floats()
     return placer.rounded(), placer.notes()
 
 
-class _Placer:
+class _Placer(GraphEditor):
     def __init__(self, model: Any) -> None:
-        import onnx_ir
-
-        self.ir, self.graph = onnx_ir, model.graph
-        self.count = 0
+        super().__init__(model)
         self.left: Counter[str] = Counter()
         #: Of the QuantizeLinear at the end of a block: how far a grid inside can move its argument, in its steps.
         self.inner: dict[Any, float] = {}
@@ -115,92 +94,19 @@ class _Placer:
             if NODE in node.metadata_props
         }
 
-    # ---- reading -------------------------------------------------------------------------------------------------
-
-    def _array(self, value: Any) -> np.ndarray[Any, Any] | None:
-        """What a constant holds."""
-        held = None if value is None else self.ir.convenience.get_const_tensor(value)
-        return None if held is None else held.numpy()
-
-    def _maker(self, value: Any, kind: str) -> Any:
-        """The node of a kind that makes a value, or None."""
-        node = None if value is None else value.producer()
-        return node if node is not None and node.op_type == kind else None
-
-    def _grid(self, value: Any) -> OnnxGrid | None:
-        """The grid of a dequantized activation."""
-        node = self._maker(value, "DequantizeLinear")
-        return None if node is None or self._array(node.inputs[0]) is not None else self._grid_of(node)
-
-    def _grid_of(self, node: Any) -> OnnxGrid | None:
-        scale, zero_point = self._array(node.inputs[1]), self._array(node.inputs[2])
-        if scale is None or zero_point is None or scale.size != 1:
-            return None
-        return OnnxGrid(float(scale.reshape(())), int(zero_point.reshape(())))
-
-    def _reader(self, value: Any) -> Any:
-        """The one node that reads a value which is no output, or None."""
-        readers = list(value.consumers())
-        return readers[0] if len(readers) == 1 and not value.is_graph_output() else None
-
-    def _rounding(self, value: Any) -> Any:
-        """The one reader of a value if that is a QuantizeLinear, or None."""
-        reader = self._reader(value)
-        return reader if reader is not None and reader.op_type == "QuantizeLinear" else None
-
-    def _rounds_to(self, value: Any) -> OnnxGrid | None:
-        """The grid that the one reader of a value rounds to."""
-        reader = self._rounding(value)
-        return None if reader is None else self._grid_of(reader)
-
-    # ---- writing -------------------------------------------------------------------------------------------------
-
-    def _constant(self, array: np.ndarray[Any, Any]) -> Any:
-        self.count += 1
-        tensor = self.ir.tensor(array, name=f"placed_{self.count}")
-        value = self.ir.Value(
-            name=tensor.name,
-            shape=self.ir.Shape(array.shape),
-            type=self.ir.TensorType(tensor.dtype),
-            const_value=tensor,
-        )
-        self.graph.register_initializer(value)
-        return value
-
-    def _node(self, kind: str, inputs: list[Any], like: Any = None, **attributes: Any) -> Any:
-        self.count += 1
-        node = self.ir.node(kind, inputs, attributes or None, name=f"placed_{self.count}")
-        node.outputs[0].name = f"placed_{self.count}_value"
-        if like is not None:
-            node.outputs[0].shape = like.shape
-        return node
-
-    def _pair(self, value: Any, grid: OnnxGrid) -> None:
-        """Let all who read a value read it rounded."""
-        uses = list(value.uses())
-        scale = self._constant(np.array(grid.scale, np.float32))
-        zero_point = self._constant(np.array(grid.zero_point, np.uint8))
-        rounded = self._node("QuantizeLinear", [value, scale, zero_point], value)
-        back = self._node("DequantizeLinear", [rounded.outputs[0], scale, zero_point], value)
-        rounded.outputs[0].type = self.ir.TensorType(self.ir.DataType.UINT8)
-        back.outputs[0].type = value.type
-        self.graph.insert_after(value.producer(), [rounded, back])
-        for node, index in uses:
-            node.replace_input_with(index, back.outputs[0])
-
     # ---- constants -----------------------------------------------------------------------------------------------
 
     def weights(self) -> None:
         """A transposed weight is stored transposed."""
         for node in list(self.graph):
-            source = self._maker(node.inputs[0], "DequantizeLinear") if node.op_type == "Transpose" else None
-            held = None if source is None else self._array(source.inputs[0])
+            source = self.maker(node.inputs[0], "DequantizeLinear") if node.op_type == "Transpose" else None
+            held = None if source is None else self.array(source.inputs[0])
             if source is None or held is None:
                 continue
             order = node.attributes["perm"].as_ints() if "perm" in node.attributes else range(held.ndim)[::-1]
             axis = source.attributes["axis"].as_int() if "axis" in source.attributes else 1
-            integers = self._constant(np.ascontiguousarray(held.transpose(order)))
-            made = self._node(
+            integers = self.constant(np.ascontiguousarray(held.transpose(order)))
+            made = self.node(
                 "DequantizeLinear", [integers, *source.inputs[1:]], node.outputs[0], axis=list(order).index(axis)
             )
             made.outputs[0].type = node.outputs[0].type
@@ -215,9 +121,9 @@ class _Placer:
         for node in list(self.graph):
             if node.op_type not in ("Conv", "Gemm") or len(node.inputs) < 3:
                 continue
-            grid, bias = self._grid(node.inputs[0]), self._array(node.inputs[2])
-            weight = self._maker(node.inputs[1], "DequantizeLinear")
-            scales = None if weight is None else self._array(weight.inputs[1])
+            grid, bias = self.grid(node.inputs[0]), self.array(node.inputs[2])
+            weight = self.maker(node.inputs[1], "DequantizeLinear")
+            scales = None if weight is None else self.array(weight.inputs[1])
             if grid is None or bias is None or weight is None or scales is None or bias.ndim != 1:
                 continue
             least = (np.abs(bias.astype(np.float64)) / _LARGEST_BIAS / grid.scale).astype(np.float32)
@@ -225,10 +131,10 @@ class _Placer:
                 scales = np.maximum(scales, least)
                 weight = self._widened(node, weight, scales)
             step = np.broadcast_to(scales.astype(np.float64) * grid.scale, bias.shape).astype(np.float32)
-            integers = self._constant(np.rint(bias / step.astype(np.float64)).astype(np.int32))
+            integers = self.constant(np.rint(bias / step.astype(np.float64)).astype(np.int32))
             per_channel = scales.ndim > 0 and scales.size > 1
-            scale = self._constant(step if per_channel else step[:1].reshape(()))
-            made = self._node("DequantizeLinear", [integers, scale], node.inputs[2], axis=0)
+            scale = self.constant(step if per_channel else step[:1].reshape(()))
+            made = self.node("DequantizeLinear", [integers, scale], node.inputs[2], axis=0)
             made.outputs[0].type = node.inputs[2].type
             self.graph.insert_before(node, made)
             node.replace_input_with(2, made.outputs[0])
@@ -239,15 +145,15 @@ class _Placer:
         A channel that is so small beside its bias that no int32 holds the bias in its steps (a dead BatchNorm's) is a
         constant in 8 bits: half a step of a weight, times a step of the input, is 2**-31 of the bias.
         """
-        held, old = self._array(weight.inputs[0]), self._array(weight.inputs[1])
+        held, old = self.array(weight.inputs[0]), self.array(weight.inputs[1])
         assert held is not None
         assert old is not None
         rows = node.op_type == "Conv" or ("transB" in node.attributes and node.attributes["transB"].as_int() == 1)
         axis = 0 if rows else 1
         ratio = (old.astype(np.float64) / scales).reshape([-1 if dim == axis else 1 for dim in range(held.ndim)])
-        integers = self._constant(np.rint(held * ratio).astype(held.dtype))
-        constants = [self._constant(scales), self._constant(np.zeros(scales.shape, held.dtype))]
-        made = self._node("DequantizeLinear", [integers, *constants], node.inputs[1], axis=axis)
+        integers = self.constant(np.rint(held * ratio).astype(held.dtype))
+        constants = [self.constant(scales), self.constant(np.zeros(scales.shape, held.dtype))]
+        made = self.node("DequantizeLinear", [integers, *constants], node.inputs[1], axis=axis)
         made.outputs[0].type = node.inputs[1].type
         self.graph.insert_before(node, made)
         node.replace_input_with(1, made.outputs[0])
@@ -262,14 +168,14 @@ class _Placer:
         multiplication of its own the values are the same, bit for bit, and no rule of the runtime looks behind it.
         """
         for node in list(self.graph):
-            if node.op_type not in _LAYERS or self._grid(node.inputs[0]) is None:
+            if node.op_type not in _LAYERS or self.grid(node.inputs[0]) is None:
                 continue
-            if all(value is None or self._maker(value, "DequantizeLinear") for value in node.inputs[1:]):
+            if all(value is None or self.maker(value, "DequantizeLinear") for value in node.inputs[1:]):
                 continue
             back = node.inputs[0].producer()
-            one = self._constant(np.array(1, np.float32))
-            steps = self._node("DequantizeLinear", [back.inputs[0], one, back.inputs[2]], node.inputs[0])
-            scaled = self._node("Mul", [steps.outputs[0], back.inputs[1]], node.inputs[0])
+            one = self.constant(np.array(1, np.float32))
+            steps = self.node("DequantizeLinear", [back.inputs[0], one, back.inputs[2]], node.inputs[0])
+            scaled = self.node("Mul", [steps.outputs[0], back.inputs[1]], node.inputs[0])
             steps.outputs[0].type = scaled.outputs[0].type = node.inputs[0].type
             self.graph.insert_before(node, [steps, scaled])
             node.replace_input_with(0, scaled.outputs[0])
@@ -287,22 +193,22 @@ class _Placer:
                 sources = node.inputs if node.op_type == "Concat" else node.inputs[:1]
             else:
                 continue
-            grids = {self._grid(source) for source in sources}
+            grids = {self.grid(source) for source in sources}
             (grid,) = grids if len(grids) == 1 else (None,)
             if grid is None:
                 continue
             for value in node.outputs:
-                if value.uses() and not value.is_graph_output() and self._rounds_to(value) != grid:
-                    self._pair(value, grid)
+                if value.uses() and not value.is_graph_output() and self.rounds_to(value) != grid:
+                    self.pair(value, grid)
 
     def blocks(self) -> None:
         """A convolution has an integer kernel only where its own result is rounded."""
         for node in list(self.graph):
-            if node.op_type != "Conv" or self._grid(node.inputs[0]) is None:
+            if node.op_type != "Conv" or self.grid(node.inputs[0]) is None:
                 continue
-            if self._maker(node.inputs[1], "DequantizeLinear") is None:
+            if self.maker(node.inputs[1], "DequantizeLinear") is None:
                 continue
-            if self._rounding(node.outputs[0]) is None and not self._block(node.outputs[0]):
+            if self.rounding(node.outputs[0]) is None and not self._block(node.outputs[0]):
                 self.left["their results are not rounded"] += 1
 
     def _block(self, value: Any) -> bool:
@@ -310,13 +216,14 @@ class _Placer:
         readers = list(value.consumers())
         if len(readers) == 2 and {item.op_type for item in readers} == {"Sigmoid", "Mul"}:  # SiLU
             (product,) = (item for item in readers if item.op_type == "Mul")
-            return self._activated(value, F.silu, self._rounding(product.outputs[0]))
-        node = self._reader(value)
+            (gate,) = (item for item in readers if item.op_type == "Sigmoid")
+            return self._gated(value, gate, self.rounding(product.outputs[0]))
+        node = self.reader(value)
         if node is None:
             return False
         if node.op_type == "Add":
             return self._added(value, node)
-        rounding = self._rounding(node.outputs[0])
+        rounding = self.rounding(node.outputs[0])
         if node.op_type in ("Relu", "Clip"):
             return rounding is not None and (self._fuses(node, rounding) or self._saturated(value, rounding))
         if node.op_type not in _ACTIVATIONS:
@@ -327,49 +234,80 @@ class _Placer:
 
     def _fuses(self, node: Any, rounding: Any) -> bool:
         """Whether saturating to the grid behind a ReLU or Clip does what it does: runtimes then drop it."""
-        end = self._grid_of(rounding)
+        end = self.grid_of(rounding)
         if end is None or node.op_type == "Relu":
             return end is not None and end.zero_point == 0
-        low, high = (self._array(item) for item in (*node.inputs[1:3], None, None)[:2])
+        low, high = (self.array(item) for item in (*node.inputs[1:3], None, None)[:2])
         below = low is not None and float(low) <= end.low
         return below and (high is None or float(high) >= end.high - end.scale / 2)
 
     def _saturated(self, value: Any, rounding: Any) -> bool:
         """In front of what only saturates: the grid behind it."""
-        end = self._grid_of(rounding)
+        end = self.grid_of(rounding)
         if end is not None:
-            self._pair(value, end)
+            self.pair(value, end)
         return end is not None
 
     def _activated(self, value: Any, function: Callable[[torch.Tensor], torch.Tensor], rounding: Any) -> bool:
-        end = None if rounding is None else self._grid_of(rounding)
+        end = None if rounding is None else self.grid_of(rounding)
         if end is None:
             return False
         inner, slope = _saturating(function, end)
         self._inner_pair(value, inner, slope, rounding, end)
         return True
 
+    def _gated(self, value: Any, gate: Any, rounding: Any) -> bool:
+        """SiLU is two operators. Its factor gets a grid too, unless that alone moves the result by a step.
+
+        It does so where the result has a narrow range, which negative values of many steps are rounded to.
+        """
+        if not self._activated(value, F.silu, rounding):
+            return False
+        inner, end = self.rounds_to(value), self.grid_of(rounding)
+        assert inner is not None
+        assert end is not None
+        grid, alone, together = _gate(inner)
+        if alone < end.scale:
+            self.pair(gate.outputs[0], grid)
+            self.inner[rounding] = together / end.scale
+        return True
+
     def _added(self, value: Any, node: Any) -> bool:
         """What is added to a value on a grid and rounded cannot be seen beyond the difference of the two ranges."""
         others = [item for item in node.inputs if item is not value]
-        other = self._grid(others[0]) if len(others) == 1 else None
+        other = self.grid(others[0]) if len(others) == 1 else None
         result = node.outputs[0]
-        rounding, after = self._rounding(result), self._reader(result)
+        rounding, after = self.rounding(result), self.reader(result)
         saturating = after is not None and after.op_type in ("Relu", "Clip")
         if after is not None and saturating:
-            rounding = self._rounding(after.outputs[0])
-        end = None if rounding is None else self._grid_of(rounding)
+            rounding = self.rounding(after.outputs[0])
+        end = None if rounding is None else self.grid_of(rounding)
         if other is None or end is None:
             return False
         if saturating and not self._fuses(after, rounding):
-            self._pair(result, end)
+            self.pair(result, end)
         self._inner_pair(value, OnnxGrid.over(end.low - other.high, end.high - other.low), 1.0, rounding, end)
         return True
 
     def _inner_pair(self, value: Any, inner: OnnxGrid, slope: float, rounding: Any, end: OnnxGrid) -> None:
         """A pair inside a block; half a step of it, times the slope of what follows, is what the end can move by."""
-        self._pair(value, inner)
+        self.pair(value, inner)
         self.inner[rounding] = self.inner.get(rounding, 0.0) + slope * inner.scale / 2 / end.scale
+
+
+def _gate(inner: OnnxGrid) -> tuple[OnnxGrid, float, float]:
+    """A grid for ``sigmoid(x)`` where SiLU reads integers.
+
+    Returns:
+        The grid; the most that it moves ``x * sigmoid(x)`` by, alone; and together with the rounding of ``x``.
+    """
+    integers = torch.arange(256, dtype=torch.float64)
+    x = (integers - inner.zero_point) * inner.scale
+    factor = torch.sigmoid(x)
+    grid = OnnxGrid.over(0.0, float(factor.max()))
+    made = x * (factor / grid.scale).round() * grid.scale
+    cell = x[:, None] + inner.scale * torch.linspace(-0.5, 0.5, 65, dtype=torch.float64)  # what is rounded to each
+    return grid, float((made - F.silu(x)).abs().max()), float((made[:, None] - F.silu(cell)).abs().max())
 
 
 def _is_nearest(node: Any) -> bool:

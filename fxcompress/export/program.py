@@ -81,7 +81,7 @@ def export_onnx(
     example_inputs: Any,
     runtime: Runtime = "onnxruntime",
 ) -> None:
-    """Write a model as an ONNX file (opset 18), in eval mode, with a batch dimension of any size.
+    """Write a model as an ONNX file (opset 20), in eval mode, with a batch dimension of any size.
 
     Other dimensions have the sizes of the example inputs: what runtimes fuse and how fast is decided by them.
 
@@ -180,7 +180,7 @@ def _exported(module: TracedModule, values: tuple[Any, ...], batched: tuple[str,
                 dynamic_shapes={"tensors": tuple(shapes)} if batched else None,
                 input_names=names,
                 custom_translation_table=translations(),
-                opset_version=18,
+                opset_version=20,
                 dynamo=True,
                 verbose=False,
             )
