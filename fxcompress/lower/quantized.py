@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxcompress.lower.features import require_int8
@@ -276,6 +277,31 @@ class QuantizedBatchNorm(Prepacked):
             return made.clamp_(low, high) if clips else made
 
         return kernel
+
+
+class QuantizedEmbedding(nn.Module):
+    """Rows of an int8 table, in float32; only the rows that are asked for are multiplied by their scales.
+
+    Args:
+        weight: int8, ``[rows, width]``.
+        scale: float32, ``[rows]`` or 0-d.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+
+    def __init__(self, weight: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", scale)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """``weight[rows] * weight_scale[rows]``, ``[..., width]``."""
+        scale = self.weight_scale if self.weight_scale.dim() == 0 else F.embedding(rows, self.weight_scale[:, None])
+        return F.embedding(rows, self.weight).to(scale.dtype).mul_(scale)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}"
 
 
 class IntegerWeight(nn.Module):
