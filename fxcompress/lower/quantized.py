@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxcompress.lower.features import require_int8
 from fxcompress.lower.integers import ByteGrid
 from fxcompress.lower.prepacked import Geometry, Kernel, PostOp, Prepacked
+from fxcompress.nodes import rows_of
 
 #: A result that is not rounded.
 _PLAIN = ByteGrid(1.0, 0, 0, 255)
@@ -297,8 +297,7 @@ class QuantizedEmbedding(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """``weight[rows] * weight_scale[rows]``, ``[..., width]``."""
-        scale = self.weight_scale if self.weight_scale.dim() == 0 else F.embedding(rows, self.weight_scale[:, None])
-        return F.embedding(rows, self.weight).to(scale.dtype).mul_(scale)
+        return rows_of(rows, self.weight, self.weight_scale)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}"
