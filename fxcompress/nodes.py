@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fxcompress.errors import InputError
@@ -161,3 +162,15 @@ def _rows(index: Tensor, tensor: Tensor, dim: int) -> Tensor:
         n // i if d != dim and i not in (1, n) else 1 for d, (n, i) in enumerate(zip(shape, index.shape, strict=True))
     ]
     return index.repeat(repeats).expand(shape)
+
+
+def rows_of(rows: Tensor, integers: Tensor, scale: Tensor) -> Tensor:
+    """``integers[rows] * scale[rows]``, ``[..., width]``: only the rows that are asked for are multiplied.
+
+    Args:
+        rows: integers of any shape.
+        integers: int8, ``[count, width]``.
+        scale: ``[count]`` or 0-d.
+    """
+    factor = scale if scale.dim() == 0 else F.embedding(rows, scale[:, None])
+    return F.embedding(rows, integers).to(scale.dtype).mul_(factor)

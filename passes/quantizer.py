@@ -24,7 +24,7 @@ from fxcompress.quantization.edges import LayerSpecs
 from fxcompress.quantization.fake_quantize import QUANT, FakeQuantize, TransformedFakeQuantize
 from fxcompress.quantization.insert import Slot, insert
 from fxcompress.quantization.regular import common_step
-from fxcompress.quantization.sites import ends, find_sites
+from fxcompress.quantization.sites import Site, ends, find_sites
 from fxcompress.quantization.spec import QuantSpec, activation_spec, weight_spec
 from fxcompress.rewrite import rewriting
 from fxcompress.select import Selection, Selectors
@@ -118,6 +118,10 @@ class Quantizer(Pass):
         """The grid of what contractions of two activations read; by default they stay float."""
         return None
 
+    def tables(self, module: TracedModule) -> list[Site]:
+        """The embeddings whose weights are rounded; by default they stay float."""
+        return []
+
     def make(self, slot: Slot, seen: Calibrator) -> FakeQuantize:
         """The module for a slot, of which ``seen`` saw what goes by there."""
         plain = replace(self, include=None, exclude=None)  # predicates need not pickle
@@ -163,7 +167,16 @@ class Quantizer(Pass):
         products = self.product_spec()
         wants_facts = self.folds or products is not None or any(item.data is not None for item in specs.values())
         facts = context.groups(module).channels.facts if wants_facts and context.inputs is not None else None
-        slots = insert(module, specs, facts, self.name, folds=self.folds, kernels=self.kernels, products=products)
+        slots = insert(
+            module,
+            specs,
+            facts,
+            self.name,
+            folds=self.folds,
+            kernels=self.kernels,
+            products=products,
+            tables=self.tables(module),
+        )
         if not slots:
             self._say_why(module, specs)
             return None
@@ -173,7 +186,7 @@ class Quantizer(Pass):
 
     def _say_why(self, module: TracedModule, specs: Mapping[str, LayerSpecs]) -> None:
         """Warn that nothing is left to quantize, unless all of it was quantized with the bits that are asked for."""
-        sites = list(find_sites(module))
+        sites = [*find_sites(module), *self.tables(module)]
         kept = [(site, submodule(module, f"{QUANT}.{site.weight}")) for site in sites if site.layer in specs]
         others = [
             f"{site.layer} has {quantizer.spec.bits}, not {wanted.bits}"
@@ -195,7 +208,7 @@ class Quantizer(Pass):
     def _specs(self, module: TracedModule) -> dict[str, LayerSpecs]:
         """What is wanted of each layer."""
         sites = list(find_sites(module))
-        layers = {site.layer: submodule(module, site.layer) for site in sites}
+        layers = {site.layer: submodule(module, site.layer) for site in [*sites, *self.tables(module)]}
         chosen = Selection(self.include, self.exclude).chosen(layers)
         weights = BitRules.parse("weight_bits", self.weight_bits, self.least_bits).of(layers)
         data: dict[str, int] = {}

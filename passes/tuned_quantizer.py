@@ -134,7 +134,7 @@ class TunedQuantizer(Pass):
 
     def _sites(self, module: TracedModule) -> tuple[WeightSite, ...]:
         names = modules_of(module)
-        sites = weight_sites(module)
+        sites = weight_sites(module, self.inner.tables(module))
         layers = {site.layer: names[site.layer] for site in sites}
         chosen = Selection(self.inner.include, self.inner.exclude).chosen(layers)
         taken = tuple(site for site in sites if site.layer in chosen)

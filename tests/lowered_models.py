@@ -86,7 +86,6 @@ class Row:
             not needed.
         classes: how many different classes are top-1 in the simulation.
         bytes: of the lowered state_dict on disk, as a fraction of the float32 one's.
-        tables: share of embedding tables, which stay float32, in the parameters.
         int8: layers that run in int8, of all (from the notes).
     """
 
@@ -99,19 +98,18 @@ class Row:
     control: float
     classes: int
     bytes: float
-    tables: float
     int8: str
 
     def __str__(self) -> str:
         return (
             f"{self.name:20} {self.steps:5} {self.share:9.1e} {self.gap:9.1e} {self.clear:6} {self.agree:8.2%} "
-            f"{self.control:8.2%} {self.classes:7} {self.bytes:7.3f} {self.tables:7.3f}  {self.int8}"
+            f"{self.control:8.2%} {self.classes:7} {self.bytes:7.3f}  {self.int8}"
         )
 
 
 HEAD = (
     f"{'model':20} {'steps':>5} {'share':>9} {'float':>9} {'clear':>6} {'top-1':>8} {'control':>8} "
-    f"{'classes':>7} {'bytes':>7} {'tables':>7}"
+    f"{'classes':>7} {'bytes':>7}"
 )
 
 
@@ -174,7 +172,12 @@ def quantized(name: str) -> tuple[nn.Module, fxcompress.TracedModule]:
     model = float_model(name)
     task = fxcompress.Task(batches=list(examples(name, 64, seed=2).split(16)))
     simulated = fxcompress.compress(
-        model, [PTQQuantizer()], example_inputs=examples(name, 2), task=task, verify=False, progress=False
+        model,
+        [PTQQuantizer(embeddings=True)],
+        example_inputs=examples(name, 2),
+        task=task,
+        verify=False,
+        progress=False,
     )
     return model, simulated
 
@@ -213,8 +216,6 @@ def measure(name: str, count: int = 1000) -> Row:
         control,
         len(right.argmax(1).unique()),
         stored(lowered) / stored(model),
-        sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Embedding))
-        / sum(parameter.numel() for parameter in model.parameters()),
         next(note for note in lowered.meta["history"][-1].notes if "layers run in int8" in note),
     )
 

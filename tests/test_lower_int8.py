@@ -23,11 +23,13 @@ from fxcompress.lower.quantized import (
     IntegerWeight,
     QuantizedBatchNorm,
     QuantizedConvolution,
+    QuantizedEmbedding,
     QuantizedLayer,
     QuantizedLinear,
 )
 from fxcompress.lower.stem import QuantizedStem
-from fxcompress.passes import Lower
+from fxcompress.passes import Lower, LSQQuantizer, PTQQuantizer, QATQuantizer
+from fxcompress.passes.kernel_quantizer import KernelQuantizer
 from fxcompress.quantization.observers import MinMax
 from fxcompress.quantization.spec import QuantSpec, activation_spec, weight_spec
 from fxcompress.verify import difference
@@ -144,6 +146,68 @@ def test_weights_alone() -> None:
     y = torch.randn(3, 3, 40, 40)
     with torch.no_grad():
         assert difference(simulated(y), lowered(y)) < 1e-5
+
+
+class Tables(nn.Module):
+    """Tokens of one table and places of another, which is read twice; the head is tied to the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(13, 7, padding_idx=0), nn.Embedding(5, 7)
+        self.mix, self.head = nn.Linear(7, 7), nn.Linear(7, 13)
+        self.head.weight = self.words.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        x = self.words(tokens) + self.places(places) + self.places(places.flip(0))
+        return self.head(self.mix(x).relu())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("item", [PTQQuantizer, QATQuantizer, LSQQuantizer])
+def test_tables_stay_integers(item: type[KernelQuantizer], bits: int) -> None:
+    model, tokens = Tables().eval(), torch.arange(15).reshape(3, 5) % 13
+    randomize(model, 4)
+    simulated = fxcompress.compress(model, [item(weight_bits=bits, embeddings=True)], example_inputs=tokens)
+    lowered = lower(simulated, tokens)
+    assert_within_a_step(simulated, lowered, tokens.repeat(2, 1).flip(1))
+    assert "2 of 2 layers run in int8, with 3 embeddings" in notes(lowered)
+    tables = {name: table for name, table in lowered.named_modules() if isinstance(table, QuantizedEmbedding)}
+    assert tables.keys() == {"words", "places", "places_call2"}
+    state = lowered.state_dict()
+    for name, table in tables.items():
+        assert state[f"{name}.weight"].dtype == torch.int8
+        assert state[f"{name}.weight_scale"].shape == table.weight.shape[:1]
+        float_name = name.removesuffix("_call2")
+        rows = torch.tensor([[4, 0, 2], [1, 1, 3]])
+        expected = simulated.get_submodule(f"_quant.{float_name}.weight")(model.get_parameter(f"{float_name}.weight"))
+        assert torch.equal(table(rows), expected[rows])
+    assert state["places.weight"].data_ptr() == state["places_call2.weight"].data_ptr()
+
+
+def test_a_tied_table_is_stored_once_and_loads() -> None:
+    model, tokens = Tables().eval(), torch.arange(15).reshape(3, 5) % 13
+    randomize(model, 4)
+    simulated = fxcompress.compress(model, [PTQQuantizer(embeddings=True)], example_inputs=tokens)
+    lowered, other = lower(simulated, tokens), lower(simulated, tokens)
+    state = lowered.state_dict()
+    assert state["words.weight"].data_ptr() == state["head.weight"].data_ptr()
+    expected = lowered(tokens)
+    for twin in (copy.deepcopy(lowered), pickle.loads(pickle.dumps(lowered)), other):
+        if twin is other:
+            for tensor in other.state_dict().values():
+                tensor.zero_()
+            other.load_state_dict(copy.deepcopy(state))
+        assert torch.equal(twin(tokens), expected)
+        assert torch.equal(twin(tokens), expected), "and the recording"
+
+
+def test_a_table_is_not_multiplied_as_a_whole() -> None:
+    table = QuantizedEmbedding(torch.randint(-127, 128, (301, 7), dtype=torch.int8), torch.rand(301))
+    with torch.profiler.profile(record_shapes=True) as seen:
+        table(torch.tensor([[1, 300, 5]]))
+    products = [event.input_shapes[0] for event in seen.events() if event.name in ("aten::mul", "aten::mul_")]
+    assert products == [[1, 3, 7]]
 
 
 def test_layers_that_were_left_out_stay_float() -> None:

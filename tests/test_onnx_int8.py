@@ -180,6 +180,33 @@ def test_attention_agrees_within_a_step(tmp_path: Path) -> None:
     assert found["BiasGelu"] + found["Gelu"] == 1
 
 
+class Tables(nn.Module):
+    """An embedding whose table is the head's weight too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.mix = nn.Embedding(13, 7), nn.Linear(7, 7)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.linear(self.mix(self.words(tokens)).relu(), self.words.weight)
+
+
+def test_tables_are_stored_as_integers_per_row() -> None:
+    model, tokens = Tables().eval(), torch.arange(15).reshape(3, 5) % 13
+    randomize(model, 4)
+    simulated = fxcompress.compress(model, [PTQQuantizer(embeddings=True)], example_inputs=tokens, progress=False)
+    lowered = fxcompress.compress(simulated, [Lower(backend="onnx")], example_inputs=tokens, progress=False)
+    compare(simulated, inner(lowered), Inputs.parse(tokens), batched=False, what="the result")
+    with torch.no_grad():
+        for given in (tokens.flip(1), tokens[:1]):
+            assert difference(simulated(given), lowered(given)) < 1e-5, "nothing lies on an edge"
+    graph = file_of(lowered).graph
+    stored = {item.name: numpy_helper.to_array(item) for item in graph.initializer}
+    gathered = [stored[node.input[0]] for node in graph.node if node.op_type == "Gather"]
+    assert sorted((array.dtype.name, array.shape) for array in gathered) == [("float32", (13, 1)), ("int8", (13, 7))]
+    assert not any(array.dtype == np.float32 and array.size >= 13 * 7 for array in stored.values())
+
+
 class Normalized(nn.Module):
     """A norm behind a residual sum."""
 

@@ -18,6 +18,7 @@ from fxcompress.passes import (
     L1FilterPruner,
     L2FilterPruner,
     NetAdaptPruner,
+    PTQQuantizer,
     SensitivityPruner,
     SimulatedAnnealingPruner,
     Speedup,
@@ -257,6 +258,21 @@ def test_bits_fit_the_bytes() -> None:
     specs = [item.spec for item in module.modules() if isinstance(item, fxcompress.FakeQuantize)]
     assert sorted(s.bits for s in specs if s.role == "weight") == sorted(history.chosen.proposal.bits)
     assert score(module) == pytest.approx(history.chosen.score, abs=1e-5)
+
+
+def test_tables_get_bits_too() -> None:
+    torch.manual_seed(3)
+    model, tokens = nn.Sequential(nn.Embedding(41, 7), nn.Linear(7, 3)).eval(), torch.arange(12).reshape(3, 4)
+    with torch.no_grad():
+        wanted = model(tokens)
+    task = Task(score=lambda model: -float((model(tokens) - wanted).square().mean().detach()), batches=[tokens])
+    item = TunedQuantizer(Budget(bytes=0.2), inner=PTQQuantizer(embeddings=True), trials=3)
+    made = fxcompress.compress(model, [item], example_inputs=tokens, task=task)
+    (history,) = histories(made)
+    assert set(history.groups) == {"0", "1"}
+    specs = [item.spec for item in made.modules() if isinstance(item, fxcompress.FakeQuantize)]
+    assert history.chosen is not None
+    assert sorted(s.bits for s in specs if s.role == "weight") == sorted(history.chosen.proposal.bits)
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from fxcompress.export.grid_operators import dequantize, quantize
 from fxcompress.module import TracedModule
-from fxcompress.nodes import apply_mask, learned_mask
+from fxcompress.nodes import apply_mask, learned_mask, rows_of
 from fxcompress.quantization.fake_quantize import ROLE, FakeQuantize, fake_quant_nodes, require_kernels
 from fxcompress.quantization.settle import settle, value_of
 from fxcompress.quantization.spec import Grid
@@ -76,9 +77,14 @@ def _weight(rewriter: Rewriter, node: fx.Node, item: FakeQuantize) -> None:
     if axis is not None and along.dim():
         along = along.reshape([-1 if dim == axis % values.dim() else 1 for dim in range(values.dim())])
     integers = (values / along).round().to(torch.int8)
+    stored = _constant(rewriter, last, f"{node.name}.integers", integers)
+    scale = _constant(rewriter, last, f"{node.name}.scale", grid.scale.clone())
+    for reader in list(last.users):
+        if reader.target is F.embedding and axis in (None, 0):  # a table is not dequantized to pick a few rows
+            rewriter.become(reader, "call_function", rows_of, (reader.args[0], stored, scale))
     args = (
-        _constant(rewriter, last, f"{node.name}.integers", integers),
-        _constant(rewriter, last, f"{node.name}.scale", grid.scale.clone()),
+        stored,
+        scale,
         _constant(rewriter, last, f"{node.name}.zero_point", grid.zero_point.to(torch.int8)),
         (axis or 0) % values.dim(),
     )

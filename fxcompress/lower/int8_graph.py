@@ -14,7 +14,7 @@ from fxcompress.lower.agreement import GRID
 from fxcompress.lower.float_graph import Left, drop_idle
 from fxcompress.lower.fusion import FRESH, Chain, Chains, addends, post_op
 from fxcompress.lower.integers import ByteGrid
-from fxcompress.lower.layers_int8 import LAYERS, LayerSite, int8_layer, sites_of, weight_only
+from fxcompress.lower.layers_int8 import LAYERS, LayerSite, gathered, int8_layer, sites_of, weight_only
 from fxcompress.lower.naming import Names
 from fxcompress.lower.prepacked import PostOp
 from fxcompress.lower.quantized import QuantizedBatchNorm
@@ -148,7 +148,11 @@ class _Lowering:
     # ---- layers --------------------------------------------------------------------------------------------------
 
     def _layer(self, site: LayerSite) -> None:
-        """A convolution or linear layer with a fake-quantized weight."""
+        """A convolution, linear layer or embedding with a fake-quantized weight."""
+        if site.gathers:
+            gathered(self.rewriter, site, self.names.take(site.parameter))
+            self.lowered["embeddings"] += 1
+            return
         x_grid = self.grids.get(site.x)
         reason = site.reason or ("its input is not quantized" if x_grid is None else None)
         if reason is not None:

@@ -12,7 +12,13 @@ from torch import Tensor, fx
 from fxcompress.errors import GraphError
 from fxcompress.lower.integers import ByteGrid
 from fxcompress.lower.prepacked import FloatConvolution, FloatLinear, Geometry, PostOp, Prepacked
-from fxcompress.lower.quantized import IntegerWeight, QuantizedConvolution, QuantizedLayer, QuantizedLinear
+from fxcompress.lower.quantized import (
+    IntegerWeight,
+    QuantizedConvolution,
+    QuantizedEmbedding,
+    QuantizedLayer,
+    QuantizedLinear,
+)
 from fxcompress.lower.stem import QuantizedStem
 from fxcompress.module import TracedModule, owner, submodule
 from fxcompress.quantization.fake_quantize import FakeQuantize
@@ -76,19 +82,32 @@ class LayerSite:
         """Whether the kernel can add a tensor to its result."""
         return self.weight.dim() in (2, 4)
 
+    @property
+    def gathers(self) -> bool:
+        """Whether rows of the weight are picked, each with a scale, or all with one."""
+        return self.node.target is F.embedding and self.scale.dim() < 2
+
     def fuses(self, post: PostOp) -> bool:
         """Whether the kernel can apply an activation."""
         return post.name in _FUSED.get(self.weight.dim(), ())
 
 
 def sites_of(module: TracedModule) -> dict[fx.Node, LayerSite]:
-    """The layers whose weights are fake-quantized, by their calls; layers that read one weight hold one tensor."""
+    """The layers whose weights are fake-quantized, by their calls.
+
+    Layers that read one parameter, by one name or several (an embedding and the head that is tied to it), hold one
+    tensor where their integers are the same.
+    """
     found: dict[fx.Node, LayerSite] = {}
-    weights: dict[fx.Node, Tensor] = {}
+    weights: dict[int, list[Tensor]] = {}
     for node in module.graph.nodes:
         site = _site_of(module, node)
         if site is not None:
-            found[node] = replace(site, weight=weights.setdefault(site.edge, site.weight))
+            holder, leaf = owner(module, site.parameter)
+            known = weights.setdefault(id(getattr(holder, leaf)), [])
+            weight = next((item for item in known if torch.equal(item, site.weight)), site.weight)
+            known.append(weight)
+            found[node] = replace(site, weight=weight)
     return found
 
 
@@ -188,6 +207,12 @@ def int8_layer(
         return QuantizedLinear(site.weight, site.scale, site.bias, **options)
     kind = QuantizedStem if rounds else QuantizedConvolution
     return kind(site.weight, site.scale, site.bias, site.geometry, **options)
+
+
+def gathered(rewriter: Rewriter, site: LayerSite, name: str) -> None:
+    """An embedding, whose table stays integers."""
+    rewriter.put_module(name, QuantizedEmbedding(site.weight, site.scale))
+    rewriter.become(site.node, "call_module", name, (site.x,))
 
 
 def weight_only(rewriter: Rewriter, site: LayerSite, name: str) -> None:

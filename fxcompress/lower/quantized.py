@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fxcompress.lower.features import require_int8
 from fxcompress.lower.integers import ByteGrid
 from fxcompress.lower.prepacked import Geometry, Kernel, PostOp, Prepacked
+from fxcompress.nodes import rows_of
 
 #: A result that is not rounded.
 _PLAIN = ByteGrid(1.0, 0, 0, 255)
@@ -276,6 +277,30 @@ class QuantizedBatchNorm(Prepacked):
             return made.clamp_(low, high) if clips else made
 
         return kernel
+
+
+class QuantizedEmbedding(nn.Module):
+    """Rows of an int8 table, in float32; only the rows that are asked for are multiplied by their scales.
+
+    Args:
+        weight: int8, ``[rows, width]``.
+        scale: float32, ``[rows]`` or 0-d.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+
+    def __init__(self, weight: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", scale)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """``weight[rows] * weight_scale[rows]``, ``[..., width]``."""
+        return rows_of(rows, self.weight, self.weight_scale)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}"
 
 
 class IntegerWeight(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx, nn
@@ -50,6 +50,7 @@ def insert(
     folds: bool,
     kernels: bool,
     products: QuantSpec | None = None,
+    tables: Sequence[Site] = (),
 ) -> list[Slot]:
     """Open the layers and put a node on every edge that the specs ask for; the modules are still calibrators.
 
@@ -62,6 +63,7 @@ def insert(
         kernels: activations lie on grids wherever integer kernels read or write them; without, only what the layers
             read does, and other readers see it as it was.
         products: with ``kernels``, of what contractions of two activations read; None leaves them as they are.
+        tables: embeddings whose weights are rounded too, with a scale for each row.
 
     Raises:
         InputError: a spec of an activation has a scale for each index of a dimension.
@@ -81,7 +83,10 @@ def insert(
             activations = edges.activations(products) if kernels else edges.inputs()
         else:
             blocks, activations = {}, []
-        inserter.weights([site for site in sites if not site.quantized], specs, blocks if folds else {})
+        order = {node: place for place, node in enumerate(module.graph.nodes)}
+        readers = [*sites, *(site for site in tables if site.layer in specs)]
+        readers.sort(key=lambda site: order[site.node])
+        inserter.weights([site for site in readers if not site.quantized], specs, blocks if folds else {})
         for item in activations:
             inserter.activation(item)
     return inserter.slots
@@ -118,7 +123,7 @@ class _Inserter:
         source = parameter_node(self.rewriter, name, before=first)
         holder, leaf = owner(self.module, name)
         weight = holder.get_parameter(leaf)
-        axis = same[0].axis if spec.axis is not None else None
+        axis = same[0].axis if spec.axis is not None or any(site.table for site in same) else None
         spec = spec if spec.axis == axis else spec.along(axis)
         args: tuple[fx.Node, ...] = (source,)
         if norm is not None:

@@ -14,7 +14,7 @@ from fxcompress.layers import parameter_node
 from fxcompress.module import MASKS, TracedModule, evaluating, owner, submodule
 from fxcompress.quantization.fake_quantize import ROLE, AffineFakeQuantize, FakeQuantize, TransformedFakeQuantize, along
 from fxcompress.quantization.gradients import GradientQuantize
-from fxcompress.quantization.sites import Site, find_sites
+from fxcompress.quantization.sites import Site, find_sites, find_tables
 from fxcompress.quantization.spec import QuantSpec
 from fxcompress.rewrite import Rewriter, rewriting
 
@@ -36,7 +36,7 @@ def settle(module: TracedModule, ranks: Callable[[fx.Node], int] | None = None, 
     with rewriting(module, author) as rewriter, evaluating(module), torch.no_grad():
         _drop_gradients(rewriter)
         calls = calls_of(module)
-        for site in list(find_sites(module)):
+        for site in [*find_sites(module), *find_tables(module)]:
             if site.quantized:
                 said += _settle(rewriter, site, calls, ranks or _unknown)
         _drop_uncalled(rewriter, calls)

@@ -1,10 +1,13 @@
-"""Where a graph multiplies by weights: convolutions and linear layers, as modules or as functional calls."""
+"""Where a graph reads weights that can be rounded: convolutions, linear layers and embedding tables, as modules or as
+functional calls."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import torch.nn.functional as F
 from torch import fx, nn
 
 from fxcompress.module import TracedModule, owner, submodule
@@ -26,15 +29,16 @@ _LAYERS = (
 
 @dataclass(frozen=True)
 class Site:
-    """One call of a layer that multiplies by weights.
+    """One call of a layer that multiplies by weights, or picks rows of them.
 
     Attributes:
         node: the call; of a layer or of a function.
         layer: name of the module that holds the weight, by which it is selected.
         weight: the parameter's name.
-        data: what is multiplied.
+        data: what is multiplied; the integers that choose rows of a table.
         axis: dimension of the weight along which output channels lie; None where it has no such dimension.
         quantized: whether its weight already has a fake-quant node.
+        table: whether rows are picked and nothing is multiplied.
     """
 
     node: fx.Node
@@ -43,6 +47,7 @@ class Site:
     data: fx.Node
     axis: int | None
     quantized: bool = False
+    table: bool = False
 
 
 def operation(module: nn.Module, node: fx.Node) -> str:
@@ -64,6 +69,53 @@ def find_sites(module: TracedModule) -> Iterator[Site]:
             yield made
 
 
+def find_tables(module: TracedModule) -> Iterator[Site]:
+    """Every embedding whose weight is a parameter as it is, in the order of the graph.
+
+    Tables with ``max_norm``, which writes into them, or with sparse gradients, which no fake-quant node passes on, are
+    none.
+    """
+    for node in module.graph.nodes:
+        made = _table(module, node)
+        if made is not None:
+            yield made
+
+
+def _table(module: TracedModule, node: fx.Node) -> Site | None:
+    names = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+    layer = submodule(module, str(node.target)) if node.op == "call_module" else None
+    held: tuple[str, str, bool] | None = None
+    given: Mapping[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
+    if type(layer) is nn.Embedding:
+        given = {**given, "max_norm": layer.max_norm, "sparse": layer.sparse}
+        held = str(node.target), f"{node.target}.weight", False
+    elif node.op == "call_function" and node.target is F.embedding:
+        held = _held(module, given.get("weight"))
+    data = given.get("input")
+    if held is None or not isinstance(data, fx.Node) or given.get("max_norm") is not None or given.get("sparse"):
+        return None
+    name, weight, quantized = held
+    return Site(node, name, weight, data, 0, quantized, table=True)
+
+
+def _held(module: TracedModule, weight: object) -> tuple[str, str, bool] | None:
+    """Of a parameter that a function reads, behind masks and fake-quant nodes: its layer, its name, and whether there
+    is a fake-quant node; None for other values."""
+    if not isinstance(weight, fx.Node):
+        return None
+    quantized = False
+    while ROLE in weight.meta or "mask" in weight.meta:
+        quantized = quantized or ROLE in weight.meta
+        weight = weight.all_input_nodes[0]
+    if weight.op != "get_attr":
+        return None
+    name = str(weight.target)
+    holder, leaf = owner(module, name)
+    if not isinstance(holder._parameters.get(leaf), nn.Parameter):
+        return None
+    return name.rpartition(".")[0], name, quantized
+
+
 def _layer(module: TracedModule, node: fx.Node) -> Site | None:
     layer = submodule(module, str(node.target))
     if type(layer) not in _LAYERS or getattr(layer, "padding_mode", "zeros") != "zeros":
@@ -80,21 +132,12 @@ def _function(module: TracedModule, node: fx.Node) -> Site | None:
     if name not in _CONVOLUTIONS | _TRANSPOSED | {"linear"}:
         return None
     given = dict(zip(("input", "weight"), node.args, strict=False)) | node.kwargs
-    data, weight = given.get("input"), given.get("weight")
-    if not isinstance(data, fx.Node) or not isinstance(weight, fx.Node):
+    data, held = given.get("input"), _held(module, given.get("weight"))
+    if not isinstance(data, fx.Node) or held is None:
         return None
-    quantized = False
-    while ROLE in weight.meta or "mask" in weight.meta:
-        quantized = quantized or ROLE in weight.meta
-        weight = weight.all_input_nodes[0]
-    if weight.op != "get_attr":
-        return None
-    holder, leaf = owner(module, str(weight.target))
-    if not isinstance(holder._parameters.get(leaf), nn.Parameter):
-        return None
+    layer, weight, quantized = held
     groups = node.kwargs.get("groups", node.args[6] if len(node.args) > 6 else 1)
-    layer = str(weight.target).rpartition(".")[0]
-    return Site(node, layer, str(weight.target), data, _axis(name, groups if isinstance(groups, int) else 0), quantized)
+    return Site(node, layer, weight, data, _axis(name, groups if isinstance(groups, int) else 0), quantized)
 
 
 def ends(module: TracedModule, sites: list[Site]) -> frozenset[str]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fxcompress.module import TracedModule
-from fxcompress.quantization.sites import find_sites
+from fxcompress.quantization.sites import Site, find_sites
 from fxcompress.quantization.spec import weight_spec
 from fxcompress.search.trial import Proposal
 from fxcompress.task import Task
@@ -35,10 +35,10 @@ class WeightSite:
     elements: int
 
 
-def weight_sites(module: TracedModule) -> tuple[WeightSite, ...]:
-    """The weights of convolutions and linear layers, each once, in the order of the graph."""
+def weight_sites(module: TracedModule, tables: Iterable[Site] = ()) -> tuple[WeightSite, ...]:
+    """The weights of convolutions and linear layers in the order of the graph, and of some tables, each once."""
     found: dict[str, WeightSite] = {}
-    for site in find_sites(module):
+    for site in (*find_sites(module), *tables):
         if not site.quantized and site.weight not in found:
             elements = module.get_parameter(site.weight).numel()
             found[site.weight] = WeightSite(site.layer, site.weight, site.axis, elements)
