@@ -318,6 +318,18 @@ def test_queries_keys_and_values_of_one_weight_show_where_each_is_used() -> None
     assert dead_channels(masked, "attention.in_proj_weight") == expected
 
 
+def test_outputs_of_a_grouped_transposed_convolution_show_their_channels() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 6, 2, 2, groups=2), nn.ReLU(), nn.Conv2d(6, 2, 1))
+    x = torch.randn(3, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        shift = torch.tensor([2.0, -2.0, 0.0, -1.0, 3.0, 1.0])  # of each group of three one goes: the smallest
+        model[1].bias.copy_(shift)
+        model[1].weight.mul_(0.1)
+    item = ActivationMeanRankFilterPruner(0.34, include=["1"])
+    small = fxcompress.compress(model.eval(), [item, Speedup()], example_inputs=x, task=Task(batches=[x]))
+    assert torch.equal(small.get_submodule("1").bias, shift[[0, 2, 4, 5]])
+
+
 def test_folding_a_batch_norm_changes_no_activation() -> None:
     model, x, task = case("cnn", torch.float64)
     pruner = ActivationMeanRankFilterPruner(0.4)

@@ -81,7 +81,9 @@ class Activations:
 
         The units of a lower layer of an ``nn.LSTM`` show only in its last states.
         """
-        (axis,) = [a for a in self.channels.facts.ledger.axes if (a.name, a.dim) == (item.parameter, item.dim)]
+        along = item.parameter, item.dim
+        # Groups of a transposed convolution that lie side by side get their axis after that of one of them.
+        *_, axis = [a for a in self.channels.facts.ledger.axes if (a.name, a.dim) == along]
         rows, component = item.rows + axis.start, self.channels.component
         ends = list(map(self._end, self._calls(item.parameter)))
         own = [_find(rows, self._labels(end)) for end in ends]  # coupled rows have places of their own

@@ -28,24 +28,23 @@ _DTYPES = frozenset(
     getattr(torch, name) for name in "float64 float32 bfloat16 float16 int64 int32 int16 int8 uint8 bool".split()
 )
 _PLAIN = frozenset((bool, int, str, type(None)))
-#: Where functions and layers come from that hold no state of their own.
-_FUNCTIONS = ("torch", "_operator", "builtins", "math", "fxcompress.")
+#: Packages whose functions hold no state of their own.
+_PACKAGES = frozenset(("torch", "torchvision", "fxcompress", "_operator", "builtins", "math"))
 _LAYERS = ("torch.nn.modules.", "fxcompress.lower.")
 
 
 def recordable(module: fx.GraphModule) -> bool:
     """Whether a graph calls functions and layers of torch and ours alone: others may do different things every time."""
-    for node in module.graph.nodes:
-        homes: tuple[str, ...]
-        if node.op == "call_module":
-            homes, home = _LAYERS, type(module.get_submodule(str(node.target))).__module__
-        elif node.op == "call_function" and node.target not in pytree.SUPPORTED_NODES:  # what results are packed into
-            homes, home = _FUNCTIONS, getattr(node.target, "__module__", None) or "torch"
-        else:
-            continue
-        if not home.startswith(homes):
-            return False
-    return True
+    return all(_is_known(module, node) for node in module.graph.nodes)
+
+
+def _is_known(module: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return type(module.get_submodule(str(node.target))).__module__.startswith(_LAYERS)
+    if node.op != "call_function" or node.target in pytree.SUPPORTED_NODES:  # the latter pack results
+        return True
+    home = getattr(node.target, "__module__", None) or "torch"  # its functions in C++ have none
+    return home.partition(".")[0] in _PACKAGES
 
 
 class Replayed:
