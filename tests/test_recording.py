@@ -358,6 +358,18 @@ def test_errors_are_those_of_the_function() -> None:
         run(torch.full((2, 3), 10))
 
 
+def test_what_torchscript_does_not_know_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(text: str) -> None:
+        raise RuntimeError(f"unknown: {text}")
+
+    run = flattened(graph_of(lambda x: x.relu() + 1))
+    assert isinstance(run, Replayed)
+    monkeypatch.setattr(torch.jit, "CompilationUnit", refuse)
+    for _ in range(4):
+        assert torch.equal(run(torch.ones(3)), torch.full((3,), 2.0))
+    assert run.recordings == 0
+
+
 KINDS: dict[str, Callable[[], Tensor]] = {
     "sliced": lambda: torch.randn(8, 8)[:, ::2],
     "expanded": lambda: torch.randn(1, 4).expand(6, 4),

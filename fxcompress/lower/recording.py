@@ -67,9 +67,13 @@ def record(
     writer = _Writer(inputs)
     with writer:
         made = function()
-    if writer.fits and torch.equal(drawn, torch.random.get_rng_state()):
-        return made, writer.recording(results(made))
-    return made, None
+    if not writer.fits or not torch.equal(drawn, torch.random.get_rng_state()):
+        return made, None
+    found = results(made)
+    try:
+        return made, writer.recording(found)
+    except RuntimeError:  # TorchScript does not know an operator, or a form of its arguments
+        return made, None
 
 
 class _Unfit(Exception):  # noqa: N818 - it is no error
