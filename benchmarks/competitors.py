@@ -56,7 +56,7 @@ def onnx_runtime_int8(model: nn.Module, x: Tensor) -> Call:
         def __init__(self, name: str) -> None:
             self.left = [{name: x.numpy()}]
 
-        def get_next(self) -> dict[str, Any] | None:  # type: ignore[override]
+        def get_next(self) -> dict[str, Any] | None:  # type: ignore[override]  # its own says dict, and takes None
             return self.left.pop() if self.left else None
 
     with tempfile.TemporaryDirectory() as folder:

@@ -202,9 +202,9 @@ def seeded(*numbers: int) -> Iterator[None]:
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         random.seed(seed)
-        np.random.seed(seed)  # noqa: NPY002
+        np.random.seed(seed)  # noqa: NPY002 - as above
         try:
             yield
         finally:
             random.setstate(python)
-            np.random.set_state(numeric)  # noqa: NPY002
+            np.random.set_state(numeric)  # noqa: NPY002 - as above

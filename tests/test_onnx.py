@@ -7,7 +7,6 @@ import pickle
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +32,6 @@ import fxcompress
 from fxcompress.passes import L1FilterPruner, LevelPruner, Lower, PTQQuantizer, Speedup
 from fxcompress.quantization.spec import activation_spec, weight_spec
 from fxcompress.verify import difference
-
-
-@pytest.fixture(scope="module")
-def convolutions() -> tuple[fxcompress.TracedModule, fxcompress.TracedModule]:
-    simulated = fake_quantized(image_net(), IMAGES)
-    return simulated, fxcompress.compress(simulated, [Lower(backend="onnx")], example_inputs=IMAGES, progress=False)
-
 
 # ---- float -----------------------------------------------------------------------------------------------------
 
@@ -164,26 +156,6 @@ def test_another_size_than_the_written_one_is_named(backend: str) -> None:
         ):
             lowered(torch.randn(shape))
     assert lowered(torch.randn(5, 3, 12, 12)).shape == (5, 4, 10, 10)
-
-
-# ---- an ordinary module ----------------------------------------------------------------------------------------
-
-
-def test_copies_pickles_state_and_threads(
-    convolutions: tuple[fxcompress.TracedModule, fxcompress.TracedModule], tmp_path: Path
-) -> None:
-    _, lowered = convolutions
-    right = lowered(IMAGES)
-    assert not right.requires_grad
-    copies = [copy.deepcopy(lowered), pickle.loads(pickle.dumps(lowered)), copy.copy(lowered)]
-    torch.save(lowered.state_dict(), tmp_path / "state.pt")
-    other = copy.deepcopy(lowered)
-    other.get_buffer("onnxruntime.model").zero_()
-    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert all(torch.equal(right, module(IMAGES)) for module in (*copies, other))
-    fresh = copy.deepcopy(lowered)
-    with ThreadPoolExecutor(4) as pool:
-        assert all(torch.equal(right, found) for found in pool.map(fresh, [IMAGES] * 8))
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------

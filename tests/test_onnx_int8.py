@@ -1,6 +1,7 @@
 """Fake-quant nodes as pairs that ONNX Runtime and OpenVINO fuse."""
 
 import copy
+import pickle
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -392,3 +393,23 @@ def test_what_a_rounded_sigmoid_moves_is_known(high: float) -> None:
     found = rounded * (torch.sigmoid(rounded) / grid.scale).round().clamp(0, 255) * grid.scale
     torch.testing.assert_close(float((found - F.silu(x)).abs().max()), together, rtol=1e-2, atol=0)
     torch.testing.assert_close(float((found - F.silu(rounded)).abs().max()), alone, rtol=1e-9, atol=0)
+
+
+# ---- an ordinary module ----------------------------------------------------------------------------------------
+
+
+def test_copies_pickles_state_and_threads(
+    convolutions: tuple[fxcompress.TracedModule, fxcompress.TracedModule], tmp_path: Path
+) -> None:
+    _, lowered = convolutions
+    right = lowered(IMAGES)
+    assert not right.requires_grad
+    copies = [copy.deepcopy(lowered), pickle.loads(pickle.dumps(lowered)), copy.copy(lowered)]
+    torch.save(lowered.state_dict(), tmp_path / "state.pt")
+    other = copy.deepcopy(lowered)
+    other.get_buffer("onnxruntime.model").zero_()
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert all(torch.equal(right, module(IMAGES)) for module in (*copies, other))
+    fresh = copy.deepcopy(lowered)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(right, found) for found in pool.map(fresh, [IMAGES] * 8))

@@ -104,19 +104,19 @@ def _into_norm(rewriter: Rewriter, nodes: list[fx.Node]) -> None:
     module = rewriter.module
     masks = [_mask_of(module, node) for node in nodes]
     mask = masks[0]
-    layer: Any = submodule(module, str(nodes[0].args[0].target))  # type: ignore[union-attr]
+    called = nodes[0].all_input_nodes[0]
+    layer: Any = submodule(module, str(called.target))
     channels = layer.num_features
     if mask.dim() < 2 or mask.shape[1] != channels or mask.numel() != channels:
         return
     if not all(torch.equal(mask, other) for other in masks[1:]):
         return
-    name = str(nodes[0].args[0].target)  # type: ignore[union-attr]
     for leaf in ("weight", "bias"):
-        rewriter.set_tensor(f"{name}.{leaf}", getattr(layer, leaf).detach() * mask.reshape(-1))
+        rewriter.set_tensor(f"{called.target}.{leaf}", getattr(layer, leaf).detach() * mask.reshape(-1))
     for node in nodes:  # under the mask's name: that is whose value it is
         norm = node.args[0]
         assert isinstance(norm, fx.Node)
-        rewriter.become(node, "call_module", name, norm.args, dict(norm.kwargs))
+        rewriter.become(node, "call_module", str(called.target), norm.args, dict(norm.kwargs))
         rewriter.erase(norm)
 
 
