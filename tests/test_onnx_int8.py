@@ -2,11 +2,12 @@
 
 import copy
 import pickle
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -29,11 +30,12 @@ from onnx_cases import (
     roundings,
 )
 from torch import Tensor, nn
+from torchvision.models import VisionTransformer
 
 import fxcompress
 from fxcompress.export.agreement import compare, tapped
 from fxcompress.export.graph_editor import OnnxGrid
-from fxcompress.export.openvino_rounding import join_pairs
+from fxcompress.export.openvino_rounding import drop_zero_points, join_pairs
 from fxcompress.export.placement import _gate, _saturating
 from fxcompress.inputs import Inputs
 from fxcompress.passes import Lower, PTQQuantizer
@@ -319,6 +321,15 @@ class GatedBlock(nn.Module):
         return self.last(x * torch.sigmoid(self.gate(x.mean((2, 3), keepdim=True)))).flatten(1)
 
 
+def kernels(compiled: Any) -> dict[str, list[str]]:
+    """The precisions that each kind of kernel runs in."""
+    found = defaultdict(list)
+    for operator in compiled.get_runtime_model().get_ops():
+        info = operator.get_rt_info()
+        found[str(info["layerType"].astype(str))].append(str(info["runtimePrecision"].astype(str)))
+    return found
+
+
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_openvino_has_no_conversions_between_kernels(symmetric: bool) -> None:
     openvino = pytest.importorskip("openvino")
@@ -330,10 +341,13 @@ def test_openvino_has_no_conversions_between_kernels(symmetric: bool) -> None:
     options = {"INFERENCE_PRECISION_HINT": "f32"}
     (as_read,) = openvino.compile_model(read, "CPU", options)([IMAGES.numpy()]).values()
     assert join_pairs(read) == len(inner(lowered).signature.rounded) >= 7
+    assert drop_zero_points(read) == 5, "the weights of each layer"
+    read.reshape({0: list(IMAGES.shape)})
     made = openvino.compile_model(read, "CPU", options)
-    kinds = [str(item.get_rt_info()["layerType"].astype(str)) for item in made.get_runtime_model().get_ops()]
-    assert "FakeQuantize" in kinds
-    assert "Convert" not in kinds
+    ran = kernels(made)
+    assert not ran["Convert"]
+    assert len(ran["Convolution"]) == 5
+    assert set(ran["Convolution"]) <= {"i8", "u8"}
     (joined,) = made([IMAGES.numpy()]).values()
     step = np.abs(as_read).max() / 127
     np.testing.assert_allclose(joined, as_read, rtol=0, atol=step)
@@ -350,6 +364,35 @@ def test_only_pairs_of_constants_are_joined() -> None:
     model = openvino.Model([operators.multiply(shifted, scale)], [x, scale])
     assert join_pairs(model) == 0
     assert model.get_results()[0].input_value(0).get_node().get_type_name() == "Multiply"
+
+
+def test_only_differences_from_zero_that_keep_the_shape_are_dropped() -> None:
+    openvino, operators = pytest.importorskip("openvino"), pytest.importorskip("openvino.opset13")
+    x = operators.parameter([-1, 3], np.float32)
+    zeros = [np.zeros((), np.float32), np.zeros((1, 3), np.float32), np.zeros((5, 3), np.float32), np.eye(3)[:1]]
+    differences = [operators.subtract(x, operators.constant(zero.astype(np.float32))) for zero in zeros]
+    model = openvino.Model([operators.negative(item) for item in differences], [x])
+    assert drop_zero_points(model) == 2
+    read = [item.input_value(0).get_node().input_value(0).get_node().get_type_name() for item in model.get_results()]
+    assert read == ["Parameter", "Parameter", "Subtract", "Subtract"]
+
+
+def test_openvino_is_compiled_for_the_first_sizes_and_then_for_any() -> None:
+    pytest.importorskip("openvino")
+    images = torch.randn(9, 3, 16, 16)
+    model = VisionTransformer(16, 8, num_layers=1, num_heads=2, hidden_dim=32, mlp_dim=64, num_classes=4).eval()
+    randomize(model, 3)
+    passes = [PTQQuantizer(), Lower(backend="openvino")]
+    lowered = fxcompress.compress(model, passes, example_inputs=images, progress=False)
+    right = lowered(images)
+    for batch in (1, 2, 9, 3, 4, 1, 5):
+        torch.testing.assert_close(lowered(images[:batch]), right[:batch], rtol=0, atol=float(right.abs().max()) / 50)
+    runtime = inner(lowered)._ready()
+    assert set(runtime.compiled) == {((batch, 3, 16, 16),) for batch in (9, 1, 2, 3)} | {None}
+    for compiled in runtime.compiled.values():
+        layers = kernels(compiled)["FullyConnected"]
+        assert len(layers) == 5
+        assert set(layers) <= {"i8", "u8"}
 
 
 @pytest.mark.parametrize("function", [F.hardswish, F.silu, F.gelu, F.leaky_relu, torch.sigmoid, torch.tanh])

