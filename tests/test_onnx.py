@@ -49,6 +49,29 @@ def test_float_and_pruned_models_agree_to_rounding(backend: str) -> None:
             assert difference(pruned(x), lowered(x)) < 1e-5
 
 
+class Scaled(nn.Module):
+    """With an input of no dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return self.layer(x) * scale
+
+
+@pytest.mark.parametrize("backend", ["onnx", "openvino"])
+def test_inputs_of_any_layout_and_of_no_dimensions(backend: str) -> None:
+    if backend == "openvino":
+        pytest.importorskip("openvino")
+    model, x, scale = Scaled().eval(), torch.randn(6, 5).t().requires_grad_(), torch.tensor(3.0)
+    lower = Lower(backend=backend, dtype="float32")
+    lowered = fxcompress.compress(model, [lower], example_inputs=(torch.randn(2, 6), scale), progress=False)
+    found = lowered(x, scale)
+    assert not found.requires_grad
+    torch.testing.assert_close(found, model(x, scale).detach())
+
+
 @pytest.mark.parametrize("pruner", [L1FilterPruner(0.5), LevelPruner(0.5)])
 def test_masks_are_folded(pruner: fxcompress.Pass, tmp_path: Path) -> None:
     masked = fxcompress.compress(image_net(), [pruner], example_inputs=IMAGES, progress=False)

@@ -68,16 +68,18 @@ class OnnxModule(nn.Module):
                 f"the inputs beside tensors are {rest}; this model was written for {self.signature.given}, which are "
                 "part of it. Lower or export it with example inputs like these."
             )
-        if not all(map(_fits, self.signature.shapes, tensors)):
+        arrays = [np.asarray(tensor.numpy(force=True), order="C") for tensor in tensors]
+        if not all(map(_fits, self.signature.shapes, arrays)):
             expected = ", ".join(str(tuple(size or "any" for size in shape)) for shape in self.signature.shapes)
             raise InputError(
-                f"the inputs have the shapes {', '.join(str(tuple(tensor.shape)) for tensor in tensors)}; this model "
+                f"the inputs have the shapes {', '.join(str(array.shape) for array in arrays)}; this model "
                 f"was written for {expected.replace(repr('any'), 'any')}. Lower or export it with example inputs of "
                 "these sizes, or use Lower(backend='torch'), which takes others."
             )
-        arrays = [np.ascontiguousarray(tensor.detach().cpu().numpy()) for tensor in tensors]
         found = self._ready()(arrays)
-        made = [torch.from_numpy(array).to(tensors[0].device) for array in found]
+        made = [torch.from_numpy(array) for array in found]
+        if not tensors[0].is_cpu:
+            made = [tensor.to(tensors[0].device) for tensor in made]
         result = self.signature.result
         if isinstance(result, Slot):
             return made[result.index]
@@ -85,7 +87,12 @@ class OnnxModule(nn.Module):
 
     def _ready(self) -> Any:
         """The runtime's form of the model as it is now."""
-        now = (id(self.model), self.model._version)
+        model = self._buffers["model"]
+        assert model is not None
+        now = (id(model), model._version)
+        session = self._session
+        if session is not None and session[0] == now:
+            return session[1]
         with self._lock:
             if self._session is None or self._session[0] != now:
                 kind = _OnnxRuntime if self.runtime == "onnxruntime" else _OpenVINO
@@ -119,9 +126,9 @@ def in_runtime(module: TracedModule, inputs: Inputs, runtime: Runtime, notes: li
     return TracedModule.build(tree.train(training), graph, meta)
 
 
-def _fits(shape: tuple[int | None, ...], tensor: Tensor) -> bool:
-    return len(shape) == tensor.dim() and all(
-        size in (None, found) for size, found in zip(shape, tensor.shape, strict=True)
+def _fits(shape: tuple[int | None, ...], array: np.ndarray[Any, Any]) -> bool:
+    return len(shape) == array.ndim and all(
+        size in (None, found) for size, found in zip(shape, array.shape, strict=True)
     )
 
 
@@ -150,9 +157,13 @@ class _OpenVINO:
 
     def __init__(self, model: bytes, threads: int) -> None:
         (openvino,) = require("openvino", "openvino")
-        options = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+        self.options = {
+            "INFERENCE_NUM_THREADS": threads,
+            "INFERENCE_PRECISION_HINT": "f32",
+            "PERFORMANCE_HINT": "LATENCY",
+            "SNIPPETS_MODE": "DISABLE",  # it takes a residual sum out of the convolution in front of it
+        }
         self.core = openvino.Core()
-        self.core.set_property("CPU", options)
         self.read = self.core.read_model(model)
         join_pairs(self.read)
         drop_zero_points(self.read)
@@ -161,17 +172,20 @@ class _OpenVINO:
         self.own = threading.local()
 
     def __call__(self, arrays: list[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
-        request = self._request(tuple(array.shape for array in arrays))
-        found = request.infer(arrays, share_inputs=True)
-        return [np.array(found[index]) for index in range(len(self.read.outputs))]
+        sizes = tuple(array.shape for array in arrays)
+        requests = self.own.__dict__.setdefault("requests", {})
+        request = requests.get(sizes)
+        if request is None:
+            request = self._request(sizes, requests)
+        found = request.infer(arrays, share_inputs=True, share_outputs=True)
+        return [np.array(array) for array in found.to_tuple()]
 
-    def _request(self, sizes: _Sizes) -> Any:
-        """This thread's, of the model for these sizes."""
+    def _request(self, sizes: _Sizes, requests: dict[_Sizes | None, Any]) -> Any:
+        """One of the model for these sizes, kept in ``requests``, which are this thread's."""
         with self.lock:
             key = sizes if sizes in self.compiled or len(self.compiled) < self.FIXED else None
             if key not in self.compiled:
                 self.compiled[key] = self._compile(key)
-        requests: dict[_Sizes | None, Any] = self.own.__dict__.setdefault("requests", {})
         if key not in requests:
             requests[key] = self.compiled[key].create_infer_request()
         return requests[key]
@@ -180,4 +194,4 @@ class _OpenVINO:
         model = self.read.clone()
         if sizes is not None:
             model.reshape(dict(enumerate(map(list, sizes))))
-        return self.core.compile_model(model, "CPU")
+        return self.core.compile_model(model, "CPU", self.options)
