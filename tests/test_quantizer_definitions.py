@@ -1,76 +1,219 @@
-"""Definitions again, in NumPy: gradients, the folded BatchNorm, observers by brute force, product edges."""
+"""Each quantizer against its definition in NumPy, forward and gradient."""
 
-import copy
 import math
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
+from quantized_cases import Array, X, module_of, normed, quantizers, small_network, values
 from torch import Tensor, nn
 
-from fxcompress import InputError, Pass, QuantSpec, Task, compress
+from fxcompress import InputError, QuantSpec, compress
 from fxcompress.passes import (
     BNNQuantizer,
     DoReFaQuantizer,
-    L1FilterPruner,
     LSQQuantizer,
     NaiveQuantizer,
     PTQQuantizer,
     QATQuantizer,
     Quantizer,
-    Speedup,
 )
-from fxcompress.quantization.calibrate import Calibrator
 from fxcompress.quantization.fake_quantize import (
     ROLE,
     AffineFakeQuantize,
-    FakeQuantize,
     LearnedFakeQuantize,
     TransformedFakeQuantize,
     fake_quant_nodes,
 )
-from fxcompress.quantization.observers import MSE, Entropy, MovingAverage, Percentile
+from fxcompress.quantization.gradients import GradientQuantize
+from fxcompress.quantization.observers import MinMax, MovingAverage
 from fxcompress.quantization.regular import common_step
 from fxcompress.quantization.settle import settle
 from fxcompress.quantization.spec import activation_spec, weight_spec
 
-Array = NDArray[Any]
+
+@pytest.mark.parametrize(
+    "low, high, scale, zero_points",
+    [(0.0, 5.0, 5 / 255, {0}), (1.0, 5.0, 5 / 255, {0}), (-1.0, 5.0, 6 / 255, {42, 43}), (-4.0, -1.0, 4 / 255, {255})],
+)
+def test_exact_cases(low: float, high: float, scale: float, zero_points: set[int]) -> None:
+    grid = activation_spec(8, MinMax()).grid(torch.tensor(low), torch.tensor(high))
+    assert float(grid.scale) == pytest.approx(scale, rel=1e-6)
+    assert int(grid.zero_point) in zero_points
 
 
-def values(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
+@pytest.mark.parametrize("low, high", [(0.0, 0.0), (math.inf, -math.inf), (-3e38, 3e38), (0.0, 1e-40)])
+@pytest.mark.parametrize("bits", [2, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_no_range_leaves_nan(low: float, high: float, bits: int, symmetric: bool) -> None:
+    spec = activation_spec(bits, MinMax(), symmetric=symmetric, signed=symmetric)
+    made = AffineFakeQuantize(spec)
+    made.set_range(torch.tensor(low), torch.tensor(high))
+    assert bool(torch.isfinite(made(values(50))).all())
+    assert float(made(torch.zeros(()))) == 0
 
 
-def normed() -> nn.Module:
-    """A convolution with a BatchNorm of which some factors are negative, and a linear layer."""
+def affine(x: Array, scale: Any, zero: Any, low: int, high: int) -> tuple[Array, Array]:
+    """Value and gradient, from the definition."""
+    steps = x / scale
+    inside = (steps >= low - zero) & (steps <= high - zero)
+    return (np.clip(np.rint(steps) + zero, low, high) - zero) * scale, inside.astype(x.dtype)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_qat_activations(bits: int) -> None:
+    x = values(5, 7, seed=bits, scale=2).requires_grad_()
+    made = AffineFakeQuantize(activation_spec(bits, MovingAverage(0.9)))
+    made.set_range(torch.tensor(-0.7), torch.tensor(2.1))
+    made.eval()
+    y = made(x)
+    y.sum().backward()
+    scale = np.float32(2.1 / (2**bits - 1) + 0.7 / (2**bits - 1))
+    zero = np.rint(np.float32(0.7) / scale)
+    expected, gradient = affine(x.detach().numpy(), scale, zero, 0, 2**bits - 1)
+    np.testing.assert_allclose(y.detach().numpy(), expected, atol=1e-6)
+    assert x.grad is not None
+    np.testing.assert_array_equal(x.grad.numpy(), gradient)
+
+
+@pytest.mark.parametrize("axis", [None, 0])
+def test_weights_are_scaled_by_their_extremes(axis: int | None) -> None:
+    w = values(6, 4, 3, 3).requires_grad_()
+    made = AffineFakeQuantize(weight_spec(4, axis=axis), 0 if axis is None else 6).train()
+    y = made(w)
+    y.sum().backward()
+    flat = np.abs(w.detach().numpy()).reshape(6, -1)
+    largest = flat.max() if axis is None else flat.max(1).reshape(6, 1, 1, 1)
+    expected, _ = affine(w.detach().numpy(), largest / np.float32(7), np.float32(0), -7, 7)
+    np.testing.assert_allclose(y.detach().numpy(), expected, atol=1e-6)
+    assert w.grad is not None
+    assert bool((w.grad == 1).all())  # nothing is clipped, the extremes included
+
+
+@pytest.mark.parametrize("bits, signed", [(2, True), (4, True), (4, False), (8, False)])
+def test_lsq(bits: int, signed: bool) -> None:
+    x, step = values(6, 20, seed=bits).requires_grad_(), 0.21
+    spec = activation_spec(bits, None, symmetric=True, signed=signed)
+    made = LearnedFakeQuantize(spec, torch.tensor(step))
+    y = made(x)
+    upstream = values(6, 20, seed=9)
+    y.backward(upstream)
+    negative, positive = (2 ** (bits - 1), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    v = x.detach().double().numpy() / np.float32(step)
+    inside = (v > -negative) & (v < positive)
+    np.testing.assert_allclose(y.detach().numpy(), np.rint(np.clip(v, -negative, positive)) * step, atol=1e-5)
+    of_step = np.where(inside, np.rint(v) - v, np.where(v <= -negative, -negative, positive))
+    expected = (upstream.numpy() * of_step).sum() / math.sqrt(v.size * positive)
+    assert made.scale.grad is not None
+    assert float(made.scale.grad) == pytest.approx(expected, rel=1e-4)
+    assert x.grad is not None
+    np.testing.assert_allclose(x.grad.numpy(), upstream.numpy() * inside, atol=1e-6)
+
+
+def test_lsq_plus_learns_the_offset() -> None:
+    x = values(6, 20).requires_grad_()
+    made = LearnedFakeQuantize(activation_spec(4, None), torch.tensor(0.2), torch.tensor(-0.8))
+    y = made(x)
+    y.sum().backward()
+    v = x.detach().numpy() / np.float32(0.2) + 4
+    outside = (v <= 0) | (v >= 15)
+    np.testing.assert_allclose(y.detach().numpy(), (np.clip(np.rint(v), 0, 15) - 4) * 0.2, atol=1e-5)
+    assert made.offset is not None
+    assert made.offset.grad is not None
+    assert float(made.offset.grad) == pytest.approx(outside.sum() / math.sqrt(v.size * 15), rel=1e-5)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_dorefa_weights(bits: int) -> None:
+    w = values(5, 4, 3, 3, seed=bits).requires_grad_()
+    rule = DoReFaQuantizer()
+    y = rule.quantize(w, rule.weight_spec(bits))
+    upstream = values(5, 4, 3, 3, seed=7)
+    y.backward(upstream)
+    x, g = w.detach().double().numpy(), upstream.double().numpy()
+    assert w.grad is not None
+    if bits == 1:
+        np.testing.assert_allclose(y.detach().numpy(), np.where(x < 0, -1, 1) * np.abs(x).mean(), rtol=1e-5)
+        return
+    levels, t = 2**bits - 1, np.tanh(x)
+    largest = np.abs(t).max()
+    np.testing.assert_allclose(
+        y.detach().numpy(), 2 * np.rint((t / (2 * largest) + 0.5) * levels) / levels - 1, atol=1e-5
+    )
+    top = np.unravel_index(np.abs(t).argmax(), t.shape)
+    of_t = g / largest
+    of_t[top] -= (g * t).sum() / largest**2 * np.sign(t[top])  # the largest one is in every denominator
+    np.testing.assert_allclose(w.grad.numpy(), of_t * (1 - t**2), rtol=2e-4, atol=1e-5)
+
+
+def test_dorefa_activations() -> None:
+    network = small_network()
+    made = compress(network, [DoReFaQuantizer(4, 3)], example_inputs=X)
+    (quantizer, *_) = [q for name, q in quantizers(made).items() if "activations" in name]
+    x = values(4, 30).requires_grad_()
+    y = quantizer(x)
+    y.sum().backward()
+    clipped = np.clip(x.detach().numpy(), 0, 1)
+    np.testing.assert_allclose(y.detach().numpy(), np.rint(clipped * 7) / 7, atol=1e-6)
+    assert x.grad is not None
+    np.testing.assert_array_equal(x.grad.numpy() != 0, (x.detach().numpy() >= 0) & (x.detach().numpy() <= 1))
+
+
+def test_dorefa_gradients_lie_on_a_grid_and_are_right_on_average() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 7, 3), nn.BatchNorm2d(7), nn.ReLU(), nn.Flatten(), nn.Linear(7 * 16, 4)).eval()
-    norm = model[1]
-    assert isinstance(norm, nn.BatchNorm2d)
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    with torch.no_grad():
-        norm.running_mean.copy_(values(7, seed=1) * 0.3)
-        norm.running_var.copy_(values(7, seed=2).abs() + 0.5)
-        norm.weight.copy_(values(7, seed=3))
-        norm.bias.copy_(values(7, seed=4))
-    return model
+    layer, x, g = GradientQuantize(3).train(), values(2, 50).requires_grad_(), values(2, 50, seed=4)
+    total = torch.zeros_like(g)
+    for _ in range(400):
+        x.grad = None
+        layer(x).backward(g)
+        assert x.grad is not None
+        total += x.grad
+        steps = (x.grad / (2 * g.abs().amax(1, keepdim=True)) + 0.5) * 7
+        torch.testing.assert_close(steps, steps.round(), atol=1e-4, rtol=0)
+    inner = g.abs() < 0.8 * g.abs().amax(1, keepdim=True)
+    assert float((total / 400 - g)[inner].abs().max()) < 0.15
+    assert layer.eval()(x) is x
 
 
-X = values(6, 3, 6, 6, seed=5)
+def test_rounded_gradients_in_front_of_an_activation_in_place() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 5, 3), nn.ReLU(inplace=True), nn.Conv2d(5, 4, 3), nn.Flatten(1), nn.ReLU(inplace=True)]
+    model = nn.Sequential(*layers).eval()
+    item = DoReFaQuantizer(8, 8, first_last="same", gradient_bits=8)
+    made = compress(model, [item], example_inputs=X).train()
+    plain = compress(model, [DoReFaQuantizer(8, 8, first_last="same")], example_inputs=X).train()
+    for each in (made, plain):
+        each(X).sum().backward()
+    found, wanted = (each.get_parameter("0.weight").grad for each in (made, plain))
+    assert found is not None
+    assert wanted is not None
+    assert float((found - wanted).norm() / wanted.norm()) < 0.1
 
 
-def module_of(made: nn.Module, name: str) -> FakeQuantize:
-    found = made.get_submodule(f"_quant.{name}")
-    assert isinstance(found, FakeQuantize)
-    return found
+def test_bnn_signs_and_gradients() -> None:
+    rule = BNNQuantizer()
+    x = torch.tensor([-2.0, -1.0, -0.3, -0.0, 0.0, 0.4, 1.0, 1.5], requires_grad=True)
+    y = rule.quantize(x, rule.weight_spec(1))
+    y.sum().backward()
+    assert y.tolist() == [-1, -1, -1, 1, 1, 1, 1, 1]
+    assert x.grad is not None
+    assert x.grad.tolist() == [0, 1, 1, 1, 1, 1, 1, 0]
 
 
-# ---- values and gradients --------------------------------------------------------------------------------------------
+def test_naive_quantizer_rounds_to_nearest() -> None:
+    network = small_network()
+    made = compress(network, [NaiveQuantizer()])
+    weight = made.get_parameter("side.weight").detach().numpy()
+    scale = np.abs(weight).max() / 127
+    found = made.get_submodule("_quant.side.weight")(made.get_parameter("side.weight")).detach().numpy()
+    np.testing.assert_allclose(found, np.rint(weight / scale) * scale, atol=1e-7)
+    assert set(network.state_dict()) <= set(made.state_dict())
+    assert all(key in network.state_dict() or key.startswith("_quant.") for key in made.state_dict())
+
+
+# ---- widths, folded norms, other shapes of layers --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -303,254 +446,3 @@ def test_weights_of_a_rule_and_activations_of_another_quantizer() -> None:
     assert not any("stays as it is" in line for line in said)
     assert isinstance(module_of(made, "0.weight").grid(), tuple)
     torch.testing.assert_close(made(X).detach(), wanted, rtol=1e-4, atol=1e-4)
-
-
-# ---- observers -------------------------------------------------------------------------------------------------------
-
-
-def seen(spec: Any, *batches: Tensor) -> tuple[float, float]:
-    calibrator = Calibrator("here", spec)
-    for batch in batches:
-        calibrator.see(batch)
-    low, high = calibrator.range()
-    return float(low), float(high)
-
-
-SKEWED = values(20_000, seed=3).exp() - 1  # a long tail above, nothing below -1
-
-
-def test_percentile_leaves_out_half_at_each_end() -> None:
-    low, high = seen(activation_spec(8, Percentile(99.0)), SKEWED[:12_000], SKEWED[12_000:])
-    wanted = np.percentile(SKEWED.numpy(), [0.5, 99.5])
-    width = 2 * 2.0 ** math.ceil(math.log2(float(SKEWED.max()))) / 8192  # of a bin
-    assert low == pytest.approx(wanted[0], abs=2 * width)
-    assert high == pytest.approx(wanted[1], abs=2 * width)
-
-
-@pytest.mark.parametrize("bits", [2, 4, 8])
-def test_mse_is_the_best_of_all_fractions(bits: int) -> None:
-    spec = activation_spec(bits, MSE())
-    low, high = seen(spec, SKEWED)
-    x = SKEWED.double().numpy()
-
-    def error(fraction: float) -> float:
-        scale = (x.max() - min(x.min(), 0)) * fraction / (2**bits - 1)
-        zero = np.clip(np.rint(-min(x.min(), 0) * fraction / scale), 0, 2**bits - 1)
-        return float((((np.clip(np.rint(x / scale) + zero, 0, 2**bits - 1) - zero) * scale - x) ** 2).mean())
-
-    mine = high / x.max()
-    assert low == pytest.approx(mine * x.min(), rel=1e-3)
-    assert error(mine) <= 1.01 * min(error(step / 100) for step in range(1, 101))
-
-
-def kullback_leibler(counts: Array, edges: Array, low: float, high: float, levels: int) -> float:
-    """Migacz 2017, with loops."""
-    inside = [i for i, center in enumerate((edges[1:] + edges[:-1]) / 2) if low <= center <= high]
-    if len(inside) < levels:
-        return math.inf
-    p = counts[inside].astype(float)
-    p[0] += counts[: inside[0]].sum()
-    p[-1] += counts[inside[-1] + 1 :].sum()
-    q = np.zeros(len(inside))
-    for level in range(levels):
-        mine = [i for i in range(len(inside)) if i * levels // len(inside) == level]
-        full = [i for i in mine if counts[inside[i]] > 0]
-        for i in full:
-            q[i] = counts[[inside[j] for j in mine]].sum() / len(full)
-    p, q = p / p.sum(), q / q.sum()
-    return float(sum(a * math.log(a / max(b, 1e-12)) for a, b in zip(p, q, strict=True) if a > 0))
-
-
-@pytest.mark.parametrize("role", ["weight", "activation"])
-def test_entropy_is_the_best_of_all_fractions(role: str) -> None:
-    spec = weight_spec(4, axis=None, observer=Entropy()) if role == "weight" else activation_spec(4, Entropy())
-    x = SKEWED.numpy()
-    low, high = seen(spec, SKEWED)
-    reach = 2.0 ** math.ceil(math.log2(np.abs(x).max()))
-    counts, edges = np.histogram(x, 8192, (-reach, reach))
-    levels = spec.quant_max - spec.quant_min
-    mine = kullback_leibler(counts, edges, low, high, levels)
-    fractions = [step / 100 for step in (5, 10, 20, 30, 50, 75, 100)]
-    others = [kullback_leibler(counts, edges, x.min() * f, x.max() * f, levels) for f in fractions]
-    assert math.isfinite(mine)
-    assert mine <= min(others) * 1.001 + 1e-9
-    assert high < 0.9 * x.max()  # the tail is not worth its levels
-
-
-def test_entropy_on_weights_per_channel() -> None:
-    torch.manual_seed(0)
-    layer = nn.Sequential(nn.Linear(3000, 4)).eval()
-    with torch.no_grad():
-        (weight,) = (tensor for name, tensor in layer.named_parameters() if name.endswith("weight"))
-        weight.copy_(values(4, 3000, seed=6) ** 3)
-        weight[3] = 0.5  # one value
-    made = compress(layer, [PTQQuantizer(4, weight_observer="entropy")], example_inputs=values(2, 3000))
-    grid = module_of(made, "0.weight").grid()
-    assert grid is not None
-    largest = layer.get_parameter("0.weight").detach().abs().amax(1) / 7
-    assert bool((grid.scale[:3] < 0.9 * largest[:3]).all())
-    torch.testing.assert_close(grid.scale[3], largest[3])
-
-
-@pytest.mark.parametrize(
-    "observer", [MovingAverage(0.9), Percentile(), Entropy(), MSE()], ids=lambda o: type(o).__name__
-)
-@pytest.mark.parametrize("value", [0.0, 2.5, -3.0])
-@pytest.mark.parametrize("bits", [2, 8])
-def test_constants_have_a_range(observer: Any, value: float, bits: int) -> None:
-    spec = activation_spec(bits, observer)
-    low, high = seen(spec, torch.full((30,), value), torch.full((2,), value))
-    grid = spec.grid(torch.tensor(low), torch.tensor(high))
-    step = float(grid.scale)
-    assert math.isfinite(step)
-    assert step > 0
-    made = (np.clip(np.rint(value / step) + int(grid.zero_point), 0, 2**bits - 1) - int(grid.zero_point)) * step
-    assert made == pytest.approx(value, abs=step / 2 + 1e-6)
-
-
-# ---- products of two activations -------------------------------------------------------------------------------------
-
-
-class Attention(nn.Module):
-    """Attention written out, and once more in one call."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(4)
-        self.qkv, self.out = nn.Linear(12, 36), nn.Linear(12, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).reshape(len(x), -1, 3, 2, 6).permute(2, 0, 3, 1, 4).unbind(0)
-        y = (q @ k.transpose(-2, -1) * 6**-0.5).softmax(-1) @ v
-        y = F.scaled_dot_product_attention(q, k, value=y)
-        return self.out(y.transpose(1, 2).flatten(2))
-
-
-@pytest.mark.parametrize("item", [QATQuantizer, LSQQuantizer, PTQQuantizer], ids=lambda item: item.name)
-def test_products_of_activations_read_grids(item: Any) -> None:
-    model, x = Attention().eval(), values(3, 7, 12)
-    plain = compress(model, [item()], example_inputs=x)
-    made = compress(model, [item(product_bits=6)], example_inputs=x)
-    found = [str(n.args[0]) for n in made.graph.nodes if n.meta.get(ROLE) == "activation"]
-    before = [str(n.args[0]) for n in plain.graph.nodes if n.meta.get(ROLE) == "activation"]
-    assert len(found) == len(before) + 3  # one for all of q, k and v, where they are made; probabilities; the product
-    new = {"qkv", "softmax", "matmul_1"}
-    assert set(found) == set(before) | new
-    bits = {str(n.args[0]): item.spec.bits for n, item in fake_quant_nodes(made)}
-    assert {bits[name] for name in new} == {6}
-    torch.testing.assert_close(made(x), model(x), rtol=0.2, atol=0.1)
-    with pytest.raises(InputError, match="product_bits"):
-        item(product_bits=9)
-
-
-def test_projections_of_a_multihead_attention_are_quantized() -> None:
-    torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True).eval()
-    made = compress(layer, [PTQQuantizer()], example_inputs=values(2, 5, 8))
-    names = {n.target for n in made.graph.nodes if n.meta.get(ROLE) == "weight"}
-    layers = ("self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight")
-    assert names == {f"_quant.{name}" for name in layers}
-
-
-# ---- embedding tables ------------------------------------------------------------------------------------------------
-
-
-class Tables(nn.Module):
-    """A table as a layer and one that a function reads, both of odd sizes, in front of a linear layer."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__()
-        torch.manual_seed(6)
-        self.words = nn.Embedding(13, 7, padding_idx=0, **options)
-        self.places = nn.Parameter(values(5, 7, seed=7))
-        self.mix, self.out = nn.Linear(7, 9), nn.Linear(9, 3)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        places = F.embedding(torch.arange(tokens.shape[1], device=tokens.device), self.places)
-        return self.out(self.mix(self.words(tokens) + places).relu())
-
-
-TOKENS = torch.arange(15).reshape(3, 5) % 13
-ROUNDING = [QATQuantizer, PTQQuantizer, LSQQuantizer]
-
-
-@pytest.mark.parametrize("bits", [8, 3])
-@pytest.mark.parametrize("item", [QATQuantizer(3), PTQQuantizer(3, per_channel=False)], ids=lambda item: item.name)
-def test_rows_of_a_table_have_a_scale_each(item: Any, bits: int) -> None:
-    model = Tables().eval()
-    made = compress(model, [replace(item, weight_bits=bits, embeddings=True)], example_inputs=TOKENS)
-    for name in ("words.weight", "places"):
-        table = model.get_parameter(name).detach().numpy()
-        scale = np.abs(table).max(1, keepdims=True) / (2 ** (bits - 1) - 1)
-        scale[scale == 0] = 1  # the row of the padding
-        expected = np.round(table / scale) * scale
-        np.testing.assert_allclose(module_of(made, name)(model.get_parameter(name)).detach(), expected, atol=1e-6)
-        assert name == "places" or np.unique(scale).size == 13
-
-
-@pytest.mark.parametrize("item", ROUNDING, ids=lambda item: item.name)
-def test_tables_bring_no_node_for_activations(item: Any) -> None:
-    model = Tables().eval()
-    plain, made = (compress(model, [item(embeddings=given)], example_inputs=TOKENS) for given in (False, True))
-    nodes, before = ({str(n.target): spec.spec for n, spec in fake_quant_nodes(each)} for each in (made, plain))
-    assert nodes.keys() - before.keys() == {"_quant.words.weight", "_quant.places"}
-    assert {name: nodes[name] for name in before} == before
-    assert nodes["_quant.words.weight"].axis == nodes["_quant.places"].axis == 0
-    again = compress(made, [item(embeddings=True)], example_inputs=TOKENS)
-    assert str(again.graph) == str(made.graph)
-    settled = copy.deepcopy(made)
-    settle(settled)
-    torch.testing.assert_close(settled(TOKENS), made(TOKENS))
-    assert all(
-        isinstance(each, AffineFakeQuantize) for n, each in fake_quant_nodes(settled) if n.meta[ROLE] == "weight"
-    )
-
-
-@pytest.mark.parametrize("options", [{"max_norm": 1.0}, {"sparse": True}], ids=str)
-def test_tables_that_are_written_or_have_sparse_gradients_stay_float(options: dict[str, Any]) -> None:
-    made = compress(Tables(**options).eval(), [QATQuantizer(embeddings=True)], example_inputs=TOKENS)
-    names = {n.target for n, _ in fake_quant_nodes(made)}
-    assert "_quant.places" in names
-    assert "_quant.words.weight" not in names
-
-
-@pytest.mark.parametrize("item", ROUNDING, ids=lambda item: item.name)
-def test_a_table_learns_behind_its_node(item: Any) -> None:
-    made = compress(Tables().eval(), [item(embeddings=True)], example_inputs=TOKENS).train()
-    made(TOKENS[:1]).square().sum().backward()
-    gradient = made.get_parameter("words.weight").grad
-    assert gradient is not None
-    assert set(gradient.abs().sum(1).nonzero().flatten().tolist()) == {1, 2, 3, 4}, "what is read, without the padding"
-
-
-@pytest.mark.parametrize("order", ["pruned first", "quantized first"])
-def test_columns_of_a_table_go_and_the_scales_of_its_rows_stay(order: str) -> None:
-    passes: list[Pass] = [L1FilterPruner(0.4, include=["words"]), PTQQuantizer(embeddings=True)]
-    made = compress(Tables().eval(), passes if order == "pruned first" else passes[::-1], example_inputs=TOKENS)
-    small = compress(made, [Speedup()], example_inputs=TOKENS)  # verified in float64
-    assert small.get_parameter("words.weight").shape == (13, 5)
-    assert small.get_parameter("places").shape == (5, 5)
-    for name in ("words.weight", "places"):
-        assert torch.equal(module_of(small, name).grid()[0], module_of(made, name).grid()[0])  # type: ignore[index]
-    torch.testing.assert_close(small(TOKENS), made(TOKENS))
-
-
-# ---- bad input -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "item", [QATQuantizer(), LSQQuantizer(), PTQQuantizer(adaround=True), BNNQuantizer(first_last="same")]
-)
-@pytest.mark.parametrize("bad", ["none", "nan", "infinite", "weight"])
-def test_a_calibration_that_fails_leaves_the_model(item: Pass, bad: str) -> None:
-    model = normed()
-    batches = [] if bad == "none" else [X.clone()]
-    if bad in ("nan", "infinite"):
-        batches[0][1, 0, 2, 2] = math.nan if bad == "nan" else math.inf
-    if bad == "weight":
-        model.get_parameter("4.weight").data[0, 0] = math.nan
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(InputError, match="no batch" if bad == "none" else "NaN or infinite"):
-        compress(model, [item], example_inputs=X, task=Task(batches=batches))
-    assert all(torch.equal(before[name].nan_to_num(7), t.nan_to_num(7)) for name, t in model.state_dict().items())
-    assert not any("_quant" in name for name, _ in model.named_modules())
