@@ -70,7 +70,7 @@ def onnx_runtime_int8(model: nn.Module, x: Tensor) -> Call:
 
 
 def openvino_int8(model: nn.Module, x: Tensor) -> Call:
-    """OpenVINO on what nncf quantizes."""
+    """OpenVINO on what nncf quantizes, compiled for the size of the input."""
     import nncf
     import openvino as ov
 
@@ -78,6 +78,7 @@ def openvino_int8(model: nn.Module, x: Tensor) -> Call:
     converted = ov.convert_model(model, example_input=x)
     inner: dict[str, Any] = {} if x.is_floating_point() else {"model_type": nncf.ModelType.TRANSFORMER}
     quantized = nncf.quantize(converted, nncf.Dataset([x.numpy()]), preset=preset, subset_size=1, **inner)
+    quantized.reshape({0: list(x.shape)})
     options = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
     made, array = ov.compile_model(quantized, "CPU", options), x.numpy()
     return lambda: made(array)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import uuid
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     if not isinstance(path, (str, os.PathLike)) or not Path(path).name:
         raise InputError(f"path is {path!r}; expected the name of a file, as a str or a path.")
     final = Path(path)
+    if final.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(final))
     draft = final.with_name(f".{final.name}.{uuid.uuid4().hex}.part")
     try:
         draft.touch(exist_ok=False)

@@ -1,7 +1,8 @@
 """Models for tests of ONNX, and what is looked at in a file."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnxruntime
@@ -85,3 +86,12 @@ def optimized(module: nn.Module, path: Path) -> Counter[str]:
 
 def roundings(simulated: fxcompress.TracedModule) -> set[str]:
     return {node.name for node, item in fake_quant_nodes(simulated) if item.spec.role == "activation"}
+
+
+def kernels(compiled: Any) -> dict[str, list[str]]:
+    """The precisions that each kind of kernel of an OpenVINO model runs in."""
+    found = defaultdict(list)
+    for operator in compiled.get_runtime_model().get_ops():
+        info = operator.get_rt_info()
+        found[str(info["layerType"].astype(str))].append(str(info["runtimePrecision"].astype(str)))
+    return found

@@ -1,13 +1,10 @@
 """Fake-quant nodes as pairs that ONNX Runtime and OpenVINO fuse."""
 
 import copy
-import pickle
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -26,11 +23,11 @@ from onnx_cases import (
     file_of,
     image_net,
     inner,
+    kernels,
     optimized,
     roundings,
 )
 from torch import Tensor, nn
-from torchvision.models import VisionTransformer
 
 import fxcompress
 from fxcompress.export.agreement import compare, tapped
@@ -301,9 +298,6 @@ def test_openvino_agrees_within_a_step() -> None:
     assert {name: item.steps for name, item in inner(lowered).signature.rounded.items()} == dict.fromkeys(
         roundings(simulated), 1
     )
-    with ThreadPoolExecutor(3) as pool:
-        first = lowered(IMAGES)
-        assert all(torch.equal(first, other) for other in pool.map(lowered, [IMAGES] * 6))
 
 
 class GatedBlock(nn.Module):
@@ -319,15 +313,6 @@ class GatedBlock(nn.Module):
         x = self.stem(x)
         x = F.silu(self.mix(F.relu(self.norm(torch.cat([x, self.more(x)], 1)))))
         return self.last(x * torch.sigmoid(self.gate(x.mean((2, 3), keepdim=True)))).flatten(1)
-
-
-def kernels(compiled: Any) -> dict[str, list[str]]:
-    """The precisions that each kind of kernel runs in."""
-    found = defaultdict(list)
-    for operator in compiled.get_runtime_model().get_ops():
-        info = operator.get_rt_info()
-        found[str(info["layerType"].astype(str))].append(str(info["runtimePrecision"].astype(str)))
-    return found
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -377,24 +362,6 @@ def test_only_differences_from_zero_that_keep_the_shape_are_dropped() -> None:
     assert read == ["Parameter", "Parameter", "Subtract", "Subtract"]
 
 
-def test_openvino_is_compiled_for_the_first_sizes_and_then_for_any() -> None:
-    pytest.importorskip("openvino")
-    images = torch.randn(9, 3, 16, 16)
-    model = VisionTransformer(16, 8, num_layers=1, num_heads=2, hidden_dim=32, mlp_dim=64, num_classes=4).eval()
-    randomize(model, 3)
-    passes = [PTQQuantizer(), Lower(backend="openvino")]
-    lowered = fxcompress.compress(model, passes, example_inputs=images, progress=False)
-    right = lowered(images)
-    for batch in (1, 2, 9, 3, 4, 1, 5):
-        torch.testing.assert_close(lowered(images[:batch]), right[:batch], rtol=0, atol=float(right.abs().max()) / 50)
-    runtime = inner(lowered)._ready()
-    assert set(runtime.compiled) == {((batch, 3, 16, 16),) for batch in (9, 1, 2, 3)} | {None}
-    for compiled in runtime.compiled.values():
-        layers = kernels(compiled)["FullyConnected"]
-        assert len(layers) == 5
-        assert set(layers) <= {"i8", "u8"}
-
-
 @pytest.mark.parametrize("function", [F.hardswish, F.silu, F.gelu, F.leaky_relu, torch.sigmoid, torch.tanh])
 def test_beyond_an_inner_grid_nothing_changes(function: Callable[[Tensor], Tensor]) -> None:
     end = OnnxGrid.over(-0.3, 2.1)
@@ -436,23 +403,3 @@ def test_what_a_rounded_sigmoid_moves_is_known(high: float) -> None:
     found = rounded * (torch.sigmoid(rounded) / grid.scale).round().clamp(0, 255) * grid.scale
     torch.testing.assert_close(float((found - F.silu(x)).abs().max()), together, rtol=1e-2, atol=0)
     torch.testing.assert_close(float((found - F.silu(rounded)).abs().max()), alone, rtol=1e-9, atol=0)
-
-
-# ---- an ordinary module ----------------------------------------------------------------------------------------
-
-
-def test_copies_pickles_state_and_threads(
-    convolutions: tuple[fxcompress.TracedModule, fxcompress.TracedModule], tmp_path: Path
-) -> None:
-    _, lowered = convolutions
-    right = lowered(IMAGES)
-    assert not right.requires_grad
-    copies = [copy.deepcopy(lowered), pickle.loads(pickle.dumps(lowered)), copy.copy(lowered)]
-    torch.save(lowered.state_dict(), tmp_path / "state.pt")
-    other = copy.deepcopy(lowered)
-    other.get_buffer("onnxruntime.model").zero_()
-    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert all(torch.equal(right, module(IMAGES)) for module in (*copies, other))
-    fresh = copy.deepcopy(lowered)
-    with ThreadPoolExecutor(4) as pool:
-        assert all(torch.equal(right, found) for found in pool.map(fresh, [IMAGES] * 8))

@@ -41,6 +41,10 @@ class Disagreement:
     elements: int
 
 
+#: Of a result: what is beyond it is a wrong kernel, not a value on a tie that other kernels round another way.
+_OF_ITSELF = 0.5
+
+
 class _Following(fx.Interpreter):
     """Runs the simulation, going on behind each fake-quant node with what the runtime has there."""
 
@@ -85,7 +89,8 @@ def compare(
 
     Raises:
         VerificationError: an integer is further away than one step and what a coarser grid inside its block makes of
-            it, or a result further than a 127th of its largest value.
+            it, or a result further than a 127th of its largest value; or without the integers as further results the
+            model, which then is fused in other ways, gives something else altogether.
     """
     runtime = tapped(lowered)
     trials = [inputs, inputs.rebatched(other_batch(inputs.batch))] if batched else [inputs]
@@ -111,6 +116,14 @@ def compare(
                 f"it, at batch {trial.batch}; expected at most {_RESULT_STEP:.3g}. This is an error in fxcompress or "
                 "in the runtime; verify=False skips the check.",
                 difference=gap,
+            )
+        own = difference(result, lowered(*positional(simulated, trial.map(Tensor.clone))))
+        if not own <= _OF_ITSELF:
+            raise VerificationError(
+                f"{what} differs by {own:.3g} of the largest value from what the same model gives together with its "
+                f"integers, at batch {trial.batch}; expected at most {_OF_ITSELF}. This is an error in the runtime; "
+                "verify=False skips the check.",
+                difference=own,
             )
         found += following.found
         worst = max(worst, gap)

@@ -49,12 +49,14 @@ class Signature:
         given: for each leaf of the positional inputs (``torch.utils._pytree``): None for a tensor, which the model
             takes, else the value that is written into it.
         shapes: for each of the tensors, its shape, with None where any size goes.
+        dtypes: for each of the tensors.
         result: what the model returns, with a :class:`Slot` for each tensor.
         rounded: where it computes what the fake-quant nodes of activations compute, by their names.
     """
 
     given: tuple[Any, ...]
     shapes: tuple[tuple[int | None, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
     result: Any
     rounded: Mapping[str, Rounded]
 
@@ -142,7 +144,8 @@ def program_of(module: TracedModule, inputs: Inputs, runtime: Runtime, author: s
     shapes = tuple(
         tuple(size if isinstance(size, int) else None for size in value.shape) for value in written.graph.inputs
     )
-    return Program(_serialized(written), Signature(leaves, shapes, result, rounded), tuple(notes))
+    dtypes = tuple(leaf.dtype for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor))
+    return Program(_serialized(written), Signature(leaves, shapes, dtypes, result, rounded), tuple(notes))
 
 
 class _TensorsOnly(nn.Module):

@@ -11,6 +11,8 @@ from torch import Tensor, fx
 from fxcompress.inputs import Inputs, positional
 from fxcompress.lower.integers import ByteGrid
 from fxcompress.module import TracedModule, evaluating
+from fxcompress.outputs import tensors_of
+from fxcompress.verify import difference
 
 #: ``node.meta``: the grid of a node that gives integers.
 GRID = "grid"
@@ -24,7 +26,7 @@ class NodeAgreement:
         name: of the node, in both graphs.
         steps: largest difference in quantization steps; None for a float node.
         share: of elements that differ.
-        difference: of a float node: ``max abs(a - b) / max abs(a)``.
+        difference: of a float node: ``max abs(a - b) / max abs(a)``; inf where the shapes differ.
         elements: how many were compared.
     """
 
@@ -62,8 +64,11 @@ class _Comparing(fx.Interpreter):
         right = self.simulated.get(n.name)
         if n.op not in ("call_module", "call_function", "call_method") or not isinstance(value, Tensor):
             return value
-        if right is None or right.shape != value.shape or not value.numel():
+        if right is None or not value.numel():
             return value
+        if right.shape != value.shape:
+            self.found.append(NodeAgreement(n.name, None, 1.0, float("inf"), value.numel()))
+            return right.clone()
         grid = n.meta.get(GRID)
         if grid is None:
             gap, size = float((value.float() - right).abs().max()), float(right.abs().max())
@@ -90,11 +95,12 @@ def agreement(simulated: TracedModule, lowered: TracedModule, inputs: Inputs) ->
     """Compare every node that both graphs have.
 
     Each node of the lowered graph is given the simulation's values, so that what is found is its own error: over a
-    whole network, one step here becomes several there.
+    whole network, one step here becomes several there. The result comes last, as ``output``.
     """
     right = _Values(simulated)
     with torch.no_grad(), evaluating(simulated), evaluating(lowered):
-        right.run(*positional(simulated, inputs.map(Tensor.clone)))
+        expected = right.run(*positional(simulated, inputs.map(Tensor.clone)))
         comparing = _Comparing(lowered, right.seen)
-        comparing.run(*positional(lowered, inputs.map(Tensor.clone)))
-    return comparing.found
+        found = comparing.run(*positional(lowered, inputs.map(Tensor.clone)))
+    elements = sum(item.numel() for _, item in tensors_of(found))
+    return [*comparing.found, NodeAgreement("output", None, 0.0, difference(expected, found), elements)]
