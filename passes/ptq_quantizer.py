@@ -42,8 +42,8 @@ class PTQQuantizer(KernelQuantizer):
 
     Args:
         per_channel: a scale for every output channel of a weight, or one for the tensor.
-        observer: of activations: ``"min_max"``, ``"moving_average"``, ``"percentile"``, ``"entropy"``, ``"mse"``, or an
-            :class:`Observer` with options of its own.
+        observer: of activations: ``"min_max"``, ``"moving_average"``, ``"percentile"``, ``"entropy"``, ``"mse"``, or
+            one of these with options of its own, such as :class:`Percentile`.
         weight_observer: likewise of weights.
         batches: how many of the task's to calibrate with, at most.
         equalize: make the ranges of neighbouring layers alike first (:func:`equalize`).
@@ -71,18 +71,19 @@ class PTQQuantizer(KernelQuantizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for observer in (self.observer, self.weight_observer):
-            _parse(observer)
+        for name in ("observer", "weight_observer"):
+            _parse(name, getattr(self, name))
         for name in ("batches", "iterations", "samples"):
             require_count(name, getattr(self, name))
 
     def weight_spec(self, bits: int) -> QuantSpec:
         """Symmetric, per output channel by default."""
-        return weight_spec(bits, axis=0 if self.per_channel else None, observer=_parse(self.weight_observer))
+        observer = _parse("weight_observer", self.weight_observer)
+        return weight_spec(bits, axis=0 if self.per_channel else None, observer=observer)
 
     def activation_spec(self, bits: int) -> QuantSpec:
         """Per tensor, affine by default."""
-        return activation_spec(bits, _parse(self.observer), symmetric=self.symmetric)
+        return activation_spec(bits, _parse("observer", self.observer), symmetric=self.symmetric)
 
     def calibration(self, context: Context) -> Iterator[Any]:
         """As many batches as asked for."""
@@ -120,11 +121,15 @@ class PTQQuantizer(KernelQuantizer):
                 context.notes.append(f"adds {', '.join(new)}")
 
 
-def _parse(observer: str | Observer) -> Observer:
+def _parse(role: str, observer: str | Observer) -> Observer:
     """An observer by its name, with its defaults, or as it was given."""
-    if isinstance(observer, Observer):
+    if type(observer) in OBSERVERS.values():
+        assert isinstance(observer, Observer)
         return observer
-    if observer not in OBSERVERS:
-        names = ", ".join(map(repr, OBSERVERS))
-        raise InputError(f"observer is {observer!r}; expected one of {names}, or an observer such as Percentile(99.9).")
+    if not isinstance(observer, str) or observer not in OBSERVERS:
+        names, kinds = ", ".join(map(repr, OBSERVERS)), ", ".join(kind.__name__ for kind in OBSERVERS.values())
+        raise InputError(
+            f"{role} is {observer!r}; expected one of {names}, or an instance of one of {kinds}, such as "
+            "Percentile(99.9)."
+        )
     return OBSERVERS[observer]()

@@ -234,18 +234,17 @@ class Quantizer(Pass):
         """Let calibrators see what goes by, and put in what is made of it."""
         modules = {slot.name: submodule(module, slot.name) for slot in slots}
         seen = {name: item for name, item in modules.items() if isinstance(item, Calibrator)}
-        if context.inputs is None:
-            _see_weights(module, seen)
-        else:
-            device = None if context.task is None else context.task.device
-            with placed(module, device):
+        with placed(module, None if context.task is None else context.task.device):  # where its batches are
+            if context.inputs is None:
+                _see_weights(module, seen)
+            else:
                 calibrate(module, seen.values(), self.calibration(context), partial(feed, module, context))
-        like = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(()))
-        with rewriting(module, self.name) as rewriter:
-            for slot in slots:
-                made = self.make(slot, seen[slot.name])
-                rewriter.put_module(slot.name, made.to(like.device, like.dtype))
-        self.finish(module, context, seen)
+            like = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(()))
+            with rewriting(module, self.name) as rewriter:
+                for slot in slots:
+                    made = self.make(slot, seen[slot.name])
+                    rewriter.put_module(slot.name, made.to(like.device, like.dtype))
+            self.finish(module, context, seen)
 
     def first_batches(self, context: Context, count: int) -> Iterator[Any]:
         """At most ``count`` batches of the task, or the example inputs if there is none."""

@@ -155,3 +155,37 @@ def test_equalization_is_the_equation_and_changes_nothing() -> None:
             traced.get_parameter("first.weight").numpy(), one / scale[:, None, None, None], rtol=1e-5
         )
         np.testing.assert_allclose(traced.get_parameter("second.weight").numpy(), two * scale[:, None, None], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "layers, shape, pairs",
+    [
+        ((nn.Linear(8, 8), nn.MaxPool1d(3, 1, 1), nn.Linear(8, 4)), (5, 8), 0),
+        ((nn.Linear(8, 8), nn.MaxPool1d(2), nn.Linear(4, 2)), (5, 8), 0),
+        ((nn.Linear(8, 8), nn.AdaptiveAvgPool1d(8), nn.Linear(8, 4)), (5, 3, 8), 0),
+        ((nn.Linear(8, 6), nn.LeakyReLU(0.2), nn.Dropout(), nn.Identity(), nn.Linear(6, 4)), (5, 8), 1),
+        ((nn.Conv1d(3, 6, 3), nn.MaxPool1d(2), nn.ReLU(), nn.Conv1d(6, 4, 1)), (5, 3, 9), 1),
+        ((nn.Conv1d(3, 6, 3), nn.MaxPool2d(3, 1, 1), nn.Conv1d(6, 4, 1)), (5, 3, 9), 0),  # over channels as well
+        ((nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(6, 6, 1, groups=6)), (5, 3, 9, 9), 1),
+    ],
+    ids=lambda item: (
+        "-".join(type(layer).__name__ for layer in item)
+        if isinstance(item, tuple) and isinstance(item[0], nn.Module)
+        else ""
+    ),
+)
+def test_equalization_follows_what_keeps_channels_apart(
+    layers: tuple[nn.Module, ...], shape: tuple[int, ...], pairs: int
+) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*layers).eval(), values(*shape)
+    with torch.no_grad():
+        first = model[0].get_parameter("weight")
+        first.copy_(values(*first.shape, seed=1))
+        first.mul_(torch.logspace(-2, 2, len(first)).reshape(-1, *[1] * (first.dim() - 1)))
+        wanted = model(x)
+        traced = fxcompress.trace(model, x)
+        assert equalize(traced, "test") == pairs
+        torch.testing.assert_close(traced(x), wanted, rtol=1e-4, atol=1e-5)
+    made = compress(model, [PTQQuantizer(equalize=True)], example_inputs=x)
+    assert f"{pairs} pairs of layers equalized" in made.meta["history"][-1].notes

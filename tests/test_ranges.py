@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,11 @@ from quantized_cases import Array, X, module_of, quantizers, small_network, valu
 from torch import Tensor, nn
 
 from fxcompress import Pass, compress
+from fxcompress.errors import InputError
 from fxcompress.passes import PTQQuantizer, QATQuantizer
 from fxcompress.quantization.calibrate import Calibrator
 from fxcompress.quantization.fake_quantize import AffineFakeQuantize
-from fxcompress.quantization.observers import MSE, Entropy, MovingAverage, Percentile
+from fxcompress.quantization.observers import MSE, Entropy, MovingAverage, Observer, Percentile
 from fxcompress.quantization.spec import activation_spec, weight_spec
 
 
@@ -241,3 +243,20 @@ def test_constants_have_a_range(observer: Any, value: float, bits: int) -> None:
     assert step > 0
     made = (np.clip(np.rint(value / step) + int(grid.zero_point), 0, 2**bits - 1) - int(grid.zero_point)) * step
     assert made == pytest.approx(value, abs=step / 2 + 1e-6)
+
+
+class Mine(Observer):
+    """One that calibration does not know."""
+
+
+@pytest.mark.parametrize("option", ["observer", "weight_observer"])
+@pytest.mark.parametrize("found", [Observer(), Mine(), ["mse"], MSE, None, "average"], ids=str)
+def test_observers_that_calibration_does_not_know(option: str, found: Any) -> None:
+    with pytest.raises(InputError, match=f"^{option} is {re.escape(repr(found))}; expected one of 'min_max'.*Entropy"):
+        PTQQuantizer(**{option: found})
+
+
+@pytest.mark.parametrize("candidates", [2.5, 50.0, True, "50", None, 1, 10_001])
+def test_candidates_are_a_number_of_fractions(candidates: Any) -> None:
+    with pytest.raises(InputError, match=f"candidates is {candidates!r}; expected an integer"):
+        MSE(candidates)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from torch import fx
 
-from torch import fx, nn
-
-from fxcompress.module import TracedModule, submodule
-from fxcompress.quantization.sites import operation
+from fxcompress.module import TracedModule
+from fxcompress.quantization.sites import operation, repeats
 
 #: Only move elements, whatever these are.
 _MOVES = frozenset(
@@ -17,7 +15,6 @@ _MOVES = frozenset(
     viewas reshapeas""".split()
 )
 _JOINS = frozenset("cat concat concatenate stack".split())
-_NEAREST = frozenset("interpolate upsample upsamplingnearest2d".split())
 
 
 def tensor_sources(node: fx.Node) -> tuple[fx.Node, ...] | None:
@@ -35,11 +32,9 @@ def moves(module: TracedModule, node: fx.Node) -> bool:
     name = operation(module, node)
     if node.meta.get("mutates"):
         return False
-    if name in _NEAREST:
-        return _nearest(module, node)
     if name == "dropout" and node.op != "call_module":
         return False
-    return name in _MOVES
+    return name in _MOVES or repeats(module, node)
 
 
 def overwritten(module: TracedModule, node: fx.Node) -> bool:
@@ -66,11 +61,3 @@ def asks_size(node: fx.Node) -> bool:
 def joins(module: TracedModule, node: fx.Node) -> bool:
     """Whether a node puts tensors side by side."""
     return operation(module, node) in _JOINS
-
-
-def _nearest(module: TracedModule, node: fx.Node) -> bool:
-    if node.op == "call_module":
-        layer: Any = submodule(module, str(node.target))
-        return isinstance(layer, nn.Upsample) and layer.mode == "nearest"
-    given = dict(zip(("input", "size", "scale_factor", "mode"), node.args, strict=False)) | node.kwargs
-    return given.get("mode", "nearest") == "nearest"

@@ -40,7 +40,7 @@ class Calibrator(nn.Module):
         self._last = sys.maxsize  # a forward begins with a node that does not come behind this one
         self._earlier: tuple[Tensor, Tensor] | None = None
         self._batch = self.low, self.high
-        self._sum = self._count = torch.zeros(())
+        self._sums: Tensor | None = None  # of magnitudes, and their numbers
         self._values: Tensor | None = None  # of a weight
         self._histogram: _Histogram | None = None
 
@@ -85,13 +85,14 @@ class Calibrator(nn.Module):
         else:
             self.low, self.high = torch.minimum(self._earlier[0], low), torch.maximum(self._earlier[1], high)
         flat = rows(x, self.spec.axis)
-        seen = torch.stack((flat.abs().sum(1), torch.full_like(flat[:, 0], flat.shape[1])))
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        sums = torch.stack((flat.abs().sum(1, dtype=dtype), torch.full_like(flat[:, 0], flat.shape[1], dtype=dtype)))
         if weight:
-            seen[1] = (flat != 0).sum(1)
-        self._sum, self._count = torch.stack((self._sum.expand_as(seen[0]), self._count.expand_as(seen[0]))) + (
-            seen if weight else summed(seen.clone())
-        )
-        self.magnitude = (self._sum / self._count.clamp(min=1)).reshape(low.shape)
+            sums[1] = (flat != 0).sum(1)
+        else:
+            sums = summed(sums)
+        self._sums = sums if self._sums is None else self._sums + sums
+        self.magnitude = (self._sums[0] / self._sums[1].clamp(min=1)).reshape(low.shape)
         if isinstance(self.spec.observer, (Percentile, Entropy, MSE)):
             if weight:
                 self._values = flat
@@ -148,9 +149,9 @@ class _Histogram:
     """Counts of values in ``BINS`` equal bins from ``-reach`` to ``reach``, per row."""
 
     def __init__(self, values: Tensor) -> None:
-        self.reach = torch.zeros(len(values), 1, dtype=torch.float64)
-        self.counts = torch.zeros(len(values), BINS, dtype=torch.float64)
-        self.zeros = torch.zeros(len(values), dtype=torch.float64)
+        self.reach = values.new_zeros(len(values), 1, dtype=torch.float64)
+        self.counts = values.new_zeros(len(values), BINS, dtype=torch.float64)
+        self.zeros = values.new_zeros(len(values), dtype=torch.float64)
 
     def add(self, values: Tensor, *, shared: bool) -> None:
         """Count ``[rows, values]``, doubling the reach of a row until it holds them.
@@ -172,13 +173,14 @@ class _Histogram:
             self.reach = torch.where(grow, 2 * self.reach, self.reach)
         self.reach = torch.where(self.reach > 0, self.reach, wanted)
         index = ((values / self.reach + 1) * (BINS / 2)).floor().long().clamp(0, BINS - 1)
-        index += torch.arange(len(values))[:, None] * BINS
+        index += torch.arange(len(values), device=values.device)[:, None] * BINS
         counts = torch.bincount(index.reshape(-1), minlength=self.counts.numel()).reshape(self.counts.shape)
         self.counts += summed(counts) if shared else counts
 
     def centers(self) -> Tensor:
         """``[rows, BINS]``: what the bins stand for."""
-        return self.reach * ((torch.arange(BINS, dtype=torch.float64) + 0.5) / (BINS / 2) - 1)
+        steps = torch.arange(BINS, dtype=torch.float64, device=self.reach.device)
+        return self.reach * ((steps + 0.5) / (BINS / 2) - 1)
 
 
 def calibrate(

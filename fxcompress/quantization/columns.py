@@ -74,7 +74,7 @@ class Product:
         x = self.batched(x)
         if self.kind == "linear":
             found = x.reshape(-1, x.shape[-1])
-            return found[_some(len(found), count, generator)][None]
+            return found[_some(len(found), count, generator).to(x.device)][None]
         if self.kind == "convolution":
             x = F.pad(x, [side for pair in reversed(self.padding) for side in pair])
             for dim, (size, stride, dilation) in enumerate(
@@ -82,14 +82,14 @@ class Product:
             ):
                 x = x.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]  # a view
         places = [x.shape[0], *x.shape[2 : len(self.shape)]]
-        chosen = torch.unravel_index(_some(math.prod(places), count, generator), places)
+        chosen = torch.unravel_index(_some(math.prod(places), count, generator).to(x.device), places)
         found = x.movedim(1, len(self.shape) - 1)[chosen]  # [columns, channels, kernel...]
         return found.reshape(len(found), self.groups, self.length).transpose(0, 1)
 
 
 def _some(total: int, count: int, generator: torch.Generator) -> Tensor:
-    """Different random indices below ``total``, at most ``count``."""
-    return torch.randperm(total, generator=generator)[:count]
+    """Different random indices below ``total``, at most ``count``, where the generator is."""
+    return torch.randperm(total, generator=generator, device=generator.device)[:count]
 
 
 def _each(value: Any, dims: int) -> tuple[int, ...]:

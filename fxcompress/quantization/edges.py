@@ -11,7 +11,7 @@ from fxcompress.channels.labels import Labels
 from fxcompress.channels.propagate import Facts
 from fxcompress.module import TracedModule, submodule
 from fxcompress.quantization.fake_quantize import ROLE
-from fxcompress.quantization.sites import Site, operation
+from fxcompress.quantization.sites import Site, operation, repeats
 from fxcompress.quantization.spec import QuantSpec
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -267,12 +267,9 @@ class Edges:
         name = operation(self.module, node)
         if node.op in ("placeholder", "get_attr") or name in _JOINS:
             return False
-        if name in ("interpolate", "upsample"):
-            layer = submodule(self.module, str(node.target)) if node.op == "call_module" else None
-            return (getattr(layer, "mode", None) or node.kwargs.get("mode", "nearest")) in ("nearest", "nearest-exact")
         if node.name in self.facts.moves:
             return self._labels(node) is not None or name in ("chunk", "split", "unbind", "tensorsplit")
-        return name in _CLOSED
+        return name in _CLOSED or repeats(self.module, node)
 
     def _grouped(self, wanted: Mapping[fx.Node, _Wish], shared: dict[fx.Node, fx.Node]) -> list[ActivationEdges]:
         groups: dict[fx.Node, list[fx.Node]] = {}

@@ -9,11 +9,14 @@ from fxcompress.module import TracedModule, submodule
 from fxcompress.quantization.sites import Site, find_sites, operation
 from fxcompress.rewrite import rewriting
 
-#: ``f(s x) = s f(x)`` for every ``s > 0``, channel by channel.
-_HOMOGENEOUS = frozenset(
-    """relu leakyrelu identity dropout maxpool1d maxpool2d maxpool3d avgpool1d avgpool2d avgpool3d adaptiveavgpool1d
-    adaptiveavgpool2d adaptiveavgpool3d adaptivemaxpool2d""".split()
-)
+#: ``f(s x) = s f(x)`` for every ``s > 0``, element by element.
+_HOMOGENEOUS = frozenset("relu leakyrelu identity dropout".split())
+#: Likewise over the positions of a channel of so many dimensions; of other layers they may mix channels.
+_POOLING: dict[type[nn.Module], frozenset[str]] = {
+    nn.Conv1d: frozenset("maxpool1d avgpool1d adaptiveavgpool1d".split()),
+    nn.Conv2d: frozenset("maxpool2d avgpool2d adaptiveavgpool2d adaptivemaxpool2d".split()),
+    nn.Conv3d: frozenset("maxpool3d avgpool3d adaptiveavgpool3d".split()),
+}
 _ROUNDS = 20
 _CLOSE = 1e-3
 
@@ -57,11 +60,12 @@ def _pairs(module: TracedModule) -> list[tuple[nn.Module, nn.Module]]:
 def _reader(module: TracedModule, site: Site, sites: dict[fx.Node, Site]) -> Site | None:
     """The one layer that reads a layer's channels."""
     node = site.node
+    between = _HOMOGENEOUS | _POOLING.get(type(submodule(module, site.layer)), frozenset())
     while len(node.users) == 1:
         (node,) = node.users
         if node in sites:
             return sites[node]
-        if node.op == "output" or operation(module, node) not in _HOMOGENEOUS:
+        if node.op == "output" or operation(module, node) not in between:
             return None
     return None
 
@@ -69,9 +73,11 @@ def _reader(module: TracedModule, site: Site, sites: dict[fx.Node, Site]) -> Sit
 def _matches(first: nn.Module, second: nn.Module) -> bool:
     """Whether outputs of the one are inputs of the other, one by one."""
     if isinstance(first, nn.Linear) and isinstance(second, nn.Linear):
-        return True
+        return first.out_features == second.in_features
     plain = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    if not isinstance(first, plain) or type(second) is not type(first):
+    if not isinstance(first, plain) or not isinstance(second, plain) or type(second) is not type(first):
+        return False
+    if first.out_channels != second.in_channels:
         return False
     return second.groups == 1 or (second.groups == second.in_channels == second.out_channels)
 

@@ -68,7 +68,8 @@ class MSE(Observer):
     candidates: int = 100
 
     def __post_init__(self) -> None:
-        if not 2 <= self.candidates <= 10_000:
+        count = self.candidates
+        if isinstance(count, bool) or not isinstance(count, int) or not 2 <= count <= 10_000:
             raise InputError(f"candidates is {self.candidates!r}; expected an integer in [2, 10000].")
 
 

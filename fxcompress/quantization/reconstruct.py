@@ -213,7 +213,7 @@ def learn_rounding(
 def _mean_output(site: Site, seen: _Mean, weight: Tensor) -> Tensor:
     """``[channels]``: the mean of what a layer with this weight makes of what was seen."""
     linear = site.node.target is torch.nn.functional.linear
-    total, positions = torch.zeros(()), 0
+    total, positions = weight.new_zeros(()), 0
     for inputs, count in seen.sums.values():
         made = _call(site, inputs, weight)
         made = made.movedim(made.dim() - 1 if linear else 1, 0).flatten(1)
@@ -239,7 +239,8 @@ def _rounded(weight: Tensor, quantizer: FakeQuantize, product: Product, columns:
         return nearest
     count = columns.shape[1]
     for step in range(iterations):
-        chosen = columns[:, torch.randint(count, (min(_BATCH, count),), generator=generator)]
+        places = torch.randint(count, (min(_BATCH, count),), generator=generator, device=generator.device)
+        chosen = columns[:, places.to(columns.device)]
         progress = step / max(1, iterations)
         with torch.enable_grad():
             up = (torch.sigmoid(variable) * (_ZETA - _GAMMA) + _GAMMA).clamp(0, 1)

@@ -85,10 +85,10 @@ def _divergence(values: Tensor, counts: Tensor, low: float, high: float, levels:
     p = q.clone()
     p[0] += counts[values < low].sum()
     p[-1] += counts[values > high].sum()
-    level = torch.arange(len(q)) * levels // len(q)
+    level = torch.arange(len(q), device=q.device) * levels // len(q)
     present = (q > 0).double()
-    merged = torch.zeros(levels, dtype=torch.float64).index_add(0, level, q)
-    shared = torch.zeros(levels, dtype=torch.float64).index_add(0, level, present)
+    merged = q.new_zeros(levels).index_add(0, level, q)
+    shared = q.new_zeros(levels).index_add(0, level, present)
     q = (merged / shared.clamp(min=1))[level] * present
     p, q = p / p.sum(), q / q.sum()
     some = p > 0

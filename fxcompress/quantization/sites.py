@@ -15,6 +15,7 @@ from fxcompress.quantization.fake_quantize import ROLE
 
 _CONVOLUTIONS = frozenset("conv1d conv2d conv3d".split())
 _TRANSPOSED = frozenset("convtranspose1d convtranspose2d convtranspose3d".split())
+_RESIZES = frozenset("interpolate upsample upsamplingnearest2d".split())
 _LAYERS = (
     nn.Conv1d,
     nn.Conv2d,
@@ -59,6 +60,19 @@ def operation(module: nn.Module, node: fx.Node) -> str:
     else:
         name = str(node.target) if node.op == "call_method" else ""
     return name.lower().replace("_", "")
+
+
+def repeats(module: nn.Module, node: fx.Node) -> bool:
+    """Whether a node resizes by taking the nearest elements: its values are its input's."""
+    if operation(module, node) not in _RESIZES:
+        return False
+    if node.op == "call_module":
+        layer = submodule(module, str(node.target))
+        mode: object = layer.mode if isinstance(layer, nn.Upsample) else None
+    else:
+        given = dict(zip(("input", "size", "scale_factor", "mode"), node.args, strict=False)) | node.kwargs
+        mode = given.get("mode", "nearest")
+    return mode in ("nearest", "nearest-exact")
 
 
 def find_sites(module: TracedModule) -> Iterator[Site]:
