@@ -20,6 +20,8 @@ from fxcompress.verify import difference
 
 #: Of a float result that is rounded nowhere: a step, were it rounded to 8 bits over ``[-max, max]``.
 _RESULT_STEP = 1 / 127
+#: Of a result: what is beyond it is a wrong kernel, not a value on a tie that other kernels round another way.
+_OF_ITSELF = 0.5
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,6 @@ class Disagreement:
     allowed: int
     different: int
     elements: int
-
-
-#: Of a result: what is beyond it is a wrong kernel, not a value on a tie that other kernels round another way.
-_OF_ITSELF = 0.5
 
 
 class _Following(fx.Interpreter):

@@ -83,7 +83,8 @@ def post_op(module: TracedModule, node: fx.Node) -> PostOp | None:
         return None
     options = dict(node.kwargs)
     if len(node.args) > 1:
-        names = _BUILTIN.get(node.target) or tuple(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
+        function: Any = node.target
+        names = _BUILTIN.get(function) or tuple(inspect.signature(function).parameters)
         options |= dict(zip(names[1:], node.args[1:], strict=False))
     options.pop("inplace", None)
     if any(isinstance(value, fx.Node) for value in options.values()):

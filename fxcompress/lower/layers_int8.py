@@ -158,7 +158,8 @@ def constant(module: TracedModule, value: Any) -> Tensor:
     if isinstance(value, fx.Node) and value.op == "call_function":
         args = [constant(module, item) if isinstance(item, fx.Node) else item for item in value.args]
         with torch.no_grad():
-            made: Tensor = value.target(*args, **value.kwargs)  # type: ignore[operator]
+            function: Any = value.target
+            made: Tensor = function(*args, **value.kwargs)
         return made
     raise GraphError(f"{value} is no parameter; expected weights that do not depend on activations.")
 
