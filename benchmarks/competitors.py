@@ -1,6 +1,7 @@
 """What :class:`Lower` is compared with: other ways to make a model fast on a processor, on one thread.
 
-Every function takes a model in eval mode and its input, and gives a call that runs it. The int8 ones are each tool's
+Every function takes a model in eval mode and its input, and gives a call that runs it, from tensor to tensors. The int8
+ones are each tool's
 own quantizer with its defaults for speed, calibrated on the input: time does not depend on the ranges.
 """
 
@@ -80,8 +81,8 @@ def openvino_int8(model: nn.Module, x: Tensor) -> Call:
     quantized = nncf.quantize(converted, nncf.Dataset([x.numpy()]), preset=preset, subset_size=1, **inner)
     quantized.reshape({0: list(x.shape)})
     options = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
-    made, array = ov.compile_model(quantized, "CPU", options), x.numpy()
-    return lambda: made(array)
+    made = ov.compile_model(quantized, "CPU", options)
+    return lambda: [torch.from_numpy(array) for array in made(x.numpy()).to_tuple()]
 
 
 def silently(make: Callable[[nn.Module, Tensor], Call], model: nn.Module, x: Tensor) -> Call:
@@ -115,5 +116,5 @@ def _session(model: bytes, x: Tensor) -> Call:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    feed = {session.get_inputs()[0].name: x.numpy()}
-    return lambda: session.run(None, feed)
+    name = session.get_inputs()[0].name
+    return lambda: [torch.from_numpy(array) for array in session.run(None, {name: x.numpy()})]

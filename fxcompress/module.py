@@ -143,6 +143,7 @@ class TracedModule(fx.GraphModule):
         if flat is not None:
             self.__dict__["_flat"] = flat  # of the instance: a class would keep the layers alive
             type(self).forward = _run_flat
+            del type(self).__call__  # torch.fx's, which explains errors in the code that it made
         return made
 
     def wait(self) -> None:

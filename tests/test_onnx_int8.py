@@ -32,7 +32,7 @@ from torch import Tensor, nn
 import fxcompress
 from fxcompress.export.agreement import compare, tapped
 from fxcompress.export.graph_editor import OnnxGrid
-from fxcompress.export.openvino_rounding import drop_zero_points, join_pairs
+from fxcompress.export.openvino_graph import drop_zero_points, join_pairs, sums_convolutions
 from fxcompress.export.placement import _gate, _saturating
 from fxcompress.inputs import Inputs
 from fxcompress.passes import Lower, PTQQuantizer
@@ -252,11 +252,12 @@ def test_layers_with_float_weights_stay_float(tmp_path: Path) -> None:
 
 
 class Residual(nn.Module):
-    """A residual sum; the weights of one convolution stay float."""
+    """A residual sum; the weights of one convolution are left float by some tests."""
 
-    def __init__(self) -> None:
+    def __init__(self, bias: bool = True) -> None:
         super().__init__()
-        self.stem, self.left_float, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.stem, self.left_float = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1)
+        self.last = nn.Conv2d(8, 8, 1, bias=bias)
         self.fc = nn.Linear(8, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -298,6 +299,28 @@ def test_openvino_agrees_within_a_step() -> None:
     assert {name: item.steps for name, item in inner(lowered).signature.rounded.items()} == dict.fromkeys(
         roundings(simulated), 1
     )
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_openvino_adds_residuals_in_integer_convolutions(bias: bool) -> None:
+    openvino = pytest.importorskip("openvino")
+    model = Residual(bias).eval()
+    randomize(model, 9)
+    lowered = fxcompress.compress(
+        model, [PTQQuantizer(), Lower(backend="openvino")], example_inputs=IMAGES, progress=False
+    )
+    lowered(IMAGES)
+    (compiled,) = inner(lowered)._ready().compiled.values()
+    found = kernels(compiled)
+    assert set(found["Convolution"]) <= {"u8", "i8"}
+    assert not {"Subgraph", "Eltwise"} & found.keys()
+
+    read = openvino.Core().read_model(inner(lowered).file())
+    assert sums_convolutions(read)
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3, bias=bias), nn.ReLU(), nn.Conv2d(8, 8, 1)).eval()
+    passes = [Lower(backend="openvino", dtype="float32")]
+    other = fxcompress.compress(plain, passes, example_inputs=IMAGES, progress=False)
+    assert not sums_convolutions(openvino.Core().read_model(inner(other).file())), "a bias is no residual"
 
 
 class GatedBlock(nn.Module):

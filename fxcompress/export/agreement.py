@@ -11,8 +11,8 @@ from torch import Tensor, fx
 
 from fxcompress.errors import VerificationError
 from fxcompress.export.placement import Rounded
-from fxcompress.export.program import Slot
 from fxcompress.export.session import OnnxModule
+from fxcompress.export.signature import Slot
 from fxcompress.inputs import Inputs, other_batch, positional
 from fxcompress.module import TracedModule, evaluating
 from fxcompress.quantization.fake_quantize import fake_quant_nodes, fake_quant_of

@@ -8,7 +8,7 @@ import itertools
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from fxcompress.export.extras import require
 from fxcompress.export.from_fake_quant import store_masked, write_operators
 from fxcompress.export.grid_operators import translations
 from fxcompress.export.placement import Rounded, place_pairs
+from fxcompress.export.signature import Signature, Slot
 from fxcompress.inputs import Inputs, check_devices, other_batch, positional
 from fxcompress.module import TracedModule, copied
 from fxcompress.quantization.fake_quantize import fake_quant_nodes
@@ -32,33 +33,6 @@ Runtime = Literal["onnxruntime", "openvino"]
 RUNTIMES = ("onnxruntime", "openvino")
 #: What a protobuf message may hold.
 _LARGEST = 2**31 - 1
-
-
-@dataclass(frozen=True)
-class Slot:
-    """The place of an output of the ONNX model in a result; a ``TreeSpec`` cannot be pickled without a warning."""
-
-    index: int
-
-
-@dataclass(frozen=True)
-class Signature:
-    """How an ONNX model is called, and what is where in it.
-
-    Attributes:
-        given: for each leaf of the positional inputs (``torch.utils._pytree``): None for a tensor, which the model
-            takes, else the value that is written into it.
-        shapes: for each of the tensors, its shape, with None where any size goes.
-        dtypes: for each of the tensors.
-        result: what the model returns, with a :class:`Slot` for each tensor.
-        rounded: where it computes what the fake-quant nodes of activations compute, by their names.
-    """
-
-    given: tuple[Any, ...]
-    shapes: tuple[tuple[int | None, ...], ...]
-    dtypes: tuple[torch.dtype, ...]
-    result: Any
-    rounded: Mapping[str, Rounded]
 
 
 @dataclass(frozen=True)

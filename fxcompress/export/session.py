@@ -9,18 +9,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from fxcompress.errors import InputError
 from fxcompress.export.extras import require
-from fxcompress.export.openvino_rounding import drop_zero_points, join_pairs
-from fxcompress.export.program import Runtime, Signature, Slot, program_of
+from fxcompress.export.openvino_graph import drop_zero_points, join_pairs, sums_convolutions
+from fxcompress.export.program import Runtime, program_of
+from fxcompress.export.signature import Signature
 from fxcompress.inputs import Inputs
+from fxcompress.lower.flat import FLAT
 from fxcompress.module import OwnedGraph, TracedModule
 
 _Sizes = tuple[tuple[int, ...], ...]
-#: OpenVINO's fusion of attention, and of element-wise operators: it takes a residual sum out of the integer convolution
-#: in front of it (resnet50 is then 9 % slower).
+#: OpenVINO's fusion of attention, and of element-wise operators, which takes a residual sum out of the integer
+#: convolution in front of it (resnet50: 3 % slower). An internal property: it may go.
 _SNIPPETS = "SNIPPETS_MODE"
 
 
@@ -65,37 +65,12 @@ class OnnxModule(nn.Module):
         Raises:
             InputError: a shape, a dtype, or what is no tensor, differs from what was written into the model.
         """
-        leaves = inputs if all(isinstance(item, Tensor) for item in inputs) else pytree.tree_leaves(inputs)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        rest = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-        if rest != self.signature.given:
-            raise InputError(
-                f"the inputs beside tensors are {rest}; this model was written for {self.signature.given}, which are "
-                "part of it. Lower or export it with example inputs like these."
-            )
-        dtypes = tuple(tensor.dtype for tensor in tensors)
-        if dtypes != self.signature.dtypes:
-            raise InputError(
-                f"the inputs are of {', '.join(map(str, dtypes))}; this model was written for "
-                f"{', '.join(map(str, self.signature.dtypes))}. Convert them, or lower or export it with example "
-                "inputs like these."
-            )
+        tensors = self.signature.tensors(inputs)
         arrays = [np.asarray(tensor.numpy(force=True), order="C") for tensor in tensors]
-        if not all(map(_fits, self.signature.shapes, arrays)):
-            expected = ", ".join(str(tuple(size or "any" for size in shape)) for shape in self.signature.shapes)
-            raise InputError(
-                f"the inputs have the shapes {', '.join(str(array.shape) for array in arrays)}; this model "
-                f"was written for {expected.replace(repr('any'), 'any')}. Lower or export it with example inputs of "
-                "these sizes, or use Lower(backend='torch'), which takes others."
-            )
-        found = self._ready()(arrays)
-        made = [torch.from_numpy(array) for array in found]
+        made = [torch.from_numpy(array) for array in self._ready()(arrays)]
         if not tensors[0].is_cpu:
             made = [tensor.to(tensors[0].device) for tensor in made]
-        result = self.signature.result
-        if isinstance(result, Slot):
-            return made[result.index]
-        return pytree.tree_map_only(Slot, lambda slot: made[slot.index], result)
+        return self.signature.packed(made)
 
     def _ready(self) -> Any:
         """The runtime's form of the model as it is now."""
@@ -124,7 +99,7 @@ class OnnxModule(nn.Module):
 def in_runtime(module: TracedModule, inputs: Inputs, runtime: Runtime, notes: list[str], author: str) -> TracedModule:
     """A traced module of one node that runs the model in a runtime; ``module`` is used up. Notes are added."""
     holders = [node for node in module.graph.nodes if node.op == "placeholder"]
-    meta, training = dict(module.meta), module.training
+    meta, training = {**module.meta, FLAT: True}, module.training
     program = program_of(module, inputs, runtime, author)
     notes += [f"one ONNX model of {len(program.model)} bytes, in {runtime}", *program.notes]
     graph = OwnedGraph()
@@ -137,12 +112,6 @@ def in_runtime(module: TracedModule, inputs: Inputs, runtime: Runtime, notes: li
     tree = nn.Module()
     tree.add_module(runtime, OnnxModule(program.model, program.signature, runtime))
     return TracedModule.build(tree.train(training), graph, meta)
-
-
-def _fits(shape: tuple[int | None, ...], array: np.ndarray[Any, Any]) -> bool:
-    return len(shape) == array.ndim and all(
-        size in (None, found) for size, found in zip(shape, array.shape, strict=True)
-    )
 
 
 class _OnnxRuntime:
@@ -170,6 +139,7 @@ class _OpenVINO:
 
     def __init__(self, model: bytes, threads: int) -> None:
         (openvino,) = require("openvino", "openvino")
+        self.shared = openvino.Tensor
         self.core = openvino.Core()
         self.read: Any = self.core.read_model(model)
         integer = join_pairs(self.read) > 0
@@ -180,7 +150,7 @@ class _OpenVINO:
             "PERFORMANCE_HINT": "LATENCY",
         }
         attention = any(operator.get_type_name() == "Softmax" for operator in self.read.get_ops())
-        if integer and not attention and _SNIPPETS in self.core.get_property("CPU", "INTERNAL_SUPPORTED_PROPERTIES"):
+        if integer and not attention and sums_convolutions(self.read):
             self.options[_SNIPPETS] = "DISABLE"
         self.compiled: dict[_Sizes | None, Any] = {}
         self.lock = threading.Lock()
@@ -192,8 +162,9 @@ class _OpenVINO:
         request = requests.get(sizes)
         if request is None:
             request = self._request(sizes, requests)
-        found = request.infer(arrays, share_inputs=True, share_outputs=True)
-        return [np.array(array) for array in found.to_tuple()]
+        for place, array in enumerate(arrays):  # given to `infer`, they go through layers of dispatch
+            request.set_input_tensor(place, self.shared(array, shared_memory=True))
+        return list(request.infer().to_tuple())
 
     def _request(self, sizes: _Sizes, requests: dict[_Sizes | None, Any]) -> Any:
         """One of the model for these sizes, kept in ``requests``, which are this thread's."""
@@ -210,4 +181,9 @@ class _OpenVINO:
         model = self.read.clone()
         if sizes is not None:
             model.reshape(dict(enumerate(map(list, sizes))))
-        return self.core.compile_model(model, "CPU", self.options)
+        try:
+            return self.core.compile_model(model, "CPU", self.options)
+        except RuntimeError:
+            if self.options.pop(_SNIPPETS, None) is None:
+                raise
+            return self.core.compile_model(model, "CPU", self.options)

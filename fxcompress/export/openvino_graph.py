@@ -1,4 +1,4 @@
-"""Quantize and dequantize in the forms that OpenVINO's rules for integer kernels look for."""
+"""A graph that OpenVINO read: what its rules for integer kernels look for in it, and what they would miss."""
 
 from __future__ import annotations
 
@@ -55,6 +55,22 @@ def drop_zero_points(model: Any) -> int:
             dropped += 1
     model.validate_nodes_and_infer_types()
     return dropped
+
+
+def sums_convolutions(model: Any) -> bool:
+    """Whether a convolution's result is added to another that depends on the inputs: a residual sum."""
+    computed: set[str] = set()  # what depends on the inputs
+    convolved: set[str] = set()  # results of convolutions, with or without a bias
+    for node in model.get_ordered_ops():
+        sources = [value.get_node().get_name() for value in node.input_values()]
+        kind, found = node.get_type_name(), computed.intersection(sources)
+        if kind == "Add" and len(found) == 2 and convolved.intersection(sources):
+            return True
+        if kind == "Parameter" or (found and kind != "ShapeOf"):
+            computed.add(node.get_name())
+        if kind in ("Convolution", "GroupConvolution") or (kind == "Add" and convolved.intersection(sources)):
+            convolved.add(node.get_name())
+    return False
 
 
 def _join(rounding: Any, integers: Any, shifted: Any, scaled: Any) -> int:
