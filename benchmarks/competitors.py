@@ -1,8 +1,8 @@
 """What :class:`Lower` is compared with: other ways to make a model fast on a processor, on one thread.
 
-Every function takes a model in eval mode and its input, and gives a call that runs it, from tensor to tensors. The int8
-ones are each tool's
-own quantizer with its defaults for speed, calibrated on the input: time does not depend on the ranges.
+Every function takes a model in eval mode and its input, and gives a call that runs it, from tensor to tensors. The
+int8 ones are each tool's own quantizer with its defaults for speed, calibrated on the input: time does not depend on
+the ranges.
 """
 
 from __future__ import annotations

@@ -286,3 +286,28 @@ def test_an_operator_that_torch_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_real_models(name: str) -> None:
     model, x = build(name)
     assert_same(model, lower(model, x), tuple(x.shape), (3, 3, 96, 64))
+
+
+class Named(nn.Module):
+    """Its inputs have the names that a flat function gives its own values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+
+    def forward(self, c0: Tensor, v3: Tensor, v1: Tensor | None = None) -> Tensor:
+        made = F.relu(self.one(c0)) - F.relu(self.two(v3))
+        return made if v1 is None else made + v1
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_names_of_inputs_mean_nothing(grad: bool) -> None:
+    model, values = Named().eval(), torch.randn(3, 2, 3, 8, 8).unbind()
+    example = {"c0": values[0], "v3": values[1]}
+    lowered = fxcompress.compress(model, [Lower(dtype="float32")], example_inputs=example, progress=False)
+    right = model(values[0], values[2]).detach()
+    with torch.set_grad_enabled(grad):
+        found = [lowered(values[0], values[2]) for _ in range(4)] + [lowered(v3=values[2], c0=values[0])]
+    for item in found:
+        assert not item.requires_grad
+        torch.testing.assert_close(item, right, rtol=1e-5, atol=1e-5)

@@ -28,19 +28,16 @@ def flattened(module: fx.GraphModule) -> Callable[..., Any] | None:
     packed weights are called directly, without hooks. What comes again in the same shapes is replayed without Python
     (:mod:`fxcompress.lower.replayed`).
     """
-    names: dict[str, Any] = {"_no_grad": torch.no_grad}
-    variables: dict[fx.Node, str] = {}
-    inputs: list[str] = []
+    names: dict[str, Any] = {"_no_grad": torch.no_grad, "_grad": torch.is_grad_enabled}
+    variables = {node: f"v{number}" for number, node in enumerate(module.graph.nodes)}
+    inputs: list[fx.Node] = []
     lines: list[str] = []
     dying = _last_uses(module.graph)
-    for number, node in enumerate(module.graph.nodes):
-        variables[node] = f"v{number}"
+    for node in module.graph.nodes:
         if node.op == "placeholder":
             if str(node.target).startswith("*"):
                 return None
-            default = f"={_bound(names, node.args[0])}" if node.args else ""
-            inputs.append(f"{node.target}{default}")
-            variables[node] = str(node.target)
+            inputs.append(node)
             continue
         if node.op == "output":
             lines.append(f"return {_text(node.args[0], variables, names)}")
@@ -49,9 +46,21 @@ def flattened(module: fx.GraphModule) -> Callable[..., Any] | None:
         dead = [variables[other] for other in dying.get(node, ())]
         if dead:
             lines.append(f"del {', '.join(dead)}")
-    body = "\n        ".join(lines)
-    exec(f"def forward({', '.join(inputs)}):\n    with _no_grad():\n        {body}\n", names)
-    function: Callable[..., Any] = names.pop("forward")  # or the function would keep itself alive
+    defaults = [f"{node.target}={_bound(names, node.args[0])}" if node.args else str(node.target) for node in inputs]
+    given = ", ".join(str(node.target) for node in inputs)
+    code = f"""
+def _made():
+    def _run({", ".join(variables[node] for node in inputs)}):
+        {(chr(10) + " " * 8).join(lines)}
+    def forward({", ".join(defaults)}):
+        if not _grad():  # to enter no_grad once more takes as long as a small kernel
+            return _run({given})
+        with _no_grad():
+            return _run({given})
+    return forward
+"""
+    exec(code, names)
+    function: Callable[..., Any] = names.pop("_made")()  # in `names` it would keep itself alive
     return Replayed(function, module) if recordable(module) else function
 
 
