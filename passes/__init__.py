@@ -51,4 +51,5 @@ from fxcompress.quantization.observers import MSE as MSE
 from fxcompress.quantization.observers import Entropy as Entropy
 from fxcompress.quantization.observers import MinMax as MinMax
 from fxcompress.quantization.observers import MovingAverage as MovingAverage
+from fxcompress.quantization.observers import Observer as Observer
 from fxcompress.quantization.observers import Percentile as Percentile

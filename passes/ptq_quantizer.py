@@ -43,7 +43,7 @@ class PTQQuantizer(KernelQuantizer):
     Args:
         per_channel: a scale for every output channel of a weight, or one for the tensor.
         observer: of activations: ``"min_max"``, ``"moving_average"``, ``"percentile"``, ``"entropy"``, ``"mse"``, or
-            one of these with options of its own, such as :class:`Percentile`.
+            an :class:`Observer`: one of these with options, such as ``Percentile(99.9)``, or a subclass of yours.
         weight_observer: likewise of weights.
         batches: how many of the task's to calibrate with, at most.
         equalize: make the ranges of neighbouring layers alike first (:func:`equalize`).
@@ -123,13 +123,11 @@ class PTQQuantizer(KernelQuantizer):
 
 def _parse(role: str, observer: str | Observer) -> Observer:
     """An observer by its name, with its defaults, or as it was given."""
-    if type(observer) in OBSERVERS.values():
-        assert isinstance(observer, Observer)
+    if isinstance(observer, Observer):
         return observer
     if not isinstance(observer, str) or observer not in OBSERVERS:
-        names, kinds = ", ".join(map(repr, OBSERVERS)), ", ".join(kind.__name__ for kind in OBSERVERS.values())
         raise InputError(
-            f"{role} is {observer!r}; expected one of {names}, or an instance of one of {kinds}, such as "
-            "Percentile(99.9)."
+            f"{role} is {observer!r}; expected one of {', '.join(map(repr, OBSERVERS))}, or an Observer, such as "
+            "Percentile(99.9) or an instance of a subclass of yours."
         )
     return OBSERVERS[observer]()

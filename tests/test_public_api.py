@@ -47,7 +47,7 @@ PASSES = {
     # what authors of criteria, schedules and quantizers need
     "ChannelPruner", "Layer", "ScheduledPruner", "Quantizer",
     # what quantizers are given, and a loop of one's own calls
-    "MinMax", "MovingAverage", "Percentile", "Entropy", "MSE", "clip_weights",
+    "Observer", "MinMax", "MovingAverage", "Percentile", "Entropy", "MSE", "clip_weights",
 }  # fmt: skip
 
 
@@ -78,7 +78,8 @@ def test_the_testing_module() -> None:
 
 
 def test_every_pass_is_a_frozen_dataclass_that_prints_its_options() -> None:
-    for name in PASSES - {"Layer", "MinMax", "MovingAverage", "Percentile", "Entropy", "MSE", "clip_weights"}:
+    others = {"Layer", "Observer", "MinMax", "MovingAverage", "Percentile", "Entropy", "MSE", "clip_weights"}
+    for name in PASSES - others:
         kind = getattr(passes, name)
         assert issubclass(kind, fxcompress.Pass), name
         assert dataclasses.is_dataclass(kind)

@@ -3,7 +3,8 @@
 import copy
 import math
 import re
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -11,13 +12,13 @@ import torch
 from quantized_cases import Array, X, module_of, quantizers, small_network, values
 from torch import Tensor, nn
 
-from fxcompress import Pass, compress
+from fxcompress import Pass, Task, compress
 from fxcompress.errors import InputError
 from fxcompress.passes import PTQQuantizer, QATQuantizer
 from fxcompress.quantization.calibrate import Calibrator
-from fxcompress.quantization.fake_quantize import AffineFakeQuantize
+from fxcompress.quantization.fake_quantize import AffineFakeQuantize, fake_quant_nodes
 from fxcompress.quantization.observers import MSE, Entropy, MovingAverage, Observer, Percentile
-from fxcompress.quantization.spec import activation_spec, weight_spec
+from fxcompress.quantization.spec import QuantSpec, activation_spec, weight_spec
 
 
 def test_moving_average_begins_with_the_first_batch() -> None:
@@ -245,14 +246,64 @@ def test_constants_have_a_range(observer: Any, value: float, bits: int) -> None:
     assert made == pytest.approx(value, abs=step / 2 + 1e-6)
 
 
-class Mine(Observer):
-    """One that calibration does not know."""
+@dataclass(frozen=True)
+class Deviations(Observer):
+    """As many standard deviations around the mean."""
+
+    reads: ClassVar[Any] = "values"
+
+    many: float = 2.0
+
+    def search(
+        self, values: Tensor, counts: Tensor, low: Tensor, high: Tensor, spec: QuantSpec
+    ) -> tuple[Tensor, Tensor]:
+        share = counts / counts.sum(1, keepdim=True)
+        mean = (values * share).sum(1)
+        away = self.many * ((values - mean[:, None]).square() * share).sum(1).sqrt()
+        return torch.maximum(mean - away, low), torch.minimum(mean + away, high)
+
+
+class Last(Observer):
+    """The extremes of the last batch."""
+
+    def follow(self, extremes: Tensor, batch: Tensor) -> Tensor:
+        return batch
+
+
+def test_an_observer_of_ones_own() -> None:
+    layer, batches = nn.Conv2d(3, 4, 3), [values(2, 3, 8, 8, seed=seed) * (seed + 1) for seed in range(3)]
+    task = Task(batches=batches)
+    made = compress(
+        layer,
+        [PTQQuantizer(observer=Deviations(), weight_observer=Deviations(1.0))],
+        example_inputs=batches[0],
+        task=task,
+    )
+    grids = {item.spec.role: item.grid() for _, item in fake_quant_nodes(made)}
+    x, weight = torch.cat([item.reshape(-1) for item in batches]), layer.weight.detach().flatten(1)
+    bin_width = 2 * 2.0 ** math.ceil(math.log2(float(x.abs().max()))) / 8192
+    low, high = float(x.mean() - 2 * x.std()), float(x.mean() + 2 * x.std())
+    assert float(grids["activation"].scale) == pytest.approx((high - low) / 255, abs=2 * bin_width / 255)
+    mean, away = weight.mean(1), weight.std(1, correction=0)
+    largest = torch.maximum((mean - away).abs(), (mean + away).abs())
+    torch.testing.assert_close(grids["weight"].scale, largest / 127, rtol=1e-4, atol=0)
+
+    last = compress(layer, [PTQQuantizer(observer=Last())], example_inputs=batches[0], task=Task(batches=batches[::-1]))
+    (grid,) = (item.grid() for _, item in fake_quant_nodes(last) if item.spec.role == "activation")
+    assert float(grid.scale) == pytest.approx(float(batches[0].max() - batches[0].min()) / 255)
 
 
 @pytest.mark.parametrize("option", ["observer", "weight_observer"])
-@pytest.mark.parametrize("found", [Observer(), Mine(), ["mse"], MSE, None, "average"], ids=str)
-def test_observers_that_calibration_does_not_know(option: str, found: Any) -> None:
-    with pytest.raises(InputError, match=f"^{option} is {re.escape(repr(found))}; expected one of 'min_max'.*Entropy"):
+def test_a_range_that_is_not_finite(option: str) -> None:
+    item = PTQQuantizer(**{option: Deviations(math.nan)})
+    with pytest.raises(InputError, match=r"Deviations\(many=nan\) found a range that is not finite at .*between -"):
+        compress(nn.Conv2d(3, 4, 3), [item], example_inputs=values(2, 3, 8, 8))
+
+
+@pytest.mark.parametrize("option", ["observer", "weight_observer"])
+@pytest.mark.parametrize("found", [["mse"], MSE, None, "average"], ids=str)
+def test_what_is_no_observer(option: str, found: Any) -> None:
+    with pytest.raises(InputError, match=f"^{option} is {re.escape(repr(found))}; expected one of 'min_max'.*Observer"):
         PTQQuantizer(**{option: found})
 
 

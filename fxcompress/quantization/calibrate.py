@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from fxcompress.errors import InputError
 from fxcompress.module import TracedModule, evaluating
 from fxcompress.processes import summed, widest
-from fxcompress.quantization.observers import MSE, Entropy, MovingAverage, Observer, Percentile, extremes, rows
-from fxcompress.quantization.search import lowest_divergence, lowest_error, percentiles
+from fxcompress.quantization.observers import MinMax, Observer, extremes, rows
 from fxcompress.quantization.spec import QuantSpec
 
 #: Of a histogram that reaches from ``-2^k`` to ``2^k``, so that doubling the range merges pairs of bins exactly.
@@ -77,13 +76,8 @@ class Calibrator(nn.Module):
         self._last, self._batch = place, (low, high)
         if self._earlier is None:
             self.low, self.high = low, high
-        elif isinstance(self.spec.observer, MovingAverage):
-            rate = 1 - self.spec.observer.momentum
-            self.low, self.high = (
-                old + rate * (new - old) for old, new in zip(self._earlier, self._batch, strict=True)
-            )
         else:
-            self.low, self.high = torch.minimum(self._earlier[0], low), torch.maximum(self._earlier[1], high)
+            self.low, self.high = self.observer.follow(torch.stack(self._earlier), torch.stack(self._batch))
         flat = rows(x, self.spec.axis)
         dtype = torch.promote_types(x.dtype, torch.float32)
         sums = torch.stack((flat.abs().sum(1, dtype=dtype), torch.full_like(flat[:, 0], flat.shape[1], dtype=dtype)))
@@ -93,13 +87,17 @@ class Calibrator(nn.Module):
             sums = summed(sums)
         self._sums = sums if self._sums is None else self._sums + sums
         self.magnitude = (self._sums[0] / self._sums[1].clamp(min=1)).reshape(low.shape)
-        if isinstance(self.spec.observer, (Percentile, Entropy, MSE)):
-            if weight:
-                self._values = flat
-            if not weight or isinstance(self.spec.observer, Entropy):
-                self._histogram = (None if weight else self._histogram) or _Histogram(flat)
-                self._histogram.add(flat, shared=not weight)
+        if weight and self.observer.reads == "values":
+            self._values = flat
+        elif self.observer.reads != "extremes":
+            self._histogram = (None if weight else self._histogram) or _Histogram(flat)
+            self._histogram.add(flat, shared=not weight)
         self.batches += 1
+
+    @property
+    def observer(self) -> Observer:
+        """The spec's; extremes where the range is given or learned."""
+        return self.spec.observer or MinMax()
 
     def fitting(self) -> QuantSpec:
         """The spec, with signed integers where an activation around zero was seen to be negative."""
@@ -118,31 +116,24 @@ class Calibrator(nn.Module):
                 f"calibration saw no values at {self.name}; expected at least one batch. Give batches, or inputs "
                 "that reach this part of the model."
             )
-        observer = self.spec.observer
         low, high = self.low.clamp(max=0), self.high.clamp(min=0)
-        if not isinstance(observer, (Percentile, Entropy, MSE)):
+        if self.observer.reads == "extremes":
             return low, high
-        histogram = self._histogram
-        if self._values is not None and not isinstance(observer, Entropy):
+        if self._values is not None:
             values, counts = self._values, (self._values != 0).to(self._values.dtype)
         else:
-            assert histogram is not None
-            values, counts = histogram.centers(), histogram.counts.clone()
-            if isinstance(observer, Entropy):  # zero is on every grid, and would outweigh everything behind a ReLU
-                counts[:, BINS // 2] -= histogram.zeros
-        found = _search(observer, values, counts, low.reshape(-1), high.reshape(-1), self.fitting())
-        return found[0].reshape(low.shape).to(low.dtype), found[1].reshape(high.shape).to(high.dtype)
-
-
-def _search(
-    observer: Observer, values: Tensor, counts: Tensor, low: Tensor, high: Tensor, spec: QuantSpec
-) -> tuple[Tensor, Tensor]:
-    """An observer's range inside the extremes ``low`` and ``high``, ``[channels]``, of weighted values."""
-    if isinstance(observer, Percentile):
-        return percentiles(values, counts, low, high, observer.percentage)
-    if isinstance(observer, MSE):
-        return lowest_error(values, counts, low, high, spec, observer.candidates)
-    return lowest_divergence(values, counts, low, high, spec)
+            assert self._histogram is not None
+            values, counts = self._histogram.centers(), self._histogram.counts.clone()
+            if self.observer.reads == "histogram":
+                counts[:, BINS // 2] -= self._histogram.zeros
+        found = self.observer.search(values, counts, low.reshape(-1), high.reshape(-1), self.fitting())
+        ends = [torch.as_tensor(end).reshape(low.shape).to(low) for end in found]
+        if not all(bool(torch.isfinite(end).all()) for end in ends):
+            raise InputError(
+                f"{self.observer!r} found a range that is not finite at {self.name}, whose values lie between "
+                f"{float(low.min()):.4g} and {float(high.max()):.4g}; expected finite numbers."
+            )
+        return ends[0].clamp(max=0), ends[1].clamp(min=0)
 
 
 class _Histogram:

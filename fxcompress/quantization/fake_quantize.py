@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from fxcompress.errors import GraphError, PassError
 from fxcompress.module import submodule
 from fxcompress.processes import widest
-from fxcompress.quantization.observers import MovingAverage, extremes
+from fxcompress.quantization.observers import extremes
 from fxcompress.quantization.spec import SMALLEST_STEP, Grid, QuantSpec
 from fxcompress.rewrite import describe
 
@@ -193,13 +193,10 @@ class AffineFakeQuantize(FakeQuantize):
             high = torch.where(begins, high, torch.maximum(self.batch[1], high))
             _update(self.earlier, before, going)
             _update(self.batch, torch.stack((low, high)), going)
-        if isinstance(self.spec.observer, MovingAverage):
-            rate = 1 - self.spec.observer.momentum
-            first, nothing = before[0] > before[1], low > high
-            low = torch.where(first, low, torch.where(nothing, before[0], before[0] + rate * (low - before[0])))
-            high = torch.where(first, high, torch.where(nothing, before[1], before[1] + rate * (high - before[1])))
-        else:
-            low, high = torch.minimum(before[0], low), torch.maximum(before[1], high)
+        assert self.spec.observer is not None
+        first, nothing, seen = before[0] > before[1], low > high, torch.stack((low, high))
+        followed = self.spec.observer.follow(before, seen)
+        low, high = torch.where(first, seen, torch.where(nothing, before, followed))
         _update(self.low, low, going)
         _update(self.high, high, going)
         return low, high

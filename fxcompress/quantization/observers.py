@@ -3,19 +3,52 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from fxcompress.errors import InputError
+from fxcompress.quantization.search import Range, lowest_divergence, lowest_error, percentiles
+
+if TYPE_CHECKING:
+    from fxcompress.quantization.spec import QuantSpec
+
+Reads = Literal["extremes", "values", "histogram"]
 
 
 @dataclass(frozen=True)
 class Observer:
-    """How the range of a tensor is found; see the subclasses."""
+    """How the range of a tensor is found. A subclass says :meth:`follow`, or ``reads`` and :meth:`search`.
+
+    What an observer finds is widened to hold zero, which is on every grid.
+    """
 
     #: The range follows from the extremes of each batch: training can go on observing.
     running: ClassVar[bool] = False
+    #: What the range follows from: the extremes of each batch; values; or a histogram, without what is exactly zero.
+    #: The values of an activation are a histogram too, of 8,192 bins.
+    reads: ClassVar[Reads] = "extremes"
+
+    def follow(self, extremes: Tensor, batch: Tensor) -> Tensor:
+        """The extremes after one more batch: by default those of everything seen.
+
+        Args:
+            extremes: so far, ``[2]`` or ``[2, channels]``, low and high.
+            batch: those of the batch, likewise.
+        """
+        return torch.stack((torch.minimum(extremes[0], batch[0]), torch.maximum(extremes[1], batch[1])))
+
+    def search(self, values: Tensor, counts: Tensor, low: Tensor, high: Tensor, spec: QuantSpec) -> Range:
+        """Low and high, ``[channels]``: by default the extremes. Of what ``reads`` asks for.
+
+        Args:
+            values: ``[channels, n]``.
+            counts: how often each of them occurs, likewise.
+            low, high: the extremes, ``[channels]``; low is at most 0, high at least.
+            spec: of the grid; ``spec.grid(low, high)`` gives scale and zero point.
+        """
+        return low, high
 
 
 @dataclass(frozen=True)
@@ -40,6 +73,9 @@ class MovingAverage(Observer):
         if not 0 <= self.momentum < 1:
             raise InputError(f"momentum is {self.momentum!r}; expected a number in [0, 1), such as 0.99.")
 
+    def follow(self, extremes: Tensor, batch: Tensor) -> Tensor:
+        return extremes + (1 - self.momentum) * (batch - extremes)
+
 
 @dataclass(frozen=True)
 class Percentile(Observer):
@@ -47,17 +83,28 @@ class Percentile(Observer):
 
     percentage: float = 99.99
 
+    reads: ClassVar[Reads] = "values"
+
     def __post_init__(self) -> None:
         if not 50 < self.percentage <= 100:
             raise InputError(f"percentage is {self.percentage!r}; expected a number in (50, 100], such as 99.99.")
+
+    def search(self, values: Tensor, counts: Tensor, low: Tensor, high: Tensor, spec: QuantSpec) -> Range:
+        return percentiles(values, counts, low, high, self.percentage)
 
 
 @dataclass(frozen=True)
 class Entropy(Observer):
     """The range whose quantized histogram has the smallest Kullback-Leibler divergence from the original.
 
-    Migacz 2017, "8-bit Inference with TensorRT", GTC; on the histogram of all values but zero, which is on every grid.
+    Migacz 2017, "8-bit Inference with TensorRT", GTC; on the histogram of all values but zero, which is on every grid
+    and would outweigh everything behind a ReLU.
     """
+
+    reads: ClassVar[Reads] = "histogram"
+
+    def search(self, values: Tensor, counts: Tensor, low: Tensor, high: Tensor, spec: QuantSpec) -> Range:
+        return lowest_divergence(values, counts, low, high, spec)
 
 
 @dataclass(frozen=True)
@@ -67,10 +114,15 @@ class MSE(Observer):
 
     candidates: int = 100
 
+    reads: ClassVar[Reads] = "values"
+
     def __post_init__(self) -> None:
         count = self.candidates
         if isinstance(count, bool) or not isinstance(count, int) or not 2 <= count <= 10_000:
             raise InputError(f"candidates is {self.candidates!r}; expected an integer in [2, 10000].")
+
+    def search(self, values: Tensor, counts: Tensor, low: Tensor, high: Tensor, spec: QuantSpec) -> Range:
+        return lowest_error(values, counts, low, high, spec, self.candidates)
 
 
 def rows(x: Tensor, axis: int | None) -> Tensor:

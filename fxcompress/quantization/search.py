@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from fxcompress.quantization.spec import QuantSpec
+if TYPE_CHECKING:
+    from fxcompress.quantization.spec import QuantSpec
 
 Range = tuple[Tensor, Tensor]
 #: Fractions of the extremes that the divergence is computed for.
