@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from fxcompress.module import TracedModule
+from fxcompress.quantization.edges import JOINS
 from fxcompress.quantization.sites import operation, repeats
 
 #: Only move elements, whatever these are.
@@ -14,7 +15,6 @@ _MOVES = frozenset(
     flip roll pixelshuffle pixelunshuffle channelshuffle clone dropout dropout1d dropout2d dropout3d identity
     viewas reshapeas""".split()
 )
-_JOINS = frozenset("cat concat concatenate stack".split())
 
 
 def tensor_sources(node: fx.Node) -> tuple[fx.Node, ...] | None:
@@ -60,4 +60,4 @@ def asks_size(node: fx.Node) -> bool:
 
 def joins(module: TracedModule, node: fx.Node) -> bool:
     """Whether a node puts tensors side by side."""
-    return operation(module, node) in _JOINS
+    return operation(module, node) in JOINS

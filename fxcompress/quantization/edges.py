@@ -29,7 +29,8 @@ _MIXING = _SUMS | frozenset(
 #: Contractions of two activations, and how many of their arguments they multiply.
 _PRODUCTS = {"matmul": 2, "bmm": 2, "scaleddotproductattention": 3}
 _OPERANDS = ("input", "other", "mat2", "query", "key", "value")
-_JOINS = frozenset("cat concat concatenate stack".split())
+#: Give the values of several inputs.
+JOINS = frozenset("cat concat concatenate stack".split())
 #: Their results are values of their inputs (movement aside, which the channel analysis knows).
 _CLOSED = _NOTHING_IN_EVAL | frozenset(
     "maxpool1d maxpool2d maxpool3d adaptivemaxpool1d adaptivemaxpool2d adaptivemaxpool3d".split()
@@ -202,7 +203,7 @@ class Edges:
                 if block.addend is not None and own is not None:
                     adds = next(item for item in (*block.inside, block.end) if block.addend in item.args)
                     self._want(wanted, block.addend, spec, adds)
-            elif name in _JOINS:
+            elif name in JOINS:
                 roots = [self._want(wanted, source, spec, node) for source in node.all_input_nodes]
                 for root in roots[1:]:
                     shared[_first(shared, root)] = _first(shared, roots[0])
@@ -265,7 +266,7 @@ class Edges:
 
     def _is_closed(self, node: fx.Node) -> bool:
         name = operation(self.module, node)
-        if node.op in ("placeholder", "get_attr") or name in _JOINS:
+        if node.op in ("placeholder", "get_attr") or name in JOINS:
             return False
         if node.name in self.facts.moves:
             return self._labels(node) is not None or name in ("chunk", "split", "unbind", "tensorsplit")
@@ -277,7 +278,7 @@ class Edges:
             groups.setdefault(_first(shared, node), []).append(node)
         made = []
         for nodes in groups.values():
-            places = tuple(node for node in nodes if operation(self.module, node) not in _JOINS)
+            places = tuple(node for node in nodes if operation(self.module, node) not in JOINS)
             spec = max((wanted[node].spec for node in nodes), key=lambda item: item.bits)
             wishes = [wanted[place] for place in places]
             some = all(wish.in_float for wish in wishes)
