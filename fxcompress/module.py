@@ -142,7 +142,7 @@ class TracedModule(fx.GraphModule):
         flat = flattened(self) if self.__dict__.get("meta", {}).get(FLAT) else None
         if flat is not None:
             self.__dict__["_flat"] = flat  # of the instance: a class would keep the layers alive
-            type(self).forward = _run_flat
+            type(self).forward = _runs_flat(type(self).forward)
             del type(self).__call__  # torch.fx's, which explains errors in the code that it made
         return made
 
@@ -183,9 +183,14 @@ class TracedModule(fx.GraphModule):
 _EMPTY = ContextVar("empty", default=False)
 
 
-def _run_flat(module: TracedModule, *args: Any, **kwargs: Any) -> Any:
-    """The forward of a module that runs as a flat function."""
-    return module.__dict__["_flat"](*args, **kwargs)
+def _runs_flat(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward of a module that runs as a flat function, with the signature of the one that torch.fx made."""
+
+    @functools.wraps(forward)
+    def run(module: TracedModule, /, *args: Any, **kwargs: Any) -> Any:
+        return module.__dict__["_flat"](*args, **kwargs)
+
+    return run
 
 
 def _compile_and_run(module: TracedModule, *args: Any, **kwargs: Any) -> Any:

@@ -259,8 +259,8 @@ class Recorder(TorchFunctionMode):
     # ---- tensors, numbers and containers as fx arguments -----------------------------------------------------
 
     def placeholder(self, name: str, value: Any, optional: bool) -> fx.Node:
-        """Declare one input of the graph; ``value`` may be any nest of tensors."""
-        default = value if not _has_tensor(value) else (None if optional else inspect.Signature.empty)
+        """Declare one input of the graph; ``value`` may be any nest of tensors, and is the default of one without."""
+        default = inspect.Signature.empty if not optional else None if _has_tensor(value) else value
         node = self.graph.placeholder(name, default_value=default)
         if isinstance(value, Tensor) and self._first_input is None:
             self._first_input, self.device = node, value.device

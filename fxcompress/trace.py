@@ -238,7 +238,7 @@ def _record_with(
 
 
 def _bind(model: nn.Module, inputs: Inputs) -> dict[str, tuple[Any, bool]]:
-    """Parameter name of ``forward`` to (value, whether it has a default), in the signature's order."""
+    """Parameter name of ``forward`` to (value, whether it may be left out), in the signature's order."""
     signature = inspect.signature(model.forward)
     try:
         bound = signature.bind(*inputs.args, **inputs.kwargs)
@@ -253,10 +253,13 @@ def _bind(model: nn.Module, inputs: Inputs) -> dict[str, tuple[Any, bool]]:
             flat.update({key: (item, False) for key, item in value.items()})
         else:
             flat[name] = (value, parameter.default is not inspect.Parameter.empty)
-    first_default = False
-    for name, (value, optional) in flat.items():  # Python wants defaults after all that have none
-        first_default = first_default or not any(True for _ in tensors_in(value))
-        flat[name] = (value, optional and first_default)
+    constant = {name: not any(True for _ in tensors_in(value)) for name, (value, _) in flat.items()}
+    needed = [name for name, (_, optional) in flat.items() if not constant[name] and not optional]
+    left_out, behind = False, not needed  # Python wants defaults behind all that have none
+    for name, (value, optional) in flat.items():
+        left_out = left_out or (constant[name] and behind)
+        flat[name] = (value, (constant[name] or optional) and left_out)
+        behind = behind or name == needed[-1]
     return flat
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -124,6 +124,12 @@ class PTQQuantizer(KernelQuantizer):
 def _parse(role: str, observer: str | Observer) -> Observer:
     """An observer by its name, with its defaults, or as it was given."""
     if isinstance(observer, Observer):
+        hidden = sorted(vars(observer).keys() - {item.name for item in fields(observer)})
+        if hidden:
+            raise InputError(
+                f"{role} is a {type(observer).__name__} with {', '.join(hidden)} beside its fields; expected a frozen "
+                "dataclass, whose fields are all that makes it differ from others of its kind."
+            )
         return observer
     if not isinstance(observer, str) or observer not in OBSERVERS:
         raise InputError(

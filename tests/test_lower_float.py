@@ -1,6 +1,7 @@
 """Lower(dtype="float32" | "bfloat16"): packed kernels compute what the model does, and are used."""
 
 import copy
+import inspect
 import io
 import pickle
 from concurrent.futures import ThreadPoolExecutor
@@ -295,19 +296,21 @@ class Named(nn.Module):
         super().__init__()
         self.one, self.two = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
 
-    def forward(self, c0: Tensor, v3: Tensor, v1: Tensor | None = None) -> Tensor:
-        made = F.relu(self.one(c0)) - F.relu(self.two(v3))
-        return made if v1 is None else made + v1
+    def forward(self, c0: Tensor, v3: Tensor, _run: Tensor, module: Tensor | None = None) -> Tensor:
+        made = F.relu(self.one(c0)) - F.relu(self.two(v3)) * _run
+        return made if module is None else made + module
 
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_names_of_inputs_mean_nothing(grad: bool) -> None:
-    model, values = Named().eval(), torch.randn(3, 2, 3, 8, 8).unbind()
-    example = {"c0": values[0], "v3": values[1]}
+    model, values, scale = Named().eval(), torch.randn(3, 2, 3, 8, 8).unbind(), torch.rand(2, 1, 1, 1)
+    example = {"c0": values[0], "v3": values[1], "_run": scale, "module": scale}
     lowered = fxcompress.compress(model, [Lower(dtype="float32")], example_inputs=example, progress=False)
-    right = model(values[0], values[2]).detach()
+    assert list(inspect.signature(lowered.forward).parameters) == list(example)
+    right = model(values[0], values[2], scale, scale).detach()
     with torch.set_grad_enabled(grad):
-        found = [lowered(values[0], values[2]) for _ in range(4)] + [lowered(v3=values[2], c0=values[0])]
+        found = [lowered(values[0], values[2], scale, scale) for _ in range(4)]
+        found.append(lowered(module=scale, v3=values[2], _run=scale, c0=values[0]))
     for item in found:
         assert not item.requires_grad
         torch.testing.assert_close(item, right, rtol=1e-5, atol=1e-5)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fxcompress import Pass, Task, compress
 from fxcompress.errors import InputError
-from fxcompress.passes import PTQQuantizer, QATQuantizer
+from fxcompress.passes import L1FilterPruner, PTQQuantizer, QATQuantizer
 from fxcompress.quantization.calibrate import Calibrator
 from fxcompress.quantization.fake_quantize import AffineFakeQuantize, fake_quant_nodes
 from fxcompress.quantization.observers import MSE, Entropy, MovingAverage, Observer, Percentile
@@ -293,11 +293,63 @@ def test_an_observer_of_ones_own() -> None:
     assert float(grid.scale) == pytest.approx(float(batches[0].max() - batches[0].min()) / 255)
 
 
+def test_nothing_is_searched_in_a_pruned_channel() -> None:
+    passes = [L1FilterPruner(0.5), PTQQuantizer(weight_observer=Deviations())]
+    made = compress(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3)), passes, example_inputs=values(2, 3, 8, 8))
+    (grid, _) = (item.grid() for _, item in fake_quant_nodes(made) if item.spec.role == "weight")
+    assert int((grid.scale == 1).sum()) == 2
+
+
+class Lost(Observer):
+    """Loses its range on the way."""
+
+    def follow(self, extremes: Tensor, batch: Tensor) -> Tensor:
+        assert bool((extremes[0] <= extremes[1]).all())
+        return extremes * math.nan
+
+
 @pytest.mark.parametrize("option", ["observer", "weight_observer"])
 def test_a_range_that_is_not_finite(option: str) -> None:
-    item = PTQQuantizer(**{option: Deviations(math.nan)})
-    with pytest.raises(InputError, match=r"Deviations\(many=nan\) found a range that is not finite at .*between -"):
-        compress(nn.Conv2d(3, 4, 3), [item], example_inputs=values(2, 3, 8, 8))
+    task = Task(batches=[values(2, 3, 8, 8)] * 2)
+    for observer in (Deviations(math.nan), Lost()):
+        if option == "weight_observer" and isinstance(observer, Lost):
+            continue  # of a weight there is one batch, which it begins with
+        with pytest.raises(InputError, match=rf"^{re.escape(repr(observer))} found a range that is not finite at "):
+            compress(
+                nn.Conv2d(3, 4, 3), [PTQQuantizer(**{option: observer})], example_inputs=values(2, 3, 8, 8), task=task
+            )
+
+
+def test_what_follows_extremes_goes_on_in_training() -> None:
+    made = AffineFakeQuantize(activation_spec(8, Last())).train()
+    for size in (1.0, 10.0, 3.0):
+        made(torch.tensor([-size, size]))
+        assert (float(made.low), float(made.high)) == (-size, size)
+    assert not any(item.running for item in (Percentile(), Entropy(), MSE(), Deviations()))
+
+
+def test_observers_that_nobody_would_call() -> None:
+    with pytest.raises(TypeError, match="Wrong has a search, which nothing calls: its reads is 'extremes'"):
+
+        class Wrong(Observer):
+            def search(self, *args: Any) -> Any: ...
+
+    with pytest.raises(TypeError, match=r"Other.reads is 'hist'; expected one of extremes, values, histogram"):
+
+        class Other(Observer):
+            reads: ClassVar[Any] = "hist"
+
+
+class Hidden(Observer):
+    """Its option is no field: two of them would be equal."""
+
+    def __init__(self, k: int) -> None:
+        self.__dict__["k"] = k
+
+
+def test_options_of_observers_are_fields() -> None:
+    with pytest.raises(InputError, match="observer is a Hidden with k beside its fields; expected a frozen dataclass"):
+        PTQQuantizer(observer=Hidden(3))
 
 
 @pytest.mark.parametrize("option", ["observer", "weight_observer"])

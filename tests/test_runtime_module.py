@@ -1,6 +1,7 @@
 """A module that runs in ONNX Runtime or OpenVINO is an ordinary one: copies, threads, sizes, dtypes, what it checks."""
 
 import copy
+import inspect
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -82,6 +83,65 @@ def test_a_result_is_not_what_the_runtime_writes_next(convolutions: Pair) -> Non
     kept = first.clone()
     lowered(-IMAGES)
     assert torch.equal(first, kept)
+
+
+class Nested(nn.Module):
+    """Its second input is a dict, its third may be left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, more: dict[str, Tensor], left: Tensor | None, right: Tensor | None) -> Tensor:
+        made = self.fc(x) + more["p"] - 2 * more["q"]
+        return made if right is None else made + 5 * right
+
+
+def test_inputs_are_found_by_their_places_and_keys(backend: str) -> None:
+    x, p, q, last = torch.randn(2, 4), *torch.randn(3, 2, 3)
+    model = Nested().eval()
+    example = (x, {"p": p, "q": q}, None, last)
+    lowered = fxcompress.compress(model, [Lower(backend, "float32")], example_inputs=example, progress=False)
+    right = model(*example).detach()
+    for more in ({"p": p, "q": q}, {"q": q, "p": p}):
+        torch.testing.assert_close(lowered(x, more, None, last), right)
+    with pytest.raises(fxcompress.InputError, match=r"the inputs beside tensors are \(.*None\); this model was"):
+        lowered(x, {"p": p, "q": q}, last, None)
+    for wrong in ((p, q), {"p": p, "r": q}, {"p": p}):
+        with pytest.raises(fxcompress.InputError, match="the inputs are nested in another way than this model"):
+            lowered(x, wrong, None, last)
+
+
+class Two(nn.Module):
+    """Two inputs of different sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 3), nn.Linear(5, 3)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.one(a) - self.two(b)
+
+
+def test_a_runtime_module_has_the_models_signature(backend: str) -> None:
+    a, b = torch.randn(2, 4), torch.randn(2, 5)
+    model = Two().eval()
+    lowered = fxcompress.compress(model, [Lower(backend, "float32")], example_inputs=(a, b), progress=False)
+    assert list(inspect.signature(lowered.forward).parameters) == ["a", "b"]
+    torch.testing.assert_close(lowered(b=b, a=a), model(a, b).detach())
+    fxcompress.count(lowered, {"b": b, "a": a})
+    (name,) = (name for name, _ in lowered.named_children())
+    setattr(lowered, name, Two().eval())
+    assert torch.equal(lowered(a, b), lowered.get_submodule(name)(a, b)), "it is looked up at every call"
+
+
+def test_an_option_that_openvino_no_longer_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openvino")
+    monkeypatch.setattr("fxcompress.export.session._SNIPPETS", "NO_SUCH_MODE")
+    simulated = fake_quantized(image_net(), IMAGES)
+    lowered = fxcompress.compress(simulated, [Lower("openvino")], example_inputs=IMAGES, progress=False)
+    assert lowered(IMAGES).shape == (4, 5)
+    assert "NO_SUCH_MODE" in inner(lowered)._ready().options, "it was asked for"
 
 
 def test_an_empty_batch(convolutions: Pair) -> None:

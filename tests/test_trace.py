@@ -490,3 +490,20 @@ def test_the_example_is_not_written() -> None:
     before = x.clone()
     fxcompress.trace(Net(write_input), x)
     same(before, x)
+
+
+class ValueInFront(nn.Module):
+    """A required input without tensors in front of a required tensor."""
+
+    def forward(self, scale: float, x: Tensor, left: Tensor | None, right: Tensor, flag: bool = False) -> Tensor:
+        made = x * scale if left is None else x + left
+        return made - right if flag else made + right
+
+
+def test_values_in_front_of_tensors_have_to_be_given() -> None:
+    x, right = torch.randn(2, 3), torch.randn(2, 3)
+    traced = fxcompress.trace(ValueInFront(), (2.0, x, None, right, True))
+    assert [node.args for node in traced.graph.find_nodes(op="placeholder")] == [(), (), (), (), (True,)]
+    assert torch.equal(traced(2.0, x, None, right), x * 2 - right)
+    with pytest.raises(InputError, match="do not fit the call: missing a required argument: 'left'"):
+        traced(2.0, x, right=right)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import itertools
 import logging
 import os
 import warnings
@@ -21,7 +20,7 @@ from fxcompress.export.extras import require
 from fxcompress.export.from_fake_quant import store_masked, write_operators
 from fxcompress.export.grid_operators import translations
 from fxcompress.export.placement import Rounded, place_pairs
-from fxcompress.export.signature import Signature, Slot
+from fxcompress.export.signature import Signature, Slot, slotted
 from fxcompress.inputs import Inputs, check_devices, other_batch, positional
 from fxcompress.module import TracedModule, copied
 from fxcompress.quantization.fake_quantize import fake_quant_nodes
@@ -112,14 +111,12 @@ def program_of(module: TracedModule, inputs: Inputs, runtime: Runtime, author: s
     if quantized:
         rounded, left = place_pairs(written, every=runtime == "onnxruntime")
         notes += left
-    leaves = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in pytree.tree_leaves(values))
-    numbers = itertools.count()
-    result = pytree.tree_map_only(Tensor, lambda _: Slot(next(numbers)), result)
+    given, made = slotted(values), slotted(result)
     shapes = tuple(
         tuple(size if isinstance(size, int) else None for size in value.shape) for value in written.graph.inputs
     )
     dtypes = tuple(leaf.dtype for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor))
-    return Program(_serialized(written), Signature(leaves, shapes, dtypes, result, rounded), tuple(notes))
+    return Program(_serialized(written), Signature(given, shapes, dtypes, made, rounded), tuple(notes))
 
 
 class _TensorsOnly(nn.Module):
@@ -127,9 +124,8 @@ class _TensorsOnly(nn.Module):
 
     def __init__(self, module: TracedModule, values: tuple[Any, ...]) -> None:
         super().__init__()
-        numbers = itertools.count()
         self.module = module
-        self.values = pytree.tree_map_only(Tensor, lambda _: Slot(next(numbers)), values)
+        self.values = slotted(values)
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:
         """The tensors of the result, in its order."""

@@ -162,7 +162,9 @@ class _OpenVINO:
         request = requests.get(sizes)
         if request is None:
             request = self._request(sizes, requests)
-        for place, array in enumerate(arrays):  # given to `infer`, they go through layers of dispatch
+        # Given to `infer`, they go through layers of dispatch. The request does not keep them: whoever called does, and
+        # nothing runs before all of them are set again.
+        for place, array in enumerate(arrays):
             request.set_input_tensor(place, self.shared(array, shared_memory=True))
         return list(request.infer().to_tuple())
 
@@ -184,6 +186,7 @@ class _OpenVINO:
         try:
             return self.core.compile_model(model, "CPU", self.options)
         except RuntimeError:
-            if self.options.pop(_SNIPPETS, None) is None:
+            options = {name: value for name, value in self.options.items() if name != _SNIPPETS}
+            if options == self.options:
                 raise
-            return self.core.compile_model(model, "CPU", self.options)
+            return self.core.compile_model(model, "CPU", options)

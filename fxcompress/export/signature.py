@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from itertools import count
 from typing import Any
 
 import torch
@@ -14,12 +15,21 @@ from torch.utils import _pytree as pytree
 from fxcompress.errors import InputError
 from fxcompress.export.placement import Rounded
 
+#: Dtypes and shapes that are remembered to fit.
+_SEEN = 256
+
 
 @dataclass(frozen=True)
 class Slot:
-    """The place of an output of the ONNX model in a result; a ``TreeSpec`` cannot be pickled without a warning."""
+    """The place of a tensor among the inputs or outputs of an ONNX model."""
 
     index: int
+
+
+def slotted(tree: Any) -> Any:
+    """The same, with a :class:`Slot` for each tensor: a ``TreeSpec`` cannot be pickled without a warning."""
+    places = count()
+    return pytree.tree_map_only(Tensor, lambda _: Slot(next(places)), tree)
 
 
 @dataclass(frozen=True)
@@ -27,8 +37,8 @@ class Signature:
     """How an ONNX model is called, and what is where in it.
 
     Attributes:
-        given: for each leaf of the positional inputs (``torch.utils._pytree``): None for a tensor, which the model
-            takes, else the value that is written into it.
+        given: the positional inputs, with a :class:`Slot` for each tensor, which the model takes; other values are
+            written into it.
         shapes: for each of the tensors, its shape, with None where any size goes.
         dtypes: for each of the tensors.
         result: what the model returns, with a :class:`Slot` for each tensor.
@@ -47,19 +57,36 @@ class Signature:
         Raises:
             InputError: a shape, a dtype, or what is no tensor, differs from what was written into the model.
         """
-        leaves = inputs if all(map(_is_tensor, inputs)) else pytree.tree_leaves(inputs)
-        rest = tuple([None if isinstance(leaf, Tensor) else leaf for leaf in leaves])
-        if rest != self.given:
-            raise InputError(
-                f"the inputs beside tensors are {rest}; this model was written for {self.given}, which are "
-                "part of it. Lower or export it with example inputs like these."
-            )
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        tensors = list(inputs) if self._plain and all(map(_is_tensor, inputs)) else self._found(inputs)
+        if torch.compiler.is_compiling():
+            self._check(tensors)
+            return tensors
         kinds = tuple([(tensor.dtype, tensor.shape) for tensor in tensors])
         if kinds not in self._accepted:
             self._check(tensors)
-            self._accepted.add(kinds)
+            if len(self._accepted) < _SEEN:
+                self._accepted.add(kinds)
         return tensors
+
+    def _found(self, inputs: Sequence[Any]) -> list[Tensor]:
+        """The tensors of a call with something beside them, or around them."""
+        expected, structure = self._expected
+        try:
+            leaves = structure.flatten_up_to(tuple(inputs))
+        except ValueError as error:
+            raise InputError(
+                f"the inputs are nested in another way than this model was written for: {error} Lower or export it "
+                "with example inputs like these."
+            ) from None
+        pairs = list(zip(expected, leaves, strict=True))
+        if any(isinstance(leaf, Tensor) != isinstance(slot, Slot) for slot, leaf in pairs) or any(
+            leaf != slot for slot, leaf in pairs if not isinstance(slot, Slot)
+        ):
+            raise InputError(
+                f"the inputs beside tensors are {_printed(leaves)}; this model was written for {_printed(expected)}, "
+                "which are part of it. Lower or export it with example inputs like these."
+            )
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
     def _check(self, tensors: Sequence[Tensor]) -> None:
         dtypes = tuple(tensor.dtype for tensor in tensors)
@@ -88,6 +115,15 @@ class Signature:
         )
 
     @cached_property
+    def _expected(self) -> tuple[list[Any], pytree.TreeSpec]:
+        return pytree.tree_flatten(self.given)
+
+    @cached_property
+    def _plain(self) -> bool:
+        """Whether a call is tensors alone."""
+        return all(isinstance(item, Slot) for item in self.given)
+
+    @cached_property
     def _structure(self) -> tuple[list[Any], pytree.TreeSpec]:
         return pytree.tree_flatten(self.result)
 
@@ -102,6 +138,11 @@ class Signature:
 
 def _is_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
+
+
+def _printed(leaves: Sequence[Any]) -> str:
+    """Values, with a word for each tensor."""
+    return f"({', '.join('a tensor' if isinstance(leaf, (Tensor, Slot)) else repr(leaf) for leaf in leaves)})"
 
 
 def _fits(expected: tuple[int | None, ...], shape: tuple[int, ...]) -> bool:

@@ -24,11 +24,12 @@ _LITERALS = (bool, int, str, type(None))
 def flattened(module: fx.GraphModule) -> Callable[..., Any] | None:
     """The function that runs a module's graph, without gradients; None if its signature is beyond this.
 
-    It holds the layers and tables of tensors, not the module: tensors may be replaced, layers may not. Kernels with
-    packed weights are called directly, without hooks. What comes again in the same shapes is replayed without Python
-    (:mod:`fxcompress.lower.replayed`).
+    It holds the layers and tables of tensors, not the module. Tensors may be replaced; layers may not, but for those
+    without packed weights where a call is not replayed. Kernels with packed weights are called directly, without hooks.
+    What comes again in the same shapes is replayed without Python (:mod:`fxcompress.lower.replayed`).
     """
-    names: dict[str, Any] = {"_no_grad": torch.no_grad, "_grad": torch.is_grad_enabled}
+    names: dict[str, Any] = {}
+    fixed = recordable(module)
     variables = {node: f"v{number}" for number, node in enumerate(module.graph.nodes)}
     inputs: list[fx.Node] = []
     lines: list[str] = []
@@ -42,26 +43,28 @@ def flattened(module: fx.GraphModule) -> Callable[..., Any] | None:
         if node.op == "output":
             lines.append(f"return {_text(node.args[0], variables, names)}")
             continue
-        lines.append(f"{variables[node]} = {_call(module, node, variables, names)}")
+        lines.append(f"{variables[node]} = {_call(module, node, variables, names, fixed)}")
         dead = [variables[other] for other in dying.get(node, ())]
         if dead:
             lines.append(f"del {', '.join(dead)}")
     defaults = [f"{node.target}={_bound(names, node.args[0])}" if node.args else str(node.target) for node in inputs]
     given = ", ".join(str(node.target) for node in inputs)
+    own = "_" * (1 + max((len(str(node.target)) for node in inputs), default=0))  # begins the name of no input
+    names |= {f"{own}no_grad": torch.no_grad, f"{own}grad": torch.is_grad_enabled}
     code = f"""
-def _made():
-    def _run({", ".join(variables[node] for node in inputs)}):
+def made():
+    def {own}run({", ".join(variables[node] for node in inputs)}):
         {(chr(10) + " " * 8).join(lines)}
     def forward({", ".join(defaults)}):
-        if not _grad():  # to enter no_grad once more takes as long as a small kernel
-            return _run({given})
-        with _no_grad():
-            return _run({given})
+        if not {own}grad():  # to enter no_grad once more takes as long as a small kernel
+            return {own}run({given})
+        with {own}no_grad():
+            return {own}run({given})
     return forward
 """
     exec(code, names)
-    function: Callable[..., Any] = names.pop("_made")()  # in `names` it would keep itself alive
-    return Replayed(function, module) if recordable(module) else function
+    function: Callable[..., Any] = names.pop("made")()  # in `names` it would keep itself alive
+    return Replayed(function, module) if fixed else function
 
 
 def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
@@ -76,7 +79,10 @@ def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     return found
 
 
-def _call(module: fx.GraphModule, node: fx.Node, variables: dict[fx.Node, str], names: dict[str, Any]) -> str:
+def _call(
+    module: fx.GraphModule, node: fx.Node, variables: dict[fx.Node, str], names: dict[str, Any], fixed: bool
+) -> str:
+    """A node as code. Layers that are not ``fixed`` are looked up at every call, unless their weights are packed."""
     if node.op == "get_attr":
         return _attribute(module, str(node.target), names)
     args = [_text(item, variables, names) for item in node.args]
@@ -84,9 +90,13 @@ def _call(module: fx.GraphModule, node: fx.Node, variables: dict[fx.Node, str], 
     if node.op == "call_method":
         return f"{args[0]}.{node.target}({', '.join(args[1:])})"
     if node.op == "call_module":
-        layer = _bound(names, module.get_submodule(str(node.target)))
-        packed = hasattr(names[layer], "_kernel")
-        return f"({layer}._kernel or {layer})({', '.join(args)})" if packed else f"{layer}({', '.join(args)})"
+        path, _, leaf = str(node.target).rpartition(".")
+        layers = module.get_submodule(path)._modules
+        if hasattr(layers[leaf], "_kernel"):
+            layer = _bound(names, layers[leaf])
+            return f"({layer}._kernel or {layer})({', '.join(args)})"
+        layer = _bound(names, layers[leaf]) if fixed else f"{_bound(names, layers)}[{leaf!r}]"
+        return f"{layer}({', '.join(args)})"
     if node.target is operator.getitem and len(args) == 2 and isinstance(node.args[1], int):
         return f"{args[0]}[{args[1]}]"
     if node.target in PREPARED and not node.kwargs and all(map(_is_constant, node.args[1:])):

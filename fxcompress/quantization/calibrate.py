@@ -24,7 +24,7 @@ class Calibrator(nn.Module):
     """Stands where a fake-quant module belongs, and remembers what it is called with.
 
     Attributes:
-        low, high: extremes of everything seen, 0-d or ``[channels]``; averaged for :class:`MovingAverage`.
+        low, high: what the observer makes of the extremes of each batch, 0-d or ``[channels]``.
         magnitude: mean of ``abs(x)``, likewise; zeros of weights, which masks made, are not counted.
         batches: how often it saw something; several nodes that share it count as many times.
         watching: whether it looks at what it is called with.
@@ -117,23 +117,27 @@ class Calibrator(nn.Module):
                 "that reach this part of the model."
             )
         low, high = self.low.clamp(max=0), self.high.clamp(min=0)
-        if self.observer.reads == "extremes":
-            return low, high
-        if self._values is not None:
-            values, counts = self._values, (self._values != 0).to(self._values.dtype)
-        else:
-            assert self._histogram is not None
-            values, counts = self._histogram.centers(), self._histogram.counts.clone()
-            if self.observer.reads == "histogram":
-                counts[:, BINS // 2] -= self._histogram.zeros
-        found = self.observer.search(values, counts, low.reshape(-1), high.reshape(-1), self.fitting())
-        ends = [torch.as_tensor(end).reshape(low.shape).to(low) for end in found]
-        if not all(bool(torch.isfinite(end).all()) for end in ends):
+        if self.observer.reads != "extremes":
+            values, counts = self._counted()
+            found = self.observer.search(values, counts, low.reshape(-1), high.reshape(-1), self.fitting())
+            some = (low < 0) | (high > 0)  # of a pruned channel there is nothing to search
+            low, high = (torch.where(some, torch.as_tensor(end).reshape(low.shape).to(low), low) for end in found)
+        if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
             raise InputError(
-                f"{self.observer!r} found a range that is not finite at {self.name}, whose values lie between "
-                f"{float(low.min()):.4g} and {float(high.max()):.4g}; expected finite numbers."
+                f"{self.observer!r} found a range that is not finite at {self.name}, of finite values; expected finite "
+                "numbers, of every channel."
             )
-        return ends[0].clamp(max=0), ends[1].clamp(min=0)
+        return low.clamp(max=0), high.clamp(min=0)
+
+    def _counted(self) -> tuple[Tensor, Tensor]:
+        """``[channels, n]``: values, and how often each was seen."""
+        if self._values is not None:
+            return self._values, (self._values != 0).to(self._values.dtype)
+        assert self._histogram is not None
+        counts = self._histogram.counts.clone()
+        if self.observer.reads == "histogram":
+            counts[:, BINS // 2] -= self._histogram.zeros
+        return self._histogram.centers(), counts
 
 
 class _Histogram:

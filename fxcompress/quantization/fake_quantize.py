@@ -195,7 +195,7 @@ class AffineFakeQuantize(FakeQuantize):
             _update(self.batch, torch.stack((low, high)), going)
         assert self.spec.observer is not None
         first, nothing, seen = before[0] > before[1], low > high, torch.stack((low, high))
-        followed = self.spec.observer.follow(before, seen)
+        followed = self.spec.observer.follow(torch.where(first, seen, before), seen)
         low, high = torch.where(first, seen, torch.where(nothing, before, followed))
         _update(self.low, low, going)
         _update(self.high, high, going)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,14 +21,24 @@ Reads = Literal["extremes", "values", "histogram"]
 class Observer:
     """How the range of a tensor is found. A subclass says :meth:`follow`, or ``reads`` and :meth:`search`.
 
-    What an observer finds is widened to hold zero, which is on every grid.
+    Where it follows extremes, training can go on observing; what is searched for is found once. What an observer finds
+    is widened to hold zero, which is on every grid. Options are fields of a frozen dataclass.
     """
 
-    #: The range follows from the extremes of each batch: training can go on observing.
-    running: ClassVar[bool] = False
     #: What the range follows from: the extremes of each batch; values; or a histogram, without what is exactly zero.
-    #: The values of an activation are a histogram too, of 8,192 bins.
+    #: The values of an activation are a histogram too, of 8,192 bins. Zeros of a weight do not count: masks make them.
     reads: ClassVar[Reads] = "extremes"
+
+    def __init_subclass__(cls) -> None:
+        if cls.reads not in get_args(Reads):
+            raise TypeError(f"{cls.__name__}.reads is {cls.reads!r}; expected one of {', '.join(get_args(Reads))}.")
+        if cls.reads == "extremes" and cls.search is not Observer.search:
+            raise TypeError(f"{cls.__name__} has a search, which nothing calls: its reads is 'extremes'.")
+
+    @property
+    def running(self) -> bool:
+        """Whether the range follows from the extremes of each batch."""
+        return self.reads == "extremes"
 
     def follow(self, extremes: Tensor, batch: Tensor) -> Tensor:
         """The extremes after one more batch: by default those of everything seen.
@@ -55,8 +65,6 @@ class Observer:
 class MinMax(Observer):
     """The extremes of everything seen so far (of a weight: of its current values)."""
 
-    running: ClassVar[bool] = True
-
 
 @dataclass(frozen=True)
 class MovingAverage(Observer):
@@ -66,8 +74,6 @@ class MovingAverage(Observer):
     """
 
     momentum: float = 0.99
-
-    running: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.momentum < 1:
