@@ -121,7 +121,7 @@ class Calibrator(nn.Module):
             values, counts = self._counted()
             found = self.observer.search(values, counts, low.reshape(-1), high.reshape(-1), self.fitting())
             some = (low < 0) | (high > 0)  # of a pruned channel there is nothing to search
-            low, high = (torch.where(some, torch.as_tensor(end).reshape(low.shape).to(low), low) for end in found)
+            low, high = (torch.where(some, end.reshape(low.shape).to(low), low) for end in found)
         if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
             raise InputError(
                 f"{self.observer!r} found a range that is not finite at {self.name}, of finite values; expected finite "
