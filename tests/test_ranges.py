@@ -308,16 +308,15 @@ class Lost(Observer):
         return extremes * math.nan
 
 
-@pytest.mark.parametrize("option", ["observer", "weight_observer"])
-def test_a_range_that_is_not_finite(option: str) -> None:
-    task = Task(batches=[values(2, 3, 8, 8)] * 2)
-    for observer in (Deviations(math.nan), Lost()):
-        if option == "weight_observer" and isinstance(observer, Lost):
-            continue  # of a weight there is one batch, which it begins with
-        with pytest.raises(InputError, match=rf"^{re.escape(repr(observer))} found a range that is not finite at "):
-            compress(
-                nn.Conv2d(3, 4, 3), [PTQQuantizer(**{option: observer})], example_inputs=values(2, 3, 8, 8), task=task
-            )
+@pytest.mark.parametrize(
+    "option, observer",
+    [("observer", Deviations(math.nan)), ("weight_observer", Deviations(math.nan)), ("observer", Lost())],
+    ids=str,
+)
+def test_a_range_that_is_not_finite(option: str, observer: Observer) -> None:
+    item, x = PTQQuantizer(**{option: observer}), values(2, 3, 8, 8)
+    with pytest.raises(InputError, match=rf"^{re.escape(repr(observer))} found a range that is not finite at "):
+        compress(nn.Conv2d(3, 4, 3), [item], example_inputs=x, task=Task(batches=[x, x]))
 
 
 def test_what_follows_extremes_goes_on_in_training() -> None:

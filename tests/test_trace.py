@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from exact import assert_same
 from torch import Tensor, nn
 
 import fxcompress
@@ -29,18 +30,13 @@ class Net(nn.Module):
         return self.step(self, x)
 
 
-def same(expected: Any, found: Any) -> None:
-    """Bit for bit: the traced model runs the operators that the model runs."""
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
-
-
 def check(model: nn.Module, shape: Sequence[int], *others: Sequence[int]) -> fxcompress.TracedModule:
     """Trace at one shape; equal there and at every other shape."""
     model.eval()
     traced = fxcompress.trace(model, torch.randn(*shape))
     for each in (shape, *others):
         x = torch.randn(*each)
-        same(model(x), traced(x))
+        assert_same(model(x), traced(x))
     return traced
 
 
@@ -171,7 +167,7 @@ def test_a_second_recording_leaves_no_state_behind() -> None:
 
     model = nn.Sequential(nn.BatchNorm2d(3), Net(step))
     traced = fxcompress.trace(model, torch.randn(2, 3, 8, 8))
-    same(model.state_dict(), traced.state_dict())
+    assert_same(model.state_dict(), traced.state_dict())
 
 
 # ---- control flow -------------------------------------------------------------------------------------------------
@@ -240,16 +236,16 @@ def test_outputs_in_containers() -> None:
     traced = fxcompress.trace(model, x)
     for given in (x, torch.randn(4, 3, 8, 8)):
         expected, found = model(given), traced(given)
-        same(expected[0], found[0])
-        same(expected[1][0], found[1][0])
-        same(expected[1][1]["a"], found[1][1]["a"])
-        same(expected[1][1]["b"][0], found[1][1]["b"][0])
+        assert_same(expected[0], found[0])
+        assert_same(expected[1][0], found[1][0])
+        assert_same(expected[1][1]["a"], found[1][1]["a"])
+        assert_same(expected[1][1]["b"][0], found[1][1]["b"][0])
         assert found[1][1]["b"][1] is None
         assert type(found[2]) is Pair
         assert found[2].second is None
-        same(expected[2].first, found[2].first)
+        assert_same(expected[2].first, found[2].first)
         assert type(found[3]) is OrderedDict
-        same(expected[3]["z"], found[3]["z"])
+        assert_same(expected[3]["z"], found[3]["z"])
         assert found[4:] == expected[4:] == (7, "name", len(given))
 
 
@@ -264,8 +260,8 @@ def test_outputs_in_a_dataclass() -> None:
         expected, found = model(given), traced(given)
         assert type(found) is Result
         assert found.loss is None
-        same(expected.logits, found.logits)
-        same(expected.hidden, found.hidden)
+        assert_same(expected.logits, found.logits)
+        assert_same(expected.hidden, found.hidden)
 
 
 def test_a_dataclass_inside_the_forward() -> None:
@@ -347,8 +343,8 @@ def test_writes(step: Step) -> None:
         for shape in ((2, 3, 8, 8), (3, 3, 6, 10)):
             x = torch.randn(*shape)
             given, other = x.clone(), x.clone()
-            same(model(given), traced(other))
-            same(given, other)
+            assert_same(model(given), traced(other))
+            assert_same(given, other)
 
 
 def test_an_activation_in_place() -> None:
@@ -361,4 +357,4 @@ def test_the_example_is_not_written() -> None:
     x = torch.randn(2, 3, 8, 8)
     before = x.clone()
     fxcompress.trace(Net(write_input), x)
-    same(before, x)
+    assert_same(before, x)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from exact import assert_same
 from nets import Net
 from torch import Tensor, nn
 
@@ -108,10 +109,6 @@ def grads(net: Any, steps: int = 2) -> dict[str, Tensor | None]:
     return {**found, "x": x.grad, **dict(net.named_buffers())}
 
 
-def same(expected: Any, found: Any) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
-
-
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("step", STEPS)
 def test_gradients_are_the_models(step: Callable[[Any, Tensor], Any], training: bool) -> None:
@@ -121,7 +118,7 @@ def test_gradients_are_the_models(step: Callable[[Any, Tensor], Any], training: 
         expected, found = grads(copy.deepcopy(model)), grads(copied)
         unused = expected.keys() - found.keys() - dict(model.named_buffers()).keys()
         assert all(expected[name] is None for name in unused)
-        same({name: expected[name] for name in found}, found)
+        assert_same({name: expected[name] for name in found}, found)
 
 
 @pytest.mark.parametrize("step", [teacher, written])
@@ -152,7 +149,7 @@ def test_the_mode_of_the_caller_makes_no_difference(caller: Callable[[], Any]) -
     model = built(teacher).eval()
     with caller():
         traced = fxcompress.trace(model, X)
-    same(grads(copy.deepcopy(model)), grads(traced))
+    assert_same(grads(copy.deepcopy(model)), grads(traced))
     assert torch.is_grad_enabled()
 
 
@@ -160,7 +157,7 @@ def test_flags_of_parameters_are_read_as_they_are() -> None:
     model = built(lambda n, x: n.head(n.a(x) * 2 if n.scale.requires_grad else n.a(x) * n.scale)).eval()
     model.scale.requires_grad_(False)
     traced = fxcompress.trace(model, X)
-    same(model(X), traced(X))
+    assert_same(model(X), traced(X))
     assert not traced.scale.requires_grad
 
 
@@ -198,7 +195,7 @@ def test_a_submodule_that_switches_autocast_stays_as_it_is() -> None:
     model = nn.Sequential(nn.Linear(4, 4), Cast(), nn.Linear(4, 2)).eval()
     with pytest.warns(UserWarning, match=r"^1 stays as it is: autocast is switched inside"):
         traced = fxcompress.trace(model, X)
-    same(model(X), traced(X))
+    assert_same(model(X), traced(X))
     with pytest.raises(TraceError, match="autocast around the call of the model works"):
         fxcompress.trace(Cast(), X)
 

@@ -4,16 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from exact import assert_same
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
 import fxcompress
 from fxcompress import InputError
-
-
-def same(expected: Any, found: Any) -> None:
-    """Bit for bit: the traced model runs the operators that the model runs."""
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 class Takes(nn.Module):
@@ -62,7 +58,7 @@ def test_inputs(inputs: Any) -> None:
         return run(*(grown(value) for value in inputs))
 
     for batch in (2, 5):
-        same(call(model, batch), call(traced, batch))
+        assert_same(call(model, batch), call(traced, batch))
 
 
 def test_nested_tensors_as_one_input() -> None:
@@ -73,7 +69,7 @@ def test_nested_tensors_as_one_input() -> None:
 
     model, x, y = Model(), torch.randn(2, 3), torch.randn(2, 3)
     traced = fxcompress.trace(model, ((x, {"y": y}),))
-    same(x[:1] + y[:1], traced((x[:1], {"y": y[:1]})))
+    assert_same(x[:1] + y[:1], traced((x[:1], {"y": y[:1]})))
 
 
 @pytest.mark.parametrize(
@@ -136,7 +132,7 @@ def test_packed_sequences_are_packed_by_a_submodule() -> None:
     with pytest.warns(UserWarning, match="body stays as it is"):
         traced = fxcompress.trace(model, (torch.randn(2, 3, 3), torch.tensor([2, 3])))
     given = torch.randn(3, 4, 3), torch.tensor([2, 4, 1])
-    same(model(*given), traced(*given))
+    assert_same(model(*given), traced(*given))
 
 
 class ValueInFront(nn.Module):

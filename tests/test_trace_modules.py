@@ -15,6 +15,7 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.nn.functional as F
+from exact import assert_same
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -34,15 +35,11 @@ class Block(nn.Module):
         return out
 
 
-def same(expected: Any, found: Any) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
-
-
 def traced_and_equal(model: nn.Module, *xs: Tensor) -> fxcompress.TracedModule:
     model.eval()
     traced = fxcompress.trace(model, xs[0])
     for x in xs:
-        same(model(x), traced(x))
+        assert_same(model(x), traced(x))
     return traced
 
 
@@ -94,7 +91,7 @@ def test_a_submodule_that_reads_values_stays_as_it_is(function: Callable[[Tensor
     assert traced.meta["opaque"] == ("1.body",)
     assert list(traced.state_dict()) == list(model.state_dict())
     for x in (X, -X, Y):
-        same(model(x), traced(x))
+        assert_same(model(x), traced(x))
 
 
 def test_several_opaque_submodules_are_named_one_by_one() -> None:
@@ -118,7 +115,7 @@ def test_an_opaque_submodule_trains_and_switches_mode() -> None:
     torch.manual_seed(3)
     expected = model(X)
     torch.manual_seed(3)
-    same(expected, traced(X))
+    assert_same(expected, traced(X))
     traced(X).sum().backward()
     assert traced.get_parameter("0.inner.weight").grad is not None
 
@@ -209,7 +206,7 @@ def test_state_dict_keys_and_gradients_are_the_models() -> None:
     for name, parameter in traced.named_parameters():
         grad = model.get_parameter(name).grad
         assert (grad is None) == (parameter.grad is None), name
-        same(grad, parameter.grad)
+        assert_same(grad, parameter.grad)
     traced.load_state_dict({key: value for key, value in Deep().state_dict().items() if key in expected})
 
 
@@ -219,7 +216,7 @@ def test_the_mode_at_the_call_decides_which_path_is_recorded() -> None:
         traced = fxcompress.trace(model, X)
     assert traced.meta["unreached"] == ()
     assert set(traced.state_dict()) == set(model.state_dict())
-    same(model(X), traced(X))
+    assert_same(model(X), traced(X))
     assert isinstance(traced.eval()(X), tuple)
 
 
@@ -292,7 +289,7 @@ def test_modules_with_hooks() -> None:
     traced = traced_and_equal(model, X, Y)
     assert list(traced.state_dict()) == list(model.state_dict())
     handle.remove()
-    same(model(X) - 1, traced(X))
+    assert_same(model(X) - 1, traced(X))
 
 
 def test_a_model_that_torch_pruned() -> None:
@@ -303,7 +300,7 @@ def test_a_model_that_torch_pruned() -> None:
     with torch.no_grad():  # the mask is applied in the graph, not once and for all
         for each in (model, traced):
             each.get_parameter("0.weight_orig").fill_(1.0)
-    same(model(X), traced(X))
+    assert_same(model(X), traced(X))
 
 
 def test_parameters_and_constants_outside_layers() -> None:
@@ -326,7 +323,7 @@ def test_parameters_and_constants_outside_layers() -> None:
     plain = model.plain.clone()
     expected = model(X)
     model.plain.zero_()  # the traced model has its own
-    same(expected, traced(X))
+    assert_same(expected, traced(X))
     assert traced.double()(X.double()).dtype == torch.float64
     assert not torch.equal(plain, model.plain)
 
@@ -372,8 +369,8 @@ def test_a_recorded_model_switches_between_train_and_eval(training: bool) -> Non
         torch.manual_seed(5)
         expected = twin(X)
         torch.manual_seed(5)
-        same(expected, traced(X))
-        same(twin.state_dict(), traced.state_dict())  # running statistics
+        assert_same(expected, traced(X))
+        assert_same(twin.state_dict(), traced.state_dict())  # running statistics
 
 
 def test_tracing_draws_no_random_numbers() -> None:
@@ -382,7 +379,7 @@ def test_tracing_draws_no_random_numbers() -> None:
     expected = torch.rand(3)
     torch.manual_seed(1)
     fxcompress.trace(model, X)
-    same(expected, torch.rand(3))
+    assert_same(expected, torch.rand(3))
 
 
 def test_a_part_kept_in_eval_mode_stays_so() -> None:
@@ -393,7 +390,7 @@ def test_a_part_kept_in_eval_mode_stays_so() -> None:
     torch.manual_seed(5)
     expected = model(X)
     torch.manual_seed(5)
-    same(expected, traced(X))
+    assert_same(expected, traced(X))
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -431,7 +428,7 @@ def test_deepcopy_is_independent() -> None:
     expected = traced(X)
     with torch.no_grad():
         twin.get_parameter("fc.weight").zero_()
-    same(expected, traced(X))
+    assert_same(expected, traced(X))
     node = next(iter(twin.graph.nodes))
     node.meta["mine"] = 1
     assert "mine" not in next(iter(traced.graph.nodes)).meta

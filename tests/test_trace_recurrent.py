@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from exact import assert_same
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -13,10 +14,6 @@ import fxcompress
 from fxcompress.passes import L1FilterPruner, Speedup
 
 X = torch.randn(3, 4)
-
-
-def same(expected: Any, found: Any) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 class Outputs(nn.LSTM):
@@ -75,7 +72,7 @@ def test_recurrent_layers_that_are_written_out(make: Callable[[], nn.Module], tr
         torch.manual_seed(5)
         expected = model(x)
         torch.manual_seed(5)
-        same(expected, traced(x))
+        assert_same(expected, traced(x))
 
 
 @pytest.mark.parametrize("make", list(RECURRENT.values())[:3], ids=list(RECURRENT)[:3])
@@ -109,4 +106,4 @@ def test_a_mode_that_is_given_to_aten(training: bool) -> None:
         torch.manual_seed(5)
         expected = model(X)
         torch.manual_seed(5)
-        same(expected, traced(X))
+        assert_same(expected, traced(X))
